@@ -1,0 +1,81 @@
+"""Which implementation an op runs: plain PyTorch, or the Triton kernels.
+
+``auto`` (the default) takes tensors on a GPU to Triton and CPU tensors to PyTorch; with ``TRITON_INTERPRET=1`` in the
+environment CPU tensors go to Triton's interpreter too, so that tests run the kernels on a machine with no GPU.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+
+_chosen: contextvars.ContextVar[str] = contextvars.ContextVar("varkern_backend", default="auto")
+
+
+class use_backend:
+    """Choose the implementation of every op: ``"torch"``, ``"triton"`` or ``"auto"``.
+
+    Called as a function it holds from then on; as a context manager it holds inside the block and the former choice
+    comes back after it::
+
+        varkern.use_backend("torch")
+        with varkern.use_backend("triton"):
+            ...
+
+    The choice is a context variable: other threads keep theirs.
+
+    Raises:
+        ValueError: if ``name`` is none of the three.
+    """
+
+    def __init__(self, name: str):
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+        self._former = _chosen.get()
+        _chosen.set(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None:
+        _chosen.set(self._former)
+
+
+def interpreting() -> bool:
+    """True if Triton runs kernels in its interpreter on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def backend_for(tensor: torch.Tensor) -> str:
+    """The implementation for an op whose main input is ``tensor``: ``"torch"`` or ``"triton"``.
+
+    Raises:
+        RuntimeError: if Triton was demanded for a tensor that it cannot reach.
+    """
+    chosen = _chosen.get()
+    reachable = tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
+    if chosen == "triton" and not reachable:
+        raise RuntimeError(
+            f"backend 'triton' needs a tensor on a GPU, got one on {tensor.device}; "
+            "set TRITON_INTERPRET=1 to run the kernels on the CPU (slowly, for tests)"
+        )
+    if chosen == "auto":
+        return "triton" if reachable else "torch"
+    return chosen
+
+
+def explain(device: torch.device | str) -> str:
+    """One line for bug reports: the implementation in use on ``device`` and why."""
+    kind = torch.device(device).type
+    chosen = _chosen.get()
+    if chosen != "auto":
+        return f"{chosen} (chosen with use_backend)"
+    if kind == "cuda":
+        return "triton (tensors on a GPU)"
+    if interpreting():
+        return "triton (TRITON_INTERPRET is set: kernels run in the interpreter)"
+    return f"torch (tensors on {kind})"
