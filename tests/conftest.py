@@ -1,0 +1,29 @@
+"""Settings that every test shares.
+
+Kernels run on the GPU where there is one and in Triton's interpreter where there is none; Triton reads its switch when
+a kernel is defined, so it is set here, before anything imports one. Tests run the plain PyTorch forms unless they ask
+for the kernels with ``use_backend("triton")``, because the interpreter is thousands of times slower.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+from varkern.ops.backend import use_backend
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the GPU if there is one, else the CPU (through the interpreter)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def plain_backend():
+    with use_backend("torch"):
+        yield

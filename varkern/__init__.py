@@ -1,0 +1,27 @@
+"""Best-of-M sampling for visual autoregressive (VAR) image models at next to no cost."""
+
+from varkern.errors import UnsupportedModelError
+from varkern.generate import Generation, generate
+from varkern.models import load_vae, load_var
+from varkern.ops import image_seeds, use_backend
+from varkern.patching import patch, patched, unpatch
+from varkern.scorer import Scorer, ScorerConfig
+from varkern.search import BestOfM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BestOfM",
+    "Generation",
+    "Scorer",
+    "ScorerConfig",
+    "UnsupportedModelError",
+    "generate",
+    "image_seeds",
+    "load_vae",
+    "load_var",
+    "patch",
+    "patched",
+    "unpatch",
+    "use_backend",
+]

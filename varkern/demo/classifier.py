@@ -1,0 +1,54 @@
+"""A small digit classifier whose features are the space that the demo's Fréchet distance is measured in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from varkern.models.initialization import initialize
+
+from .digits import NUM_CLASSES
+
+FEATURES = 64
+
+
+class DigitClassifier(nn.Module):
+    """Images ``[N, 3, 24, 24]`` in [-1, 1] to logits ``[N, 10]``; :meth:`features` gives what stands before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 6 * 6, FEATURES),
+            nn.ReLU(),
+        )
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(FEATURES, NUM_CLASSES)
+        initialize(self)
+
+    def features(self, images: Tensor) -> Tensor:
+        """``[N, 64]`` features of images ``[N, 3, 24, 24]``."""
+        return self.body(images.mean(1, keepdim=True))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(images)))
+
+
+@torch.inference_mode()
+def embed(classifier: DigitClassifier, images: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+    """Features ``[N, 64]`` and class probabilities ``[N, 10]`` of images ``[N, 3, 24, 24]`` in [-1, 1], on the CPU."""
+    device = next(classifier.parameters()).device
+    features, probabilities = [], []
+    for batch in images.split(batch_size):
+        batch_features = classifier.features(batch.to(device))
+        features.append(batch_features.cpu())
+        probabilities.append(classifier.head(batch_features).softmax(-1).cpu())
+    return torch.cat(features), torch.cat(probabilities)

@@ -1,0 +1,260 @@
+"""Trains the demo's models from nothing: VQ-VAE, VAR, digit classifier, scorer. ``varkern demo train`` runs it.
+
+Each stage writes its weights when it is done and is skipped when they are there; a stage that was killed goes on from
+its last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from varkern.models import VAR, VQVAE, load_vae, load_var
+from varkern.models.loading import save_model
+from varkern.scorer import Scorer, ScorerConfig
+from varkern.training.loop import fit, progress_bar
+
+from . import digits
+from .classifier import DigitClassifier
+
+PATCH_NUMS = (1, 2, 3, 4, 6)
+VAE_SIZES = {
+    "vocab_size": 256,
+    "z_channels": 16,
+    "ch": 32,
+    "ch_mult": (1, 1, 1),
+    "num_res_blocks": 1,
+    "norm_groups": 8,
+    "v_patch_nums": PATCH_NUMS,
+}
+VAR_SIZES = {"num_classes": 10, "depth": 4, "embed_dim": 96, "num_heads": 4, "patch_nums": PATCH_NUMS}
+SCORER_SIZES = ScorerConfig(
+    num_classes=10, num_scales=5, channels=16, size=6, widths=(32, 64, 64), embedding=32, hidden=64
+)
+SAMPLING = {"cfg": 0.0, "top_p": 0.96}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long each stage trains; the defaults made the weights that ship with the package."""
+
+    seed: int = 0
+    batch_size: int = 128
+    vae_steps: int = 2500
+    vae_batch_size: int = 64
+    var_steps: int = 3200
+    classifier_steps: int = 1200
+    scorer_steps: int = 4500
+    real_maps: int = 60_000
+    generated_maps: int = 30_000
+    sampling_seed: int = 1_000_000  # far from the seeds that evaluation uses
+
+
+def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Reconstruction plus the quantizer's loss, with codes that nothing chooses restarted from live residuals."""
+    vae = VQVAE(**VAE_SIZES, test_mode=False).to(device)
+    quantizer = vae.quantize
+    hits = torch.zeros(quantizer.vocab_size, device=device)
+    latest: dict[str, Tensor] = {}
+
+    def loss(step: int) -> Tensor:
+        images = digits.real_batch(recipe.vae_batch_size)[0].to(device)
+        features = vae.encode(images)
+        f_hat, ids, quantizer_loss = quantizer(features)
+        for scale_ids in ids:
+            hits.add_(torch.bincount(scale_ids.flatten(), minlength=len(hits)))
+        latest["features"] = features.detach()
+        return F.mse_loss(vae.decoder(vae.post_quant_conv(f_hat)), images) * 4 + quantizer_loss
+
+    @torch.no_grad()
+    def restart_dead_codes(step: int) -> None:
+        if (step + 1) % 50 or step > recipe.vae_steps * 0.7:
+            return
+        dead = (hits == 0).nonzero().flatten()
+        if len(dead):
+            features, residuals = latest["features"], []
+            sums = [torch.zeros_like(features)] + [f_hat for _, f_hat in quantizer.quantize(features)]
+            for side, f_hat in zip(PATCH_NUMS, sums, strict=False):
+                pooled = F.interpolate(features - f_hat, size=(side, side), mode="area")
+                residuals.append(pooled.permute(0, 2, 3, 1).flatten(0, 2))
+            pool = torch.cat(residuals)
+            quantizer.embedding.weight[dead] = pool[torch.randint(len(pool), (len(dead),), device=device)]
+        hits.zero_()
+
+    fit(
+        "VQ-VAE",
+        vae,
+        loss,
+        steps=recipe.vae_steps,
+        learning_rate=1.5e-3,
+        seed=recipe.seed + 1,
+        checkpoint=folder / "vae.checkpoint.pt",
+        weight_decay=0.0,
+        after_step=restart_dead_codes,
+    )
+    save_model(vae, folder / "vae.safetensors")
+
+
+@torch.inference_mode()
+def real_token_maps(vae: VQVAE, count: int, seed: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """``count`` jittered real digits as K token maps ``[N, l]`` and labels ``[N]``."""
+    generator = torch.Generator().manual_seed(seed)
+    maps, labels = [], []
+    with progress_bar() as progress:
+        task = progress.add_task("encoding real digits", total=count, note="")
+        for start in range(0, count, 500):
+            images, batch_labels = digits.real_batch(min(500, count - start), generator)
+            maps.append(torch.cat(vae.img_to_idxBl(images.to(device)), dim=1))
+            labels.append(batch_labels)
+            progress.advance(task, len(batch_labels))
+    return split_scales(torch.cat(maps)), torch.cat(labels).to(device)
+
+
+def split_scales(tokens: Tensor) -> list[Tensor]:
+    """Tokens of all scales ``[N, L]`` to K token maps ``[N, l]``."""
+    return list(tokens.split([side * side for side in PATCH_NUMS], dim=1))
+
+
+def train_var(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Cross-entropy of every token, teacher-forced."""
+    vae = load_vae(folder / "vae.safetensors", device=device)
+    maps, labels = real_token_maps(vae, recipe.real_maps, recipe.seed + 2, device)
+    torch.manual_seed(recipe.seed + 2)
+    var = VAR(vae, **VAR_SIZES).to(device)
+
+    def loss(step: int) -> Tensor:
+        chosen = torch.randint(len(labels), (recipe.batch_size,)).to(device)
+        batch = [scale_maps[chosen] for scale_maps in maps]
+        with torch.no_grad():
+            inputs = vae.quantize.idxBl_to_var_input(batch)
+        logits = var(labels[chosen], inputs)
+        return F.cross_entropy(logits.flatten(0, 1), torch.cat(batch, dim=1).flatten())
+
+    fit(
+        "VAR",
+        var,
+        loss,
+        steps=recipe.var_steps,
+        learning_rate=2e-3,
+        seed=recipe.seed + 3,
+        checkpoint=folder / "var.checkpoint.pt",
+        weight_decay=0.03,
+    )
+    save_model(var, folder / "var.safetensors")
+
+
+def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """The classifier whose features and probabilities the demo's table is measured by."""
+    torch.manual_seed(recipe.seed + 4)
+    classifier = DigitClassifier().to(device)
+
+    def loss(step: int) -> Tensor:
+        images, labels = digits.real_batch(recipe.batch_size)
+        return F.cross_entropy(classifier(images.to(device)), labels.to(device))
+
+    fit(
+        "digit classifier",
+        classifier,
+        loss,
+        steps=recipe.classifier_steps,
+        learning_rate=2e-3,
+        seed=recipe.seed + 5,
+        checkpoint=folder / "classifier.checkpoint.pt",
+    )
+    save_file(classifier.cpu().state_dict(), folder / "classifier.safetensors")
+
+
+@torch.inference_mode()
+def generated_token_maps(var: VAR, recipe: Recipe, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Token maps ``[N, l]`` that the model draws without any search, every class equally often, and their labels."""
+    from varkern.generate import generate
+
+    labels = torch.arange(recipe.generated_maps, device=device) % digits.NUM_CLASSES
+    maps = []
+    with progress_bar() as progress:
+        task = progress.add_task("generating digits", total=len(labels), note="")
+        for number, batch in enumerate(labels.split(500)):
+            result = generate(var, batch, seeds=recipe.sampling_seed + number, **SAMPLING)
+            maps.append(torch.cat(result.tokens, dim=1))
+            progress.advance(task, len(batch))
+    return split_scales(torch.cat(maps)), labels
+
+
+def draw_same_class(labels: Tensor, wanted: Tensor) -> Tensor:
+    """For every wanted class an index into ``labels`` that has it, drawn at random; ``[N]`` int64."""
+    order = labels.argsort(stable=True)
+    counts = torch.bincount(labels, minlength=digits.NUM_CLASSES)
+    starts = counts.cumsum(0) - counts
+    uniform = torch.rand(len(wanted), dtype=torch.float64).to(labels.device)
+    return order[starts[wanted] + (uniform * counts[wanted]).long()]
+
+
+def train_scorer(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """The pairwise log-sigmoid rank loss of LSRS (eq. 4), all scales of a pair in one batch."""
+    var = load_var(folder / "var.safetensors", vae=folder / "vae.safetensors", device=device)
+    quantizer = var.vae_quant_proxy[0]
+    real, real_labels = real_token_maps(var.vae_proxy[0], recipe.real_maps, recipe.seed + 6, device)
+    generated, generated_labels = generated_token_maps(var, recipe, device)
+    torch.manual_seed(recipe.seed + 7)
+    scorer = Scorer(SCORER_SIZES).to(device)
+    scales = torch.arange(len(PATCH_NUMS), device=device)
+
+    def fused(maps: list[Tensor], chosen: Tensor) -> Tensor:
+        codes = [quantizer.codes(scale_maps[chosen], k) for k, scale_maps in enumerate(maps)]
+        return torch.stack(quantizer.embed_to_fhat(codes), dim=1)  # e_k of every scale: [B, K, C, H, W]
+
+    def loss(step: int) -> Tensor:
+        wanted = torch.randint(digits.NUM_CLASSES, (recipe.batch_size,)).to(device)
+        with torch.no_grad():
+            features = torch.cat(
+                (
+                    fused(real, draw_same_class(real_labels, wanted)),
+                    fused(generated, draw_same_class(generated_labels, wanted)),
+                ),
+                dim=1,
+            )
+        real_scores, generated_scores = scorer(wanted, features, scales.repeat(2)).chunk(2, dim=1)
+        return F.softplus(generated_scores - real_scores).mean()
+
+    fit(
+        "scorer",
+        scorer,
+        loss,
+        steps=recipe.scorer_steps,
+        learning_rate=2e-3,
+        seed=recipe.seed + 8,
+        checkpoint=folder / "scorer.checkpoint.pt",
+        weight_decay=0.03,
+    )
+    scorer.save_pretrained(folder / "scorer.safetensors")
+
+
+STAGES: dict[str, Callable[[Recipe, Path, torch.device], None]] = {
+    "vae": train_vae,
+    "var": train_var,
+    "classifier": train_classifier,
+    "scorer": train_scorer,
+}
+
+
+def train(folder: Path, recipe: Recipe | None = None, device: torch.device | str = "cpu") -> None:
+    """Run every stage whose weights are not in ``folder`` yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = recipe or Recipe()
+    for name, stage in STAGES.items():
+        if not (folder / f"{name}.safetensors").exists():
+            torch.manual_seed(recipe.seed)
+            stage(recipe, folder, torch.device(device))
+
+
+def load_classifier(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The classifier that :func:`train_classifier` wrote."""
+    classifier = DigitClassifier()
+    classifier.load_state_dict(load_file(folder / "classifier.safetensors"), strict=True)
+    return classifier.to(device).eval().requires_grad_(False)

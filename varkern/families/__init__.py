@@ -1,0 +1,26 @@
+"""The kinds of model that varkern serves, found by structure and not by class name."""
+
+from __future__ import annotations
+
+from varkern.errors import UnsupportedModelError
+
+from .base import Family, Logits, ModelSpec, Request, Session
+from .var import VARFamily
+
+FAMILIES: tuple[Family, ...] = (VARFamily(),)
+
+__all__ = ["FAMILIES", "Family", "Logits", "ModelSpec", "Request", "Session", "recognise"]
+
+
+def recognise(model: object) -> Family:
+    """The family that ``model`` belongs to.
+
+    Raises:
+        UnsupportedModelError: if it fits none; the message says what each family looked for and did not find.
+    """
+    lacking = {family.name: family.missing(model) for family in FAMILIES}
+    for family in FAMILIES:
+        if not lacking[family.name]:
+            return family
+    found = "; ".join(f"{name} needs {', '.join(names)}" for name, names in lacking.items())
+    raise UnsupportedModelError(f"{type(model).__name__} fits no family of models: {found}")

@@ -1,0 +1,134 @@
+"""What the loop asks of a model, whatever its kind.
+
+A *family* recognises model objects by their structure and opens a *session* for one generation; the session holds all
+that lives from the first scale to the image. Neither knows what a search is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes of a model that searches and scorers must fit.
+
+    Args:
+        num_classes: classes; the label ``num_classes`` itself means "no class".
+        sides: the side of each scale's token map.
+        size: H and W of the latent.
+        channels: C, the width of a code.
+        vocabulary: V, the number of codes.
+    """
+
+    num_classes: int
+    sides: tuple[int, ...]
+    size: tuple[int, int]
+    channels: int
+    vocabulary: int
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.sides)
+
+
+class Logits(NamedTuple):
+    """What a model says of one scale: the guided logits are ``(1 + guidance) * cond - guidance * uncond``."""
+
+    cond: Tensor  # [B, l, V] float32
+    uncond: Tensor | None  # the same; None: the model was run without guidance
+    guidance: float | Tensor  # one strength, or one an image, [B, 1, 1]
+
+    def guided(self) -> Tensor:
+        """The logits that are sampled, ``[B, l, V]``, by the published order of operations."""
+        if self.uncond is None:
+            return self.cond
+        return (1 + self.guidance) * self.cond - self.guidance * self.uncond
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call for images, in the words that all families share.
+
+    Args:
+        batch_size: B.
+        labels: ``[B]`` int64; an int for all images (negative: no class); None: drawn at random.
+        seed: an int, ``[B]`` int64 image seeds, or None for a fresh one.
+        top_k, top_p: the sampler's filters; 0: off.
+        options: what only one family understands, by the names of its published method.
+    """
+
+    batch_size: int
+    labels: int | Tensor | None
+    seed: int | Tensor | None = None
+    top_k: int = 0
+    top_p: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Draws(Protocol):
+    """Where a session's random numbers come from; see :mod:`varkern.draws`."""
+
+    reproduces_upstream: bool
+
+    def smoothed(self, logits: Logits, request: Request, scale: int, sharpen: float, temperature: float) -> Tensor: ...
+
+
+class Session(Protocol):
+    """One generation on one model, scale by scale: ``logits``, ``fuse`` and ``commit`` in turn, then ``decode``."""
+
+    def logits(self, scale: int) -> Logits:
+        """Run the transformer on the scale's input."""
+        ...
+
+    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        """F(.): candidates ``[B, M, l]`` to fused features ``[B, M, C, H, W]``; changes nothing."""
+        ...
+
+    def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
+        """Keep token maps ``[B, l]`` and prepare the next scale's input; ``hard`` forbids any smoothing."""
+        ...
+
+    def decode(self) -> Tensor:
+        """The images, as the published method returns them."""
+        ...
+
+    def close(self) -> None:
+        """Leave the model as it was before, whatever happened."""
+        ...
+
+
+class Family(Protocol):
+    """A kind of model."""
+
+    name: str
+    method: str  # the attribute that patching replaces
+
+    def missing(self, model: object) -> list[str]:
+        """What a model of this family has and ``model`` lacks; empty: it is one."""
+        ...
+
+    def spec(self, model: Any) -> ModelSpec: ...
+
+    def request(self, arguments: Mapping[str, Any]) -> Request:
+        """The published method's arguments, by name, as a request."""
+        ...
+
+    def check(self, model: Any, request: Request) -> None:
+        """Raise ``ValueError`` for options that the model cannot serve, before any work."""
+        ...
+
+    def device(self, model: Any) -> torch.device: ...
+
+    def open(self, model: Any, labels: Tensor, request: Request, draws: Draws) -> Session:
+        """Begin a generation for ``labels`` ``[B]``."""
+        ...
+
+    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+        """The model's own generator seeded as the published method does, or None for PyTorch's default."""
+        ...

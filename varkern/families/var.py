@@ -1,0 +1,192 @@
+"""VAR (FoundationVision/VAR): class-conditional, residual quantization, one running sum of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varkern.ops import commit_tokens, fuse_tokens, resize_features
+
+from .base import Draws, Logits, ModelSpec, Request
+
+MODEL_ATTRIBUTES = (
+    "autoregressive_infer_cfg",
+    "patch_nums",
+    "num_classes",
+    "rng",
+    "vae_proxy",
+    "vae_quant_proxy",
+    "class_emb",
+    "pos_start",
+    "pos_1LC",
+    "lvl_embed",
+    "lvl_1L",
+    "word_embed",
+    "blocks",
+    "shared_ada_lin",
+    "get_logits",
+)
+QUANTIZER_ATTRIBUTES = ("embedding", "quant_resi", "get_next_autoregressive_input", "v_patch_nums")
+
+
+class VARFamily:
+    """See :class:`.base.Family`."""
+
+    name = "VAR"
+    method = "autoregressive_infer_cfg"
+
+    def missing(self, model: object) -> list[str]:
+        names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
+        for i, block in enumerate(getattr(model, "blocks", ())):
+            if not hasattr(getattr(block, "attn", None), "kv_caching"):
+                names.append(f"blocks[{i}].attn.kv_caching")
+                break
+        vae, quantizer = _only(model, "vae_proxy"), _only(model, "vae_quant_proxy")
+        if vae is not None and not hasattr(vae, "fhat_to_img"):
+            names.append("vae_proxy[0].fhat_to_img")
+        if quantizer is not None:
+            names += [f"vae_quant_proxy[0].{name}" for name in QUANTIZER_ATTRIBUTES if not hasattr(quantizer, name)]
+        return names
+
+    def spec(self, model: Any) -> ModelSpec:
+        vocabulary, channels = model.vae_quant_proxy[0].embedding.weight.shape
+        sides = tuple(model.patch_nums)
+        return ModelSpec(model.num_classes, sides, (sides[-1], sides[-1]), channels, vocabulary)
+
+    def request(self, arguments: Mapping[str, Any]) -> Request:
+        arguments = dict(arguments)
+        return Request(
+            batch_size=arguments.pop("B"),
+            labels=arguments.pop("label_B"),
+            seed=arguments.pop("g_seed", None),
+            top_k=arguments.pop("top_k", 0),
+            top_p=arguments.pop("top_p", 0.0),
+            options=arguments,
+        )
+
+    def check(self, model: Any, request: Request) -> None:
+        unknown = set(request.options) - {"cfg", "more_smooth"}
+        if unknown:
+            raise ValueError(
+                f"a VAR model has no option {', '.join(map(repr, sorted(unknown)))}: it takes cfg, more_smooth"
+            )
+        cfg = request.options.get("cfg", 1.5)
+        if isinstance(cfg, Tensor) and cfg.shape not in ((), (request.batch_size, 1, 1)):
+            raise ValueError(f"cfg must be a number or a tensor of shape [B, 1, 1], got shape {list(cfg.shape)}")
+
+    def device(self, model: Any) -> torch.device:
+        return model.lvl_1L.device
+
+    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+        if seed is None:
+            return None
+        device = self.device(model)
+        if model.rng.device.type != device.type:  # a model that was moved after it was built
+            model.rng = torch.Generator(device)
+        return model.rng.manual_seed(seed)
+
+    def open(self, model: Any, labels: Tensor, request: Request, draws: Draws) -> VARSession:
+        return VARSession(model, labels, request, draws)
+
+
+class VARSession:
+    """One generation on one VAR model; see :class:`.base.Session`."""
+
+    def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
+        self.model, self.request = model, request
+        self.vae, self.quantizer = model.vae_proxy[0], model.vae_quant_proxy[0]
+        self.sides, self.last = tuple(model.patch_nums), len(model.patch_nums) - 1
+        self.cfg = request.options.get("cfg", 1.5)
+        # Without guidance the unconditional half changes nothing. The published method runs it all the same, and on
+        # some devices a matrix product's rounding depends on its batch, so bit parity needs it run.
+        self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != 0
+        self.reproduces_upstream = draws.reproduces_upstream
+        batch = labels.shape[0]
+        if self.guided:
+            labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+        self.cond = model.class_emb(labels)
+        self.modulation = model.shared_ada_lin(self.cond)
+        self.positions = model.lvl_embed(model.lvl_1L) + model.pos_1LC
+        self.end = self.sides[0] ** 2
+        self.x = self.cond.unsqueeze(1) + model.pos_start + self.positions[:, : self.end]
+        size = self.sides[-1]
+        self.f_hat = torch.zeros(batch, self.quantizer.embedding.weight.shape[1], size, size, device=self.cond.device)
+        for block in model.blocks:
+            block.attn.kv_caching(True)
+
+    def logits(self, scale: int) -> Logits:
+        x = self.x
+        for block in self.model.blocks:
+            x = block(x=x, cond_BD=self.modulation, attn_bias=None)
+        logits = self.model.get_logits(x, self.cond)
+        if not self.guided:
+            return Logits(logits, None, 0.0)
+        batch = self.f_hat.shape[0]
+        return Logits(logits[:batch], logits[batch:], self.cfg * self._ratio(scale))
+
+    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        return fuse_tokens(
+            tokens,
+            self.quantizer.embedding.weight.detach(),
+            side=self.sides[scale],
+            size=self.sides[-1],
+            f_hat=self.f_hat,
+            phi=self._phi(scale),
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+    def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
+        codebook = self.quantizer.embedding
+        if self.request.options.get("more_smooth", False) and not hard:
+            ratio = self._ratio(scale)
+            weights = draws.smoothed(logits, self.request, scale, 1 + ratio, max(0.27 * (1 - ratio * 0.95), 0.005))
+            pooled = self._add_as_upstream(scale, weights.to(codebook.weight.dtype) @ codebook.weight.unsqueeze(0))
+        elif self.reproduces_upstream:
+            pooled = self._add_as_upstream(scale, codebook(tokens))
+        else:
+            commit_tokens(tokens, self.f_hat, codebook.weight.detach(), side=self.sides[scale], phi=self._phi(scale))
+            pooled = None
+            if scale != self.last:
+                pooled = resize_features(self.f_hat, size=self.sides[scale + 1], channels_last=True)
+        if scale != self.last:
+            self._enter(pooled, scale + 1)
+
+    def decode(self) -> Tensor:
+        return self.vae.fhat_to_img(self.f_hat).add_(1).mul_(0.5)
+
+    def close(self) -> None:
+        for block in self.model.blocks:
+            block.attn.kv_caching(False)
+
+    def _ratio(self, scale: int) -> float:
+        return scale / max(self.last, 1)
+
+    def _phi(self, scale: int) -> tuple[Tensor, Tensor | None, float] | None:
+        layer = self.quantizer.quant_resi[self._ratio(scale)]
+        if isinstance(layer, nn.Identity):
+            return None
+        bias = layer.bias if layer.bias is None else layer.bias.detach()
+        return layer.weight.detach(), bias, layer.resi_ratio
+
+    def _add_as_upstream(self, scale: int, codes: Tensor) -> Tensor:
+        side = self.sides[scale]
+        codes = codes.transpose(1, 2).reshape(*self.f_hat.shape[:2], side, side)
+        self.f_hat, pooled = self.quantizer.get_next_autoregressive_input(scale, self.last + 1, self.f_hat, codes)
+        return pooled
+
+    def _enter(self, pooled: Tensor, scale: int) -> None:
+        """Features ``[B, C, side, side]`` to the transformer's next input."""
+        start, self.end = self.end, self.end + self.sides[scale] ** 2
+        words = self.model.word_embed
+        x = pooled.flatten(2).transpose(1, 2).to(getattr(words, "weight", pooled).dtype)
+        x = words(x) + self.positions[:, start : self.end]
+        self.x = x.repeat(2, 1, 1) if self.guided else x
+
+
+def _only(model: object, name: str) -> object | None:
+    proxy = getattr(model, name, None)
+    return proxy[0] if isinstance(proxy, tuple | list) and proxy else None

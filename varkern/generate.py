@@ -1,0 +1,188 @@
+"""The one next-scale loop: every family of models and every search runs through it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from varkern.draws import check_seed, make_draws
+from varkern.families import Family, ModelSpec, Request, recognise
+from varkern.search import Candidates, Search
+
+
+class Generation(NamedTuple):
+    """What :func:`generate` returns, for B images and K scales."""
+
+    images: Tensor
+    """``[B, 3, H, W]`` in [0, 1]."""
+    tokens: list[Tensor]
+    """The kept token map of every scale, ``[B, l]`` int64."""
+    scores: list[Tensor | None]
+    """What the search thought of every candidate, ``[B, M]`` float32; None where it did not search."""
+    choices: list[Tensor | None]
+    """Which candidate was kept, ``[B]`` int64; None where there was no choice."""
+    seconds: list[float]
+    """Time spent on every scale, then on decoding: K + 1 numbers."""
+
+
+def run(
+    family: Family, model: Any, request: Request, search: Search | None, sampler: str, timed: bool = False
+) -> Generation:
+    """Generate images scale by scale, keeping one candidate a scale."""
+    spec, device = family.spec(model), family.device(model)
+    check(family, model, spec, request, search, sampler)
+    draws = make_draws(sampler, request, device, family.generator(model, request.seed) if sampler != "philox" else None)
+    labels = as_labels(request, spec, device)
+    if labels is None:
+        labels = draws.labels(spec.num_classes)
+    elif search is not None:
+        search.check_labels(labels, spec)
+    clock = Clock(device, timed)
+    tokens, scores, choices = [], [], []
+    session = family.open(model, labels, request, draws)
+    try:
+        for scale in range(spec.num_scales):
+            m = 1 if search is None else search.num_candidates(scale, spec.num_scales)
+            logits = session.logits(scale)
+            candidates = draws.tokens(logits, request, scale, m)  # [B, M, l]
+            kept, choice = candidates[:, 0], None
+            if m > 1:
+                choice = search.choose(offer(session, scale, labels, candidates, draws))
+                kept = candidates.gather(1, choice.index.view(-1, 1, 1).expand(-1, 1, candidates.shape[2]))[:, 0]
+            session.commit(scale, kept, logits, draws, hard=m > 1)
+            tokens.append(kept)
+            scores.append(choice and choice.scores)
+            choices.append(choice and choice.index)
+            clock.tick()
+        images = session.decode()
+        clock.tick()
+    finally:
+        session.close()
+    return Generation(images, tokens, scores, choices, clock.seconds())
+
+
+def offer(session, scale: int, labels: Tensor, tokens: Tensor, draws) -> Candidates:
+    """The candidates of one scale as a search sees them: features are made when, and as many as, it asks."""
+
+    def fuse(start: int, stop: int, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        return session.fuse(scale, tokens[:, start:stop], dtype, channels_last)
+
+    return Candidates(scale, labels, tokens, fuse, partial(draws.picks, scale, tokens.shape[1]))
+
+
+def check(family: Family, model: Any, spec: ModelSpec, request: Request, search: Search | None, sampler: str) -> None:
+    """Raise for anything wrong with a request, before any work.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+    """
+    if not isinstance(request.batch_size, int) or request.batch_size < 0:
+        raise ValueError(f"B must be an int >= 0, got {request.batch_size!r}")
+    if request.top_k < 0:
+        raise ValueError(f"top_k must be >= 0, got {request.top_k}")
+    if not 0 <= request.top_p <= 1:
+        raise ValueError(f"top_p must be in [0, 1], got {request.top_p}")
+    check_seed(sampler, request)
+    family.check(model, request)
+    if search is not None:
+        search.check(spec)
+    labels = request.labels
+    if isinstance(labels, Tensor):
+        if labels.shape != (request.batch_size,) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be integers of shape [{request.batch_size}], got {labels.dtype} of {list(labels.shape)}"
+            )
+        # One look at the labels before the work begins; inside a captured graph they are the caller's word.
+        if labels.numel() and not (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+            low, high = labels.aminmax()
+            if low < 0 or high > spec.num_classes:
+                raise ValueError(f"labels must be in 0..{spec.num_classes}, got {int(low)}..{int(high)}")
+    elif labels is not None and labels > spec.num_classes:
+        raise ValueError(f"labels must be <= {spec.num_classes}, got {labels}")
+
+
+def as_labels(request: Request, spec: ModelSpec, device: torch.device) -> Tensor | None:
+    """The request's labels as ``[B]`` int64 on ``device``; None: to be drawn."""
+    labels = request.labels
+    if labels is None:
+        return None
+    if isinstance(labels, int):
+        return torch.full((request.batch_size,), spec.num_classes if labels < 0 else labels, device=device)
+    return labels.to(device=device, dtype=torch.int64)
+
+
+class Clock:
+    """Times between ticks; on a GPU by events, so that nothing waits before the end."""
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.cuda, self.enabled, self.marks = device.type == "cuda", enabled, []
+        self.tick()
+
+    def tick(self) -> None:
+        if not self.enabled:
+            return
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self.cuda and self.marks:
+            self.marks[-1].synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    labels: int | Sequence[int] | Tensor | None,
+    *,
+    search: Search | None = None,
+    seeds: int | Tensor | None = None,
+    batch_size: int | None = None,
+    cfg: float | Tensor = 1.5,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    sampler: str = "philox",
+    **options: Any,
+) -> Generation:
+    """Generate images and tell all: token maps, every candidate's score, the time each scale took.
+
+    Args:
+        model: a model of any supported family; it need not be patched, and is not changed.
+        labels: classes, ``[B]``; an int for all (negative: no class); None: drawn at random.
+        search: which candidate is kept; None: one candidate a scale.
+        seeds: an int, from which :func:`varkern.image_seeds` makes one seed an image; ``[B]`` int64 image seeds; None:
+            a fresh one from PyTorch's default generator.
+        batch_size: B; needed only if neither ``labels`` nor ``seeds`` tell it.
+        cfg: strength of guidance at the last scale.
+        top_k: keep the k most probable tokens, ties at the threshold too; 0: all.
+        top_p: then keep the most probable ones up to this mass; 0: all.
+        sampler: ``"philox"``: random numbers by image, the same in any batch and on any backend; ``"multinomial"``:
+            the model's own generator, as the published method draws.
+        options: further arguments of the family's published method, such as ``more_smooth``.
+
+    Raises:
+        UnsupportedModelError: if the model fits no family.
+        ValueError, TypeError: if an argument is wrong, before any work.
+    """
+    family = recognise(model)
+    if labels is not None and not isinstance(labels, int):
+        labels = torch.as_tensor(labels)
+    sizes = {len(x) for x in (labels, seeds) if isinstance(x, Tensor) and x.dim()}
+    sizes |= set() if batch_size is None else {batch_size}
+    if len(sizes) > 1:
+        raise ValueError(f"labels, seeds and batch_size must agree on the number of images, got {sorted(sizes)}")
+    if not sizes and labels is None:
+        raise ValueError("batch_size must be given when labels is None and seeds is no tensor")
+    count = sizes.pop() if sizes else 1
+    request = Request(count, labels, seeds, top_k, top_p, {"cfg": cfg, **options})
+    return run(family, model, request, search, sampler, timed=True)

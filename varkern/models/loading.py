@@ -1,0 +1,210 @@
+"""Reading checkpoints: sizes come off the state dict, weights load with ``strict=True``, nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .var import PATCH_NUMS_256, PATCH_NUMS_512, VAR
+from .vqvae import VQVAE
+
+HUB_REPOSITORY = "FoundationVision/var"
+HUB_FILES = {name: f"var_{name}.pth" for name in ("d16", "d20", "d24", "d30", "d36")}
+HUB_VAE = "vae_ch160v4096z32.pth"
+SCHEDULES = {sum(side * side for side in sides): sides for sides in (PATCH_NUMS_256, PATCH_NUMS_512)}
+
+
+def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a ``.safetensors`` or PyTorch file, and the config in its metadata (empty if there is none).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no plain state dict; PyTorch files are read with ``weights_only=True``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            return load_file(path), json.loads(metadata.get("config", "{}"))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    except Exception as error:  # pickle.UnpicklingError: something else than tensors is in the file
+        raise ValueError(f"{path} holds more than tensors and is not loaded: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a plain state dict (a mapping of names to tensors)")
+    return dict(state), {}
+
+
+def save_model(model: VAR | VQVAE, path: str | os.PathLike) -> None:
+    """Write a model's weights and config to one safetensors file that :func:`load_var` or :func:`load_vae` reads."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(weights, partial, {"config": json.dumps(model.config)})
+    os.replace(partial, path)
+
+
+def count_modules(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many children are numbered below ``prefix`` in the keys of a state dict."""
+    numbers = {int(m[1]) for key in state if (m := re.match(re.escape(prefix) + r"\.(\d+)\.", key))}
+    return len(numbers)
+
+
+def vae_config(state: Mapping[str, Tensor], v_patch_nums: Sequence[int]) -> dict[str, Any]:
+    """The arguments of :class:`VQVAE` that a state dict tells, as published otherwise."""
+    ch = state["encoder.conv_in.weight"].shape[0]
+    levels = count_modules(state, "encoder.down")
+    blocks = count_modules(state, "encoder.down.0.block")
+    widths = [state[f"encoder.down.{i}.block.{blocks - 1}.conv2.weight"].shape[0] for i in range(levels)]
+    if "quantize.quant_resi.qresi.weight" in state:
+        shared = 1
+    else:
+        shared = count_modules(state, "quantize.quant_resi.qresi_ls")
+    vocab_size, z_channels = state["quantize.embedding.weight"].shape
+    return {
+        "vocab_size": vocab_size,
+        "z_channels": z_channels,
+        "ch": ch,
+        "ch_mult": [width // ch for width in widths],
+        "num_res_blocks": blocks,
+        "in_channels": state["encoder.conv_in.weight"].shape[1],
+        "quant_conv_ks": state["quant_conv.weight"].shape[-1],
+        "share_quant_resi": shared,
+        "v_patch_nums": list(v_patch_nums),
+    }
+
+
+def var_config(state: Mapping[str, Tensor], patch_nums: Sequence[int] | None) -> dict[str, Any]:
+    """The arguments of :class:`VAR` that a state dict tells.
+
+    Raises:
+        ValueError: if the schedule is none of the published ones and ``patch_nums`` does not give it.
+    """
+    length, width = state["pos_1LC"].shape[1:]
+    scales = state["lvl_embed.weight"].shape[0]
+    patch_nums = patch_nums or SCHEDULES.get(length)
+    if patch_nums is None or len(patch_nums) != scales or sum(side * side for side in patch_nums) != length:
+        raise ValueError(f"patch_nums must give {scales} scales of {length} tokens in all, got {patch_nums}")
+    depth = count_modules(state, "blocks")
+    scale = state.get("blocks.0.attn.scale_mul_1H11")
+    return {
+        "num_classes": state["class_emb.weight"].shape[0] - 1,
+        "depth": depth,
+        "embed_dim": width,
+        "num_heads": depth if scale is None else scale.shape[1],
+        "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+        "shared_aln": "blocks.0.ada_gss" in state,
+        "attn_l2_norm": scale is not None,
+        "patch_nums": list(patch_nums),
+    }
+
+
+def download(filename: str) -> Path:
+    """The local copy of a published checkpoint, downloaded on first use.
+
+    Raises:
+        ImportError: if huggingface_hub is not installed; it says what to install.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError(
+            f"{filename} is on the hub: install it with pip install 'varkern[hub]', or give the path of your copy"
+        ) from error
+    return Path(hf_hub_download(HUB_REPOSITORY, filename))
+
+
+def _assemble(build, state: dict[str, Tensor], source: object) -> nn.Module:
+    # On the meta device nothing is allocated or initialised twice: the checkpoint's own tensors become the weights.
+    with torch.device("meta"):
+        model = build()
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit the model that its sizes describe: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_vae(
+    source: str | os.PathLike = HUB_VAE,
+    *,
+    v_patch_nums: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VQVAE:
+    """Load a VQ-VAE checkpoint.
+
+    Args:
+        source: a path, or the published file's name, which is downloaded.
+        v_patch_nums: the side of each scale; None: the file's own, or the published schedule of 256 px.
+        device: where the model goes.
+        dtype: its weights' dtype.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_state_dict`.
+    """
+    path = download(HUB_VAE) if str(source) == HUB_VAE and not Path(source).exists() else Path(source)
+    state, config = read_state_dict(path)
+    if "quantize.embedding.weight" not in state:
+        raise ValueError(f"{path} is not a VQ-VAE checkpoint: it has no quantize.embedding.weight")
+    config = config or vae_config(state, v_patch_nums or PATCH_NUMS_256)
+    if v_patch_nums is not None:
+        config["v_patch_nums"] = list(v_patch_nums)
+    return _assemble(lambda: VQVAE(**config), state, path).to(device=device, dtype=dtype)
+
+
+def load_var(
+    source: str | os.PathLike,
+    *,
+    vae: VQVAE | str | os.PathLike | None = None,
+    patch_nums: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VAR:
+    """Load a VAR model and its VQ-VAE, in evaluation mode and without gradients.
+
+    Args:
+        source: a path to a ``.pth`` or ``.safetensors`` state dict; or ``"d16"``, ``"d20"``, ``"d24"``, ``"d30"``,
+            ``"d36"``: the published checkpoint, downloaded; or ``"demo"``: the digits model that ships with varkern.
+        vae: a path, a loaded :class:`VQVAE`, or None: the one that belongs to a short name.
+        patch_nums: the side of each scale's token map; needed only for schedules other than the published ones.
+        device: where both models go.
+        dtype: their weights' dtype. The running sum stays float32 and so do the logits. For the published numerics
+            in half precision keep float32 here and generate under ``torch.autocast``.
+
+    Raises:
+        FileNotFoundError: if a path leads nowhere.
+        ValueError: if a file does not hold what it should.
+        ImportError: if a short name needs the ``hub`` extra.
+    """
+    short = str(source)
+    if short == "demo":
+        weights = Path(__file__).parent.parent / "demo" / "weights"
+        path, vae = weights / "var.safetensors", vae or weights / "vae.safetensors"
+    elif short in HUB_FILES and not Path(short).exists():
+        path, vae = download(HUB_FILES[short]), vae or HUB_VAE
+    else:
+        path = Path(source)
+    if vae is None:
+        raise ValueError(f"vae must be given beside the path {path}: a VQ-VAE checkpoint, or a loaded VQVAE")
+    state, config = read_state_dict(path)
+    if "pos_1LC" not in state or "lvl_embed.weight" not in state:
+        raise ValueError(f"{path} is not a VAR checkpoint: it has no pos_1LC and lvl_embed.weight")
+    config = config or var_config(state, patch_nums)
+    if not isinstance(vae, nn.Module):
+        vae = load_vae(vae, v_patch_nums=config["patch_nums"], device=device, dtype=dtype)
+    model = _assemble(lambda: VAR(vae, **config), state, path)
+    return model.to(device=device, dtype=dtype)

@@ -1,0 +1,221 @@
+"""VAR's multi-scale residual quantizer: features to K token maps and back.
+
+Module, parameter and method names are those of the published ``VectorQuantizer2``, so that state dicts and scripts
+written for it work; see ``Fusing`` in the design notes for F(.), which ``embed_to_fhat`` sums over scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Phi(nn.Conv2d):
+    """The convolution after upsampling: ``(1 - blend) * x + blend * conv3x3(x)``, ``[B, C, h, w] -> [B, C, h, w]``."""
+
+    def __init__(self, channels: int, blend: float):
+        super().__init__(channels, channels, 3, padding=1)
+        self.resi_ratio = abs(blend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 - self.resi_ratio) + super().forward(x) * self.resi_ratio
+
+
+def phi_layer(channels: int, blend: float) -> nn.Module:
+    return Phi(channels, blend) if abs(blend) > 1e-6 else nn.Identity()
+
+
+def phi_ticks(count: int) -> np.ndarray:
+    """Where ``count`` phi layers stand on the way from the first scale (0) to the last (1)."""
+    margin = 1 / 3 if count == 4 else 1 / 2  # as published: only four layers stand nearer to the ends
+    return np.linspace(margin / count, 1 - margin / count, count)
+
+
+class PhiShared(nn.Module):
+    """One phi layer for every scale."""
+
+    def __init__(self, channels: int, blend: float):
+        super().__init__()
+        self.qresi = phi_layer(channels, blend)
+
+    def __getitem__(self, position: float) -> nn.Module:
+        return self.qresi
+
+
+class PhiPartiallyShared(nn.Module):
+    """A few phi layers; a scale at ``position`` in 0..1 takes the one whose tick is nearest."""
+
+    def __init__(self, channels: int, blend: float, count: int):
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(phi_layer(channels, blend) for _ in range(count))
+        self.ticks = phi_ticks(count)
+
+    def __getitem__(self, position: float) -> nn.Module:
+        return self.qresi_ls[int(np.argmin(np.abs(self.ticks - position)))]
+
+
+class PhiNonShared(nn.ModuleList):
+    """One phi layer a scale, found by position in 0..1."""
+
+    def __init__(self, channels: int, blend: float, count: int):
+        super().__init__(phi_layer(channels, blend) for _ in range(count))
+        self.ticks = phi_ticks(count)
+
+    def __getitem__(self, position: float) -> nn.Module:
+        return super().__getitem__(int(np.argmin(np.abs(self.ticks - position))))
+
+
+class VectorQuantizer(nn.Module):
+    """K token maps of growing side, each the quantized residual of those before it.
+
+    Args:
+        vocab_size: V, the number of codes.
+        Cvae: C, the width of a code.
+        v_patch_nums: the side of each scale's token map, ascending; the last is the latent's side.
+        using_znorm: compare by cosine instead of squared distance.
+        quant_resi: the blend of the phi layers; 0 for none.
+        share_quant_resi: 0: one phi layer a scale; 1: one for all; n: n of them, see :func:`phi_ticks`.
+        beta: weight of the commitment loss.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        Cvae: int,
+        v_patch_nums: Sequence[int],
+        using_znorm: bool = False,
+        quant_resi: float = 0.5,
+        share_quant_resi: int = 4,
+        beta: float = 0.25,
+    ):
+        super().__init__()
+        self.vocab_size, self.Cvae, self.beta, self.using_znorm = vocab_size, Cvae, beta, using_znorm
+        self.v_patch_nums = tuple(v_patch_nums)
+        if share_quant_resi == 0:
+            self.quant_resi = PhiNonShared(Cvae, quant_resi, len(self.v_patch_nums))
+        elif share_quant_resi == 1:
+            self.quant_resi = PhiShared(Cvae, quant_resi)
+        else:
+            self.quant_resi = PhiPartiallyShared(Cvae, quant_resi, share_quant_resi)
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
+        self.embedding = nn.Embedding(vocab_size, Cvae)
+
+    def phi(self, scale: int, num_scales: int | None = None) -> nn.Module:
+        """The phi layer of ``scale``."""
+        last = (num_scales or len(self.v_patch_nums)) - 1
+        return self.quant_resi[scale / max(last, 1)]
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """The nearest code of every vector, ``[N, C] -> [N]`` int64."""
+        codes = self.embedding.weight.detach()
+        if self.using_znorm:
+            return (F.normalize(features, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(1)
+        distance = features.square().sum(1, keepdim=True) + codes.square().sum(1)
+        return distance.addmm_(features, codes.T, alpha=-2).argmin(1)
+
+    def fused(self, codes: Tensor, scale: int, size: tuple[int, int], num_scales: int | None = None) -> Tensor:
+        """Codes of one scale ``[B, C, side, side]`` as they enter the sum, ``[B, C, H, W]``: upsampled, then phi."""
+        num_scales = num_scales or len(self.v_patch_nums)
+        if scale != num_scales - 1:
+            codes = F.interpolate(codes, size=size, mode="bicubic")
+        return self.phi(scale, num_scales)(codes)
+
+    def quantize(self, features: Tensor, v_patch_nums: Sequence[int] | None = None):
+        """The greedy residual quantization of ``[B, C, H, W]``, scale by scale.
+
+        Yields:
+            for every scale its ids ``[B, side*side]`` int64 and ``f_hat`` ``[B, C, H, W]`` up to it, which carries the
+            gradient of the codebook and of the phi layers.
+        """
+        sides = tuple(v_patch_nums or self.v_patch_nums)
+        size = tuple(features.shape[-2:])
+        if size != (sides[-1], sides[-1]):
+            raise ValueError(f"the last of v_patch_nums must be the latent's side {size}, got {sides[-1]}")
+        rest, f_hat = features.detach().clone(), torch.zeros_like(features)
+        for k, side in enumerate(sides):
+            pooled = rest if k == len(sides) - 1 else F.interpolate(rest, size=(side, side), mode="area")
+            ids = self.nearest(pooled.permute(0, 2, 3, 1).reshape(-1, self.Cvae)).view(-1, side, side)
+            h = self.fused(self.embedding(ids).permute(0, 3, 1, 2).contiguous(), k, size, len(sides))
+            f_hat = f_hat + h
+            rest = rest - h.detach()
+            yield ids.flatten(1), f_hat
+
+    def forward(self, features: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """For training: the quantized features with a straight-through gradient, the ids, and the loss.
+
+        Args:
+            features: ``[B, C, H, W]``.
+
+        Returns:
+            ``f_hat`` ``[B, C, H, W]``; K id tensors ``[B, l]``; the codebook and commitment loss, averaged over the
+            K partial sums as published.
+        """
+        features = features.float()
+        all_ids, loss, f_hat = [], features.new_zeros(()), features
+        for ids, partial in self.quantize(features):
+            all_ids.append(ids)
+            f_hat = partial
+            loss = loss + F.mse_loss(f_hat.detach(), features) * self.beta + F.mse_loss(f_hat, features.detach())
+        straight_through = (f_hat - features).detach() + features
+        return straight_through, all_ids, loss / len(self.v_patch_nums)
+
+    @torch.no_grad()
+    def f_to_idxBl_or_fhat(
+        self, f_BChw: Tensor, to_fhat: bool, v_patch_nums: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Features ``[B, C, H, W]`` to K token maps ``[B, l]``, or to the K partial sums ``[B, C, H, W]``."""
+        return [f_hat if to_fhat else ids for ids, f_hat in self.quantize(f_BChw, v_patch_nums)]
+
+    def embed_to_fhat(
+        self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False
+    ) -> list[Tensor] | Tensor:
+        """Codes of the K scales, ``[B, C, side, side]`` each, to the K partial sums ``f_hat`` or to the last alone.
+
+        Raises:
+            ValueError: if ``all_to_max_scale`` is false; that upstream experiment fits no trained model.
+        """
+        if not all_to_max_scale:
+            raise ValueError("all_to_max_scale must be True: the running sum lives at the last scale's size")
+        size = (self.v_patch_nums[-1],) * 2
+        f_hat = ms_h_BChw[0].new_zeros(ms_h_BChw[0].shape[0], self.Cvae, *size, dtype=torch.float32)
+        partial_sums = []
+        for k, codes in enumerate(ms_h_BChw):
+            f_hat = f_hat + self.fused(codes, k, size)
+            partial_sums.append(f_hat)
+        return f_hat if last_one else partial_sums
+
+    def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor:
+        """Token maps of the K scales to the transformer's teacher-forcing input, ``[B, L - l_0, C]``."""
+        codes = [self.codes(ids, k) for k, ids in enumerate(gt_ms_idx_Bl[:-1])]
+        sums = self.embed_to_fhat(codes)
+        nexts = [
+            F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+            for f_hat, side in zip(sums, self.v_patch_nums[1:], strict=True)
+        ]
+        return torch.cat(nexts, dim=1)
+
+    def codes(self, ids: Tensor, scale: int) -> Tensor:
+        """Codebook lookup of one scale's token map, ``[B, l] -> [B, C, side, side]``."""
+        side = self.v_patch_nums[scale]
+        return self.embedding(ids).transpose(1, 2).unflatten(2, (side, side))
+
+    def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one scale's codes to ``f_hat`` in place and pool it to the next scale's side.
+
+        Args:
+            si: the scale, from 0.
+            SN: K, the number of scales.
+            f_hat: the running sum ``[B, C, H, W]`` float32, updated in place.
+            h_BChw: the codes of the scale's tokens, ``[B, C, side, side]``.
+
+        Returns:
+            ``f_hat``, and it pooled (``area``) to the next side; at the last scale ``f_hat`` twice.
+        """
+        f_hat.add_(self.fused(h_BChw, si, tuple(f_hat.shape[-2:]), SN))
+        if si == SN - 1:
+            return f_hat, f_hat
+        return f_hat, F.interpolate(f_hat, size=(self.v_patch_nums[si + 1],) * 2, mode="area")

@@ -1,0 +1,415 @@
+"""F(.): from token maps to the latent features that the decoder, the scorer and the next scale see.
+
+For scale ``k`` (VAR, section 3.2; the quantizer's ``get_next_autoregressive_input`` upstream): look the tokens up in
+the codebook, resize ``h x w`` to ``H x W``, apply ``phi(x) = (1 - blend) * x + blend * conv3x3(x)``, add ``f_hat``.
+
+``fuse_tokens`` does it for M candidates at once, ``commit_tokens`` adds the kept candidate to ``f_hat`` in place, and
+``resize_features`` makes the next scale's input from ``f_hat``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varkern.kernels.fusion_tables import INTERPOLATIONS, axis_matrix_on, make_convolution, tables_of
+from varkern.ops.backend import backend_for
+
+Phi = tuple[Tensor, "Tensor | None", float]
+
+# The PyTorch form works through the candidates in pieces whose temporaries fit in a CPU's last-level cache.
+WORKSPACE_BYTES = 16 << 20
+
+_CODEBOOK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fuse_tokens(
+    tokens: Tensor,
+    codebook: Tensor,
+    *,
+    side: int | Sequence[int],
+    size: int | Sequence[int],
+    f_hat: Tensor | None = None,
+    phi: Phi | None = None,
+    interpolation: str = "bicubic",
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Features of every candidate: ``phi(resize(codebook[tokens])) + f_hat``.
+
+    Arguments:
+        tokens: int64 ``[B, M, l]``, ``l = h * w``, row by row. Ids must lie in ``[0, V)``; that cannot be checked without
+            waiting for the device. The PyTorch form raises ``IndexError`` on a CPU; the kernel clamps, so it never
+            reads outside the codebook.
+        codebook: ``[V, C]``, float32, bfloat16 or float16.
+        side: the token map's ``h`` and ``w``, or one number for both.
+        size: the features' ``H`` and ``W``, or one number for both. No resize happens where it equals ``side``.
+        f_hat: ``[B, C, H, W]``, floating; added to every candidate of its image.
+        phi: ``(weight[C, C, 3, 3], bias[C] or None, blend)``, or None for no phi.
+        interpolation: ``"bicubic"``, ``"bilinear"``, ``"area"``, ``"nearest"`` or ``"trilinear"``, as
+            ``torch.nn.functional.interpolate`` does them with ``align_corners=False``; ``"trilinear"`` over one frame
+            is ``"bilinear"``.
+        dtype: of the result, float32 (default), bfloat16 or float16. Sums are float32 whatever it is; with a half
+            precision the kernel rounds the looked-up values to it first.
+        channels_last: whether the result, seen as ``[B * M, C, H, W]``, is in ``torch.channels_last`` memory format.
+
+    Returns:
+        ``[B, M, C, H, W]``. In float32 it equals the chain of ``embedding``, ``interpolate``, ``conv2d`` and ``add`` to
+        float32 rounding, whatever the autocast mode.
+
+    Raises:
+        ValueError, TypeError: a shape, device or dtype that does not fit, named.
+        RuntimeError: a gradient is asked for; none is defined.
+    """
+    side, size = _pair(side, "side"), _pair(size, "size")
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must have shape [B, M, l], got {list(tokens.shape)}")
+    _check_lookup("fuse_tokens", tokens, codebook, side, phi, interpolation)
+    if f_hat is not None:
+        _check_f_hat("fuse_tokens", f_hat, tokens, codebook, size)
+    dtype = _check_dtype(dtype)
+    weight, bias, blend = phi if phi is not None else (None, None, 0.0)
+    return _fuse_op(
+        tokens, codebook, f_hat, weight, bias, float(blend), side, size, interpolation, dtype, bool(channels_last)
+    )
+
+
+def commit_tokens(
+    tokens: Tensor,
+    f_hat: Tensor,
+    codebook: Tensor,
+    *,
+    side: int | Sequence[int],
+    chosen: Tensor | None = None,
+    phi: Phi | None = None,
+    interpolation: str = "bicubic",
+) -> Tensor:
+    """Add the kept token map of every image to ``f_hat``, in place: ``f_hat += phi(resize(codebook[tokens]))``.
+
+    Arguments:
+        tokens: int64 ``[B, l]``, or ``[B, M, l]`` with ``chosen``.
+        f_hat: float32 ``[B, C, H, W]``; changed in place.
+        codebook, side, phi, interpolation: as ``fuse_tokens`` takes them.
+        chosen: int64 ``[B]``, the candidate that each image keeps. As with token ids its range goes unchecked; the
+            kernel clamps it.
+
+    Returns:
+        ``f_hat`` itself. The PyTorch form runs the upstream quantizer's operations one by one, in its order and under
+        the caller's autocast mode, so its result is that model's, bit for bit; the kernel's is equal to float32
+        rounding.
+
+    Raises:
+        as ``fuse_tokens``.
+    """
+    side = _pair(side, "side")
+    if chosen is None:
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have shape [B, l] when chosen is None, got {list(tokens.shape)}")
+    else:
+        _check_chosen(chosen, tokens)
+    _check_lookup("commit_tokens", tokens, codebook, side, phi, interpolation)
+    _check_f_hat("commit_tokens", f_hat, tokens, codebook, None)
+    if f_hat.dtype != torch.float32:
+        raise TypeError(f"f_hat must be float32, got {f_hat.dtype}")
+    weight, bias, blend = phi if phi is not None else (None, None, 0.0)
+    _commit_op(tokens, chosen, f_hat, codebook, weight, bias, float(blend), side, interpolation)
+    return f_hat
+
+
+def resize_features(
+    f_hat: Tensor,
+    *,
+    size: int | Sequence[int],
+    interpolation: str = "area",
+    channels_last: bool = False,
+) -> Tensor:
+    """The next scale's input: ``f_hat`` resized to that scale's side (area resizing is adaptive average pooling).
+
+    Arguments:
+        f_hat: float32 ``[B, C, H, W]``.
+        size: the next scale's ``h`` and ``w``, or one number for both.
+        interpolation: as in ``fuse_tokens``.
+        channels_last: memory format of the result; with it ``result.flatten(2).transpose(1, 2)`` is a contiguous
+            ``[B, l, C]``, what the word embedding takes.
+
+    Returns:
+        float32 ``[B, C, h, w]``, sharing no memory with ``f_hat``. The PyTorch form is ``F.interpolate`` itself.
+
+    Raises:
+        as ``fuse_tokens``.
+    """
+    size = _pair(size, "size")
+    if f_hat.dim() != 4:
+        raise ValueError(f"f_hat must have shape [B, C, H, W], got {list(f_hat.shape)}")
+    if f_hat.dtype != torch.float32:
+        raise TypeError(f"f_hat must be float32, got {f_hat.dtype}")
+    _check_interpolation(interpolation)
+    _refuse_gradients("resize_features", f_hat=f_hat)
+    return _resize_op(f_hat, size, interpolation, bool(channels_last))
+
+
+def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
+        raise ValueError(f"{name} must be a positive int or two of them, got {value!r}")
+    return pair
+
+
+def _check_interpolation(interpolation: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(map(repr, INTERPOLATIONS))}, got {interpolation!r}")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if dtype not in _CODEBOOK_DTYPES:
+        raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    return dtype
+
+
+def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(f"{op} defines no gradients, but {name} asks for one; call it under torch.no_grad()")
+
+
+def _check_lookup(
+    op: str, tokens: Tensor, codebook: Tensor, side: tuple[int, int], phi: Phi | None, interpolation: str
+) -> None:
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"tokens must be int64, got {tokens.dtype}")
+    if tokens.shape[-1] != side[0] * side[1]:
+        raise ValueError(f"tokens must hold side[0] * side[1] = {side[0] * side[1]} ids a map, got {tokens.shape[-1]}")
+    if codebook.dim() != 2 or 0 in codebook.shape:
+        raise ValueError(f"codebook must have shape [V, C], both at least 1, got {list(codebook.shape)}")
+    if codebook.dtype not in _CODEBOOK_DTYPES:
+        raise TypeError(f"codebook must be float32, bfloat16 or float16, got {codebook.dtype}")
+    if codebook.device != tokens.device:
+        raise ValueError(f"codebook must be on the tokens' device {tokens.device}, got {codebook.device}")
+    _check_interpolation(interpolation)
+    weight, bias = None, None
+    if phi is not None:
+        if len(phi) != 3:
+            raise ValueError(f"phi must be (weight, bias, blend) or None, got {len(phi)} values")
+        weight, bias = phi[:2]
+        channels = codebook.shape[1]
+        for name, tensor, shape in (
+            ("phi's weight", weight, (channels, channels, 3, 3)),
+            ("phi's bias", bias, (channels,)),
+        ):
+            if tensor is None and name == "phi's bias":
+                continue
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if tensor.dtype not in _CODEBOOK_DTYPES:
+                raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+            if tensor.device != tokens.device:
+                raise ValueError(f"{name} must be on the tokens' device {tokens.device}, got {tensor.device}")
+    _refuse_gradients(op, codebook=codebook, **{"phi's weight": weight, "phi's bias": bias})
+
+
+def _check_f_hat(op: str, f_hat: Tensor, tokens: Tensor, codebook: Tensor, size: tuple[int, int] | None) -> None:
+    wanted = (tokens.shape[0], codebook.shape[1], *(size or f_hat.shape[2:]))
+    if f_hat.dim() != 4 or tuple(f_hat.shape) != wanted or 0 in f_hat.shape[1:]:
+        shape = list(wanted) if size else f"[{wanted[0]}, {wanted[1]}, H, W]"
+        raise ValueError(f"f_hat must have shape {shape}, got {list(f_hat.shape)}")
+    if not f_hat.is_floating_point():
+        raise TypeError(f"f_hat must be floating, got {f_hat.dtype}")
+    if f_hat.device != tokens.device:
+        raise ValueError(f"f_hat must be on the tokens' device {tokens.device}, got {f_hat.device}")
+    _refuse_gradients(op, f_hat=f_hat)
+
+
+def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
+    if tokens.dim() != 3 or (tokens.shape[1] == 0 and tokens.shape[0] > 0):
+        raise ValueError(f"tokens must have shape [B, M, l], M >= 1, with chosen, got {list(tokens.shape)}")
+    if tuple(chosen.shape) != (tokens.shape[0],):
+        raise ValueError(f"chosen must have shape [{tokens.shape[0]}], got {list(chosen.shape)}")
+    if chosen.dtype != torch.int64:
+        raise TypeError(f"chosen must be int64, got {chosen.dtype}")
+    if chosen.device != tokens.device:
+        raise ValueError(f"chosen must be on the tokens' device {tokens.device}, got {chosen.device}")
+
+
+def _empty_features(
+    tokens: Tensor, channels: int, size: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    B, M = tokens.shape[:2]
+    if channels_last:
+        return tokens.new_empty((B, M, *size, channels), dtype=dtype).permute(0, 1, 4, 2, 3)
+    return tokens.new_empty((B, M, channels, *size), dtype=dtype)
+
+
+@torch.library.custom_op("varkern::fuse_tokens", mutates_args=())
+def _fuse_op(
+    tokens: Tensor,
+    codebook: Tensor,
+    f_hat: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    blend: float,
+    side: Sequence[int],
+    size: Sequence[int],
+    interpolation: str,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    features = _empty_features(tokens, codebook.shape[1], size, dtype, channels_last)
+    if features.numel() == 0:
+        return features
+    if backend_for(tokens) == "triton":
+        from varkern.kernels import fusion
+
+        maps = features.view(-1, *features.shape[2:])
+        fusion.fuse(tokens, maps, codebook, weight, bias, blend, f_hat, tuple(side), interpolation)
+    else:
+        _fuse_torch(tokens, codebook, f_hat, weight, bias, blend, tuple(side), interpolation, features)
+    return features
+
+
+@_fuse_op.register_fake
+def _(tokens, codebook, f_hat, weight, bias, blend, side, size, interpolation, dtype, channels_last):
+    return _empty_features(tokens, codebook.shape[1], size, dtype, channels_last)
+
+
+@torch.library.custom_op("varkern::commit_tokens", mutates_args=("f_hat",))
+def _commit_op(
+    tokens: Tensor,
+    chosen: Tensor | None,
+    f_hat: Tensor,
+    codebook: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    blend: float,
+    side: Sequence[int],
+    interpolation: str,
+) -> None:
+    if f_hat.numel() == 0:
+        return
+    if backend_for(tokens) == "triton":
+        from varkern.kernels import fusion
+
+        maps = tokens if chosen is not None else tokens.unsqueeze(1)
+        fusion.fuse(maps, f_hat, codebook, weight, bias, blend, f_hat, tuple(side), interpolation, chosen)
+    else:
+        _commit_torch(tokens, chosen, f_hat, codebook, weight, bias, blend, tuple(side), interpolation)
+
+
+@_commit_op.register_fake
+def _(tokens, chosen, f_hat, codebook, weight, bias, blend, side, interpolation):
+    return None
+
+
+@torch.library.custom_op("varkern::resize_features", mutates_args=())
+def _resize_op(f_hat: Tensor, size: Sequence[int], interpolation: str, channels_last: bool) -> Tensor:
+    resized = _empty_resized(f_hat, size, channels_last)
+    if resized.numel() == 0:
+        return resized
+    if backend_for(f_hat) == "triton":
+        from varkern.kernels import fusion
+
+        fusion.resize(f_hat, resized, interpolation)
+    else:
+        with torch.no_grad():
+            resized.copy_(_interpolate(f_hat, tuple(size), interpolation))
+    return resized
+
+
+@_resize_op.register_fake
+def _(f_hat, size, interpolation, channels_last):
+    return _empty_resized(f_hat, size, channels_last)
+
+
+def _empty_resized(f_hat: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    B, C = f_hat.shape[:2]
+    if channels_last:
+        return f_hat.new_empty((B, *size, C)).permute(0, 3, 1, 2)
+    return f_hat.new_empty((B, C, *size))
+
+
+def _fuse_torch(
+    tokens: Tensor,
+    codebook: Tensor,
+    f_hat: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    blend: float,
+    side: tuple[int, int],
+    interpolation: str,
+    features: Tensor,
+) -> None:
+    """Fill ``features[B, M, C, H, W]``, a piece of at most ``WORKSPACE_BYTES`` of temporaries at a time."""
+    B, M, C, H, W = features.shape
+    if weight is None:
+        convolution = ()
+        codebook = codebook.float()
+    else:
+        codebook, *convolution = tables_of(make_convolution, torch.float32, blend, codebook, weight, bias)
+    piece = max(1, WORKSPACE_BYTES // (4 * 3 * C * H * W))
+    images = max(1, piece // M)
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        for first in range(0, B, images):
+            for candidate in range(0, M, piece):
+                part = (slice(first, first + images), slice(candidate, candidate + piece))
+                x = _looked_up(tokens[part], codebook, convolution, side, (H, W), interpolation)
+                if f_hat is not None:
+                    x += f_hat[part[0], None]
+                features[part] = x
+
+
+def _looked_up(
+    tokens: Tensor,
+    codebook: Tensor,
+    convolution: Sequence[Tensor],
+    side: tuple[int, int],
+    size: tuple[int, int],
+    interpolation: str,
+) -> Tensor:
+    """``phi(resize(codebook[tokens]))``, ``[b, m, C, H, W]`` float32, channels-last throughout."""
+    (h, w), (H, W) = side, size
+    b, m, _ = tokens.shape
+    C = codebook.shape[1]
+    x = F.embedding(tokens.reshape(b * m, h * w), codebook)
+    if h != H:
+        x = torch.matmul(axis_matrix_on(h, H, interpolation, x.device), x.view(b * m, h, w * C))
+    if w != W:
+        x = torch.matmul(axis_matrix_on(w, W, interpolation, x.device), x.view(b * m * H, w, C))
+    x = x.view(b * m, H, W, C).permute(0, 3, 1, 2)
+    if convolution:
+        x = F.conv2d(x, *convolution, padding=1)
+    return x.unflatten(0, (b, m))
+
+
+def _commit_torch(
+    tokens: Tensor,
+    chosen: Tensor | None,
+    f_hat: Tensor,
+    codebook: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    blend: float,
+    side: tuple[int, int],
+    interpolation: str,
+) -> None:
+    B, C = f_hat.shape[:2]
+    if chosen is not None:
+        tokens = tokens[torch.arange(B, device=tokens.device), chosen]
+    with torch.no_grad():
+        x = F.embedding(tokens, codebook).transpose(1, 2).reshape(B, C, *side)
+        x = _interpolate(x, tuple(f_hat.shape[2:]), interpolation)
+        if weight is not None:
+            x = x.mul(1 - blend) + F.conv2d(x, weight, bias, padding=1).mul_(blend)
+        f_hat.add_(x)
+
+
+def _interpolate(x: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    if tuple(x.shape[2:]) == size:
+        return x
+    if interpolation == "trilinear":
+        return F.interpolate(x.unsqueeze(2), size=(1, *size), mode="trilinear").squeeze(2)
+    return F.interpolate(x, size=size, mode=interpolation)

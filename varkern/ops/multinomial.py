@@ -1,0 +1,51 @@
+"""The published sampler of VAR, draw for draw: ``torch.multinomial`` over filtered logits.
+
+What ``sampler="multinomial"`` uses, so that a patched model with one candidate a scale gives the unpatched model's
+images bit for bit. Its order of operations is therefore upstream's (``sample_with_top_k_top_p_`` and
+``gumbel_softmax_with_rng``): at equal logits, at equal generator state, the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """Logits with the tokens that top-k, then the nucleus, drop set to minus infinity.
+
+    Args:
+        logits: ``[..., V]`` float.
+        top_k: keep the k largest and what ties with the k-th; 0, or V and more: all.
+        top_p: drop, from the least probable up, while the mass so far is at most ``1 - top_p``; 0: none. Unlike
+            :func:`.sampling.sample_tokens` it splits ties at the boundary by the order that ``torch.sort`` leaves.
+
+    Raises:
+        ValueError: if ``top_k`` is negative, or ``top_p`` outside [0, 1].
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k must be >= 0, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must be in [0, 1], got {top_p}")
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p > 0:
+        ascending, order = logits.sort(dim=-1)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        dropped[..., -1] = False
+        logits = logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -torch.inf)
+    return logits
+
+
+def sample_multinomial(logits: Tensor, num_candidates: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """M independent draws a position from filtered logits ``[B, l, V]``: tokens ``[B, M, l]`` int64."""
+    batch, length, vocab = logits.shape
+    draws = torch.multinomial(logits.softmax(-1).view(-1, vocab), num_candidates, replacement=True, generator=generator)
+    return draws.view(batch, length, num_candidates).transpose(1, 2)
+
+
+def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """``softmax((logits + Gumbel noise) / temperature)`` over the last dimension, shape and dtype of ``logits``."""
+    noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_(generator=generator)
+    return ((logits - noise.log()) / temperature).softmax(-1)

@@ -1,0 +1,140 @@
+"""Counter-based random numbers: Philox-4x32-10, and the counter layout that every draw of varkern uses.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The Triton form is
+``varkern.kernels.philox``; both give the same words, so a seed means the same draws on every backend.
+
+A draw is addressed, never ordered: key = the image's 64-bit seed, counter = (position, candidate, scale, stream).
+That is why an image does not depend on its place in a batch, and why candidate 0 of M=8 is candidate 0 of M=4.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+
+__all__ = ["IMAGE_SEEDS", "LABELS", "NOISE", "PICKS", "TOKENS", "image_seeds", "philox", "uniform_bits", "uniforms"]
+
+# The last word of the counter says what a draw is for, so that no two uses share numbers.
+TOKENS = 0
+LABELS = 1
+PICKS = 2
+NOISE = 3
+IMAGE_SEEDS = 4
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+Word = torch.Tensor | int
+
+
+def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
+    """High and low 32 bits of ``constant * word``. int64 wraps modulo 2^64, so all 64 bits of the product are right."""
+    product = word * constant
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(key_low: Word, key_high: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Word, Word, Word]:
+    """The four output words of Philox-4x32-10.
+
+    Args:
+        key_low, key_high: the key's two words; int64 tensors or ints in [0, 2^32).
+        c0, c1, c2, c3: the counter's words, likewise. All six broadcast against one another; words that do not vary
+            along a dimension are cheaper left with size 1 there, because the first rounds then stay small.
+
+    Returns:
+        four int64 tensors (ints if all arguments are ints) in [0, 2^32).
+    """
+    for i in range(_ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0 = high1 ^ c1 ^ ((key_low + i * _WEYL[0]) & _MASK)
+        c2 = high0 ^ c3 ^ ((key_high + i * _WEYL[1]) & _MASK)
+        c1, c3 = low1, low0
+    return c0, c1, c2, c3
+
+
+def check_seeds(seeds: torch.Tensor, batch_size: int | None = None, device: torch.device | None = None) -> None:
+    """Raise one clear error if ``seeds`` is not an int64 tensor [batch_size] on ``device``."""
+    if not isinstance(seeds, torch.Tensor) or seeds.dtype != torch.int64:
+        came = seeds.dtype if isinstance(seeds, torch.Tensor) else type(seeds).__name__
+        raise TypeError(f"seeds must be an int64 tensor, got {came}")
+    if seeds.dim() != 1 or (batch_size is not None and seeds.shape[0] != batch_size):
+        wanted = "[B]" if batch_size is None else f"[{batch_size}]"
+        raise ValueError(f"seeds must have shape {wanted}, got {list(seeds.shape)}")
+    if device is not None and seeds.device != device:
+        raise ValueError(f"seeds must be on {device}, got {seeds.device}")
+
+
+def check_count(name: str, count: int, least: int) -> None:
+    """Raise one clear error if ``count`` is not an integer of at least ``least``."""
+    if isinstance(count, bool) or not isinstance(count, Integral):
+        raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+    if count < least:
+        raise ValueError(f"{name} must be >= {least}, got {count}")
+
+
+def uniform_bits(
+    seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int = TOKENS
+) -> torch.Tensor:
+    """``uniforms`` before the multiplication by 2^-24: int64 [B, M, l] in [0, 2^24)."""
+    check_seeds(seeds)
+    check_count("num_candidates", num_candidates, 0)
+    check_count("num_positions", num_positions, 0)
+    check_count("scale", scale, 0)
+    check_count("stream", stream, 0)
+    keys = seeds[:, None, None]  # [B, 1, 1]
+    candidates = torch.arange(num_candidates, device=seeds.device)[None, :, None]  # [1, M, 1]
+    positions = torch.arange(num_positions, device=seeds.device)[None, None, :]  # [1, 1, l]
+    first, *_ = philox(keys & _MASK, (keys >> 32) & _MASK, positions, candidates, scale, stream)
+    return first >> 8
+
+
+def uniforms(
+    seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int = TOKENS
+) -> torch.Tensor:
+    """Uniform numbers on the grid of 2^-24, one for each image, candidate and position.
+
+    Args:
+        seeds: int64 [B]; a seed is 64 bits, negative numbers stand for their unsigned words.
+        num_candidates: M >= 0.
+        num_positions: l >= 0.
+        scale: the autoregressive step, counted from 0.
+        stream: what the draws are for: ``TOKENS``, ``LABELS``, ``PICKS`` or ``NOISE``.
+
+    Returns:
+        float32 [B, M, l] in [0, 1): ``(x0 >> 8) * 2^-24`` with x0 the first word of
+        philox(seed, (position, candidate, scale, stream)).
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    return uniform_bits(seeds, num_candidates, num_positions, scale, stream).to(torch.float32) * 2.0**-24
+
+
+def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """B image seeds from one ``g_seed``, by a hash of (g_seed, place in the batch).
+
+    The hash is Philox with ``g_seed`` as key and the place as counter: batches with neighbouring ``g_seed`` share no
+    image (for any two pairs the chance of an equal seed is 2^-64), and a larger batch starts with the smaller one.
+
+    Args:
+        g_seed: any integer in [-2^63, 2^64).
+        batch_size: B >= 0.
+        device: where the seeds are wanted; they are made on the CPU.
+
+    Returns:
+        int64 [B].
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    check_count("g_seed", g_seed, -(2**63))
+    if g_seed >= 2**64:
+        raise ValueError(f"g_seed must be < 2**64, got {g_seed}")
+    check_count("batch_size", batch_size, 0)
+    places = torch.arange(batch_size)
+    low, high, *_ = philox(g_seed & _MASK, (g_seed >> 32) & _MASK, places & _MASK, places >> 32, 0, IMAGE_SEEDS)
+    return (high << 32 | low).to(device)

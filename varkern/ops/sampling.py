@@ -1,0 +1,304 @@
+"""Drawing M candidate token maps from one read of the logits: guidance, temperature, top-k, nucleus, Philox draws.
+
+What the published samplers do with two sorts and a dozen launches for every candidate
+(``sample_with_top_k_top_p_`` of FoundationVision/VAR), done once per row of logits; each further candidate costs a
+look-up in the row's running sum.
+
+Probabilities are held as fixed-point integers: a token's weight is ``floor(2^44 * exp(x - max))`` with an exponential
+made of IEEE additions and multiplications alone. Sums of integers do not depend on their order, so the nucleus, its
+ties and the running sum come out the same, to the last bit, in PyTorch and in Triton, on a CPU and on a GPU. A token
+whose probability is below 2^-44 of the most probable one's is never drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import backend_for
+from .philox import TOKENS, check_count, check_seeds, uniform_bits
+
+__all__ = ["SampleStats", "sample_tokens"]
+
+MAX_VOCABULARY = 2**18
+WEIGHT_BITS = 44  # MAX_VOCABULARY weights of 2^44 sum to 2^62, which int64 holds
+TOP_P_BITS = 30
+UNIFORM_BITS = 24
+_LOG2_E = 1.4426950408889634
+_ROUNDER = 1.5 * 2.0**23  # adding it rounds a float32 of small magnitude to an integer, kept in the low bits
+# 2^f on [-1/2, 1/2]: minimax in relative error (1.7e-7) with the constant term fixed at 1, so that exp(0) is exact.
+_EXP2 = (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.0013264728477224708)
+_CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements of logits worked on at once: within a core's cache; some 500 MB
+
+
+class SampleStats(NamedTuple):
+    """What ``sample_tokens(..., return_stats=True)`` says about its draws."""
+
+    log_prob: Tensor
+    """float32 [B, M, l]: log-probability of each drawn token under the filtered distribution it was drawn from."""
+    raw_log_prob: Tensor
+    """float32 [B, M, l]: its log-probability under the guided, tempered, but unfiltered softmax."""
+    num_kept: Tensor
+    """int64 [B, l]: how many tokens top-k and nucleus left."""
+
+
+def sample_tokens(
+    logits: Tensor,
+    num_candidates: int = 1,
+    *,
+    uncond_logits: Tensor | None = None,
+    guidance: float | Tensor = 0.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    seeds: Tensor,
+    scale: int = 0,
+    check_nan: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, SampleStats]:
+    """Draw M token maps, with replacement, from one filtered distribution per position.
+
+    The distribution of a row, in float32: ``x = ((1 + t)·cond − t·uncond) / temperature`` with t the guidance. Then
+
+    1. ``top_k``: tokens below the k-th largest x are dropped; ties with it stay.
+    2. softmax over what is left.
+    3. ``top_p`` (the nucleus): put the tokens in order of probability, largest first, equal ones by lower index first;
+       a token stays while the mass before it is less than ``top_p`` of the total. The most probable always stays; of
+       tokens that tie at the boundary only those of lowest index do.
+
+    The token drawn is the first index v, in vocabulary order, whose running sum of kept probabilities exceeds
+    ``u · total``, with u from ``varkern.ops.philox`` at (seed of the image; position, candidate, scale). So an image
+    depends on its own seed alone, and candidates 0..3 of M=8 are those of M=4.
+
+    NaN counts as −inf, +inf as the largest finite float32; −inf is never drawn. A row that holds nothing else yields
+    token 0 (with num_kept 0 and NaN log-probabilities). A token id is always in range.
+
+    Args:
+        logits: [B, l, V], float32, bfloat16, float16 or float64 (used as float32), any strides; 1 <= V <= 2^18.
+        num_candidates: M >= 1.
+        uncond_logits: like ``logits``, for classifier-free guidance; not read if ``guidance`` is the number 0.
+        guidance: t, a number, or a float tensor of B strengths, [B] or [B, 1, 1]. Not zero: needs ``uncond_logits``.
+        temperature: finite, >= 1e-30.
+        top_k: >= 0; 0, or V and more: off.
+        top_p: in [0, 1]; 0 or 1: off. Used to a precision of 2^-30.
+        seeds: int64 [B], on the device of ``logits``.
+        scale: the autoregressive step, counted from 0: part of the draws' address.
+        check_nan: raise if a row holds NaN, or nothing above −inf. Costs a pass over the logits and a device sync.
+        return_stats: also return a ``SampleStats``.
+
+    Returns:
+        tokens, int64 [B, M, l], in [0, V); with ``return_stats`` the pair (tokens, stats).
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any work.
+
+    Source: the ``sample_with_top_k_top_p_`` and guidance of FoundationVision/VAR; Philox of Salmon et al. 2011.
+    """
+    strengths = _check(logits, num_candidates, uncond_logits, guidance, temperature, top_k, top_p, seeds, scale)
+    if isinstance(guidance, Tensor):
+        number = 0.0
+    else:
+        number = float(guidance)
+        uncond_logits = uncond_logits if number != 0 else None
+    if check_nan:
+        _raise_for_bad_rows(logits, uncond_logits)
+    options = (number, 1.0 / temperature, top_k, top_p, scale, return_stats)
+    results = sample_in_torch(logits, uncond_logits, strengths, seeds, num_candidates, *options)
+    return (results[0], SampleStats(*results[1:])) if return_stats else results[0]
+
+
+def _check(logits, num_candidates, uncond_logits, guidance, temperature, top_k, top_p, seeds, scale) -> Tensor | None:
+    """Raise for the first bad argument; return a tensor guidance as float32 [B], None for a number."""
+    _check_logits("logits", logits)
+    if logits.dim() != 3:
+        raise ValueError(f"logits must have shape [B, l, V], got {list(logits.shape)}")
+    batch_size, _, vocabulary = logits.shape
+    if not 1 <= vocabulary <= MAX_VOCABULARY:
+        raise ValueError(f"logits must have a last dimension V in [1, {MAX_VOCABULARY}], got {vocabulary}")
+    check_count("num_candidates", num_candidates, 1)
+    check_count("top_k", top_k, 0)
+    check_count("scale", scale, 0)
+    if not 0.0 <= top_p <= 1.0:
+        raise ValueError(f"top_p must be in [0, 1], got {top_p}")
+    if not (1e-30 <= temperature < math.inf):
+        raise ValueError(f"temperature must be finite and >= 1e-30, got {temperature}")
+    check_seeds(seeds, batch_size, logits.device)
+    if uncond_logits is not None:
+        _check_logits("uncond_logits", uncond_logits)
+        for name in ("shape", "device"):
+            wanted, came = getattr(logits, name), getattr(uncond_logits, name)
+            if wanted != came:
+                raise ValueError(f"uncond_logits must have the {name} of logits, {wanted}, got {came}")
+    return _check_guidance(guidance, batch_size, logits.device, uncond_logits)
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+
+
+def _check_guidance(
+    guidance: float | Tensor, batch_size: int, device: torch.device, uncond_logits: Tensor | None
+) -> Tensor | None:
+    if not isinstance(guidance, Tensor):
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be finite, got {guidance}")
+        if guidance != 0 and uncond_logits is None:
+            raise ValueError(f"guidance {guidance} needs uncond_logits, got None")
+        return None
+    if uncond_logits is None:
+        raise ValueError("guidance as a tensor needs uncond_logits, got None")
+    if not guidance.is_floating_point():
+        raise TypeError(f"guidance must be a float tensor, got {guidance.dtype}")
+    if guidance.shape not in ((batch_size,), (batch_size, 1, 1)):
+        raise ValueError(f"guidance must have shape [{batch_size}] or [{batch_size}, 1, 1], got {list(guidance.shape)}")
+    if guidance.device != device:
+        raise ValueError(f"guidance must be on {device}, got {guidance.device}")
+    return guidance.detach().reshape(batch_size).float()
+
+
+def _raise_for_bad_rows(logits: Tensor, uncond_logits: Tensor | None) -> None:
+    given = [("logits", logits)] + ([] if uncond_logits is None else [("uncond_logits", uncond_logits)])
+    for name, rows in given:
+        for what, bad in (("NaN", rows.isnan().any(-1)), ("nothing above -inf", (rows == -math.inf).all(-1))):
+            if bad.any():
+                image, position = bad.nonzero()[0].tolist()
+                raise ValueError(f"{name} must be free of NaN and of empty rows, got {what} at [{image}, {position}]")
+
+
+# ---- The plain PyTorch form --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_in_torch(
+    logits: Tensor,
+    uncond_logits: Tensor | None,
+    strengths: Tensor | None,
+    seeds: Tensor,
+    num_candidates: int,
+    guidance: float,
+    inverse_temperature: float,
+    top_k: int,
+    top_p: float,
+    scale: int,
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tokens, log_prob, raw_log_prob, num_kept), the last three empty tensors unless asked for."""
+    batch_size, length, vocabulary = logits.shape
+    bits = uniform_bits(seeds, num_candidates, length, scale, TOKENS)
+    bits = bits.transpose(1, 2).reshape(batch_size * length, num_candidates)  # [rows, M]
+    if strengths is None and uncond_logits is not None:
+        strengths = torch.full((batch_size,), guidance, dtype=torch.float32, device=logits.device)
+    if strengths is not None:
+        strengths = strengths.repeat_interleave(length)[:, None]  # [rows, 1]
+    cond_rows = logits.reshape(-1, vocabulary)
+    uncond_rows = None if uncond_logits is None else uncond_logits.reshape(-1, vocabulary)
+    parts = []
+    for rows in _chunks(batch_size * length, vocabulary, logits.device.type):
+        x = cond_rows[rows].float()
+        if uncond_rows is not None:
+            x = (1 + strengths[rows]) * x - strengths[rows] * uncond_rows[rows].float()
+        if inverse_temperature != 1:
+            x = x * inverse_temperature
+        x = x.nan_to_num(nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf)
+        parts.append(_sample_rows(x, bits[rows], top_k, top_p, return_stats))
+    if not parts:
+        parts = [
+            tuple(
+                bits.new_empty(0, 1, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32, torch.int64)
+            )
+        ]
+    tokens, log_prob, raw_log_prob, num_kept = (torch.cat(column) for column in zip(*parts, strict=True))
+    maps = (batch_size, length, num_candidates)
+    tokens = tokens.view(maps).transpose(1, 2).contiguous()
+    if not return_stats:
+        empty = logits.new_empty(0, dtype=torch.float32)
+        return tokens, empty, empty.clone(), tokens.new_empty(0)
+    log_prob, raw_log_prob = (stat.view(maps).transpose(1, 2).contiguous() for stat in (log_prob, raw_log_prob))
+    return tokens, log_prob, raw_log_prob, num_kept.view(batch_size, length)
+
+
+def _chunks(num_rows: int, vocabulary: int, device_type: str) -> Iterator[slice]:
+    step = max(1, _CHUNK.get(device_type, _CHUNK["cuda"]) // vocabulary)
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step)
+
+
+def _weights(x: Tensor, row_max: Tensor) -> Tensor:
+    """``floor(2^44 * exp(x - row_max))`` as int64, from operations that round the same everywhere; row_max finite."""
+    y = ((x - row_max) * _LOG2_E).clamp_(min=-64.0)
+    shifted = y + _ROUNDER
+    fraction = y.sub_(shifted - _ROUNDER)
+    power = fraction * _EXP2[-1]
+    for coefficient in _EXP2[-2::-1]:
+        power.add_(coefficient).mul_(fraction)
+    power.add_(1.0)
+    exponent = shifted.view(torch.int32).add_(WEIGHT_BITS).bitwise_left_shift_(23)  # only the integer's bits survive
+    return power.view(torch.int32).add_(exponent).view(torch.float32).to(torch.int64)
+
+
+def _scaled(total: Tensor, numerator: Tensor | int, bits: int, round_up: bool = False) -> Tensor:
+    """``total * numerator / 2^bits`` exactly, rounded down or up, without the product's leaving int64."""
+    high, low = total >> bits, total & ((1 << bits) - 1)
+    return high * numerator + ((low * numerator + ((1 << bits) - 1 if round_up else 0)) >> bits)
+
+
+def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float, return_stats: bool) -> tuple[Tensor, ...]:
+    """Filter and draw for rows [R, V] of finite or -inf logits; bits [R, M]. Tokens and stats are [R, M], counts [R]."""
+    vocabulary = x.shape[1]
+    row_max = x.amax(-1, keepdim=True)
+    row_max = torch.where(row_max == -math.inf, 0.0, row_max)  # [R, 1], finite
+    weights = _weights(x, row_max)  # [R, V]
+    raw_total = weights.sum(-1, keepdim=True) if return_stats else None
+    kept = _kept(x, row_max, top_k if top_k < vocabulary else 0, top_p if top_p < 1 else 0.0)
+    if kept is not None:
+        weights = weights.mul_(kept)
+    running = weights.cumsum(-1)
+    total = running[:, -1:]  # [R, 1]
+    tokens = torch.searchsorted(running, _scaled(total, bits, UNIFORM_BITS), right=True)
+    tokens = torch.where(total > 0, tokens, 0)  # [R, M]
+    if not return_stats:
+        empty = x.new_empty(x.shape[0], 0)
+        return tokens, empty, empty, empty
+    return tokens, *_stats(x, row_max, kept, total, raw_total, tokens)
+
+
+def _stats(x, row_max, kept, total, raw_total, tokens) -> tuple[Tensor, Tensor, Tensor]:
+    num_kept = ((x > -math.inf) if kept is None else (kept & (x > -math.inf))).sum(-1)
+    logit = torch.where(total > 0, x.gather(1, tokens) - row_max, math.nan)  # [R, M]
+    offset = WEIGHT_BITS * math.log(2)
+    log_prob, raw_log_prob = (logit - (sums.double().log() - offset).float() for sums in (total, raw_total))
+    return log_prob, raw_log_prob, num_kept
+
+
+def _kept(x: Tensor, row_max: Tensor, top_k: int, top_p: float) -> Tensor | None:
+    """Which tokens of rows [R, V] survive top-k and nucleus, bool [R, V]; None if both are off."""
+    nucleus = round(top_p * 2**TOP_P_BITS)
+    if not top_k and not 0 < top_p < 1:
+        return None
+    ordered = x.topk(top_k, dim=-1).values if top_k else x.sort(dim=-1, descending=True).values  # [R, k]
+    threshold = ordered[:, -1:]
+    if not 0 < top_p < 1:
+        return x >= threshold
+    ordered_weights = _weights(ordered, row_max)
+    sums = ordered_weights.cumsum(-1)
+    # Tokens that tie with the k-th but stand beyond the k-th place.
+    more = (x >= threshold).sum(-1, keepdim=True) - top_k if top_k else torch.zeros_like(sums[:, :1])
+    total = sums[:, -1:] + more * ordered_weights[:, -1:]
+    wanted = _scaled(total, nucleus, TOP_P_BITS, round_up=True)  # a mass is below top_p of the total if below this
+    within = sums - ordered_weights < wanted  # [R, k], true then false
+    within[:, 0] = True
+    num_kept = within.sum(-1, keepdim=True)
+    last_weight = ordered_weights[:, -1:].clamp(min=1)
+    beyond = ((wanted - sums[:, -1:] + last_weight - 1) // last_weight).clamp_(min=0).minimum(more)
+    num_kept = torch.where(within[:, -1:], num_kept + beyond, num_kept)
+    boundary = ordered.gather(1, num_kept.clamp(max=ordered.shape[1]) - 1)  # [R, 1]
+    ties = x == boundary
+    ties_kept = num_kept - (ordered > boundary).sum(-1, keepdim=True)
+    return (x > boundary) | (ties & (ties.cumsum(-1, dtype=torch.int32) <= ties_kept))

@@ -1,0 +1,111 @@
+"""``patch``, ``unpatch``, ``patched``: the one line that gives a user's own model a search, and takes it back."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from varkern.draws import SAMPLERS
+from varkern.families import Family, recognise
+from varkern.generate import run
+from varkern.search import Search
+
+Model = TypeVar("Model")
+ABSENT = object()
+
+
+class PatchedMethod:
+    """Stands in one instance's ``__dict__`` for the published method, with its signature and its return value.
+
+    A pickled or copied model carries no patch: what is stored of this object is the method it stands for.
+    """
+
+    def __init__(self, model: Any, family: Family, search: Search | None, sampler: str, former: Any):
+        self.model, self.family, self.search, self.sampler, self.former = model, family, search, sampler, former
+        original = former if former is not ABSENT else getattr(type(model), family.method).__get__(model)
+        self.__wrapped__ = original
+        self.__signature__ = inspect.signature(original)
+        self.__name__, self.__doc__ = family.method, original.__doc__
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        request = self.family.request(bound.arguments)
+        return run(self.family, self.model, request, self.search, self.sampler).images
+
+    def __reduce__(self):
+        if self.former is ABSENT:
+            return getattr, (self.model, self.family.method)
+        return identity, (self.former,)
+
+    def __repr__(self) -> str:
+        return f"<varkern's {self.__name__}, search={self.search}, sampler={self.sampler!r}>"
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+def patch(model: Model, search: Search | None = None, *, sampler: str = "philox") -> Model:
+    """Give a model's own generation method a search, in place.
+
+    One attribute of this one instance changes: the published method (``autoregressive_infer_cfg``), whose signature and
+    return value stay. Patching again replaces the search. The model's ``state_dict``, ``repr`` and pickle stay as they
+    were, and so do all other models.
+
+    Args:
+        model: a VAR model: the published class, a fork of it, or :class:`varkern.models.VAR`.
+        search: which candidate is kept at each scale, such as :class:`varkern.BestOfM`; None: one candidate a scale
+            through the fused ops, the model's own distribution.
+        sampler: ``"philox"``: an image depends on its own seed alone, in any batch, on any backend. The method's
+            ``g_seed`` may also be a tensor of B image seeds. ``"multinomial"``: ``torch.multinomial`` with the model's
+            own generator; with one candidate a scale it gives the unpatched model's images bit for bit.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UnsupportedModelError: if the model fits no family; it lists what was looked for and not found.
+        ValueError: if the search does not fit the model (scales, classes, channels), or ``sampler`` is unknown.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
+    family = recognise(model)
+    if search is not None:
+        search.check(family.spec(model))
+    current = vars(model).get(family.method, ABSENT)
+    former = current.former if isinstance(current, PatchedMethod) else current
+    vars(model)[family.method] = PatchedMethod(model, family, search, sampler, former)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Take a patch back; a model that has none is left alone. Returns ``model``."""
+    for name, value in list(vars(model).items()):
+        if isinstance(value, PatchedMethod):
+            if value.former is ABSENT:
+                del vars(model)[name]
+            else:
+                vars(model)[name] = value.former
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: Model, search: Search | None = None, *, sampler: str = "philox") -> Iterator[Model]:
+    """:func:`patch` inside a ``with`` block; afterwards the model is as it was before, patched or not."""
+    name = recognise(model).method
+    before = vars(model).get(name, ABSENT)
+    patch(model, search, sampler=sampler)
+    try:
+        yield model
+    finally:
+        if before is ABSENT:
+            vars(model).pop(name, None)
+        else:
+            vars(model)[name] = before

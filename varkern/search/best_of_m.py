@@ -1,0 +1,149 @@
+"""Best of M: a scorer judges every candidate token map (LSRS, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from varkern.families.base import ModelSpec
+
+from .base import Candidates, Choice, Scorer
+
+
+class BestOfM:
+    """Draw M candidates a scale and keep one by its score.
+
+    ``pick="best"`` keeps the highest score (the paper's eq. 6). ``pick=k`` draws among the k highest with probability
+    softmax(score / temperature) (the paper's appendix G). ``pick="resample"`` draws among all M that way.
+
+    Why resampling has the better limit. Either loss of the paper (eq. 4 and 5) is at its least for the scorer
+    ``S(c, e, k) = log p_real(e | c, k) - log p_model(e | c, k) + const(c, k)``: the pointwise loss is logistic
+    regression of real against generated, whose optimum is the log-odds, and the pairwise loss is least for the same
+    log-ratio, free up to the constant. The M candidates of one image share all their earlier scales and are drawn from
+    ``p_model(r_k | r_<k, c)``, so up to a factor common to them
+
+        exp S = p_real(r_<=k) / p_model(r_<=k)  ~  p_real(r_k | r_<k) / p_model(r_k | r_<k),
+
+    the importance weight of the real conditional against the model's own. Drawing one candidate with probability
+    proportional to exp S is sampling importance resampling: as M grows its law tends to ``p_real(r_k | r_<k, c)``,
+    however large M becomes. The highest score instead tends to the one map that looks least like the model's own work:
+    a mode of the ratio, the same for every seed, which is why quality turns down again at large M (the paper's Table 5)
+    and at once where diversity is decided, at the first scale (its Table 3).
+
+    Args:
+        scorer: a :class:`varkern.Scorer`, or any callable ``(labels[B], features[B, M, C, H, W], scale) ->
+            scores[B, M]``. One whose ``config`` tells ``num_classes``, ``num_scales``, ``channels`` and ``size`` is
+            checked against the model.
+        m: candidates of every searched scale, or a sequence with one number a scale (1: no search there).
+        first_scale: the first searched scale, from 0; the paper's ST is ``first_scale + 1``.
+        last_scale: the last searched scale; None: the model's last. Both stand beside an int ``m`` only.
+        pick: ``"best"``, ``"resample"`` or an int k >= 1.
+        temperature: of the softmax, for ``"resample"`` and k.
+        maps_at_once: how many feature maps exist and are scored at a time, over the whole batch. Memory for the
+            features stays below ``max(maps_at_once, B) * C * H * W`` elements whatever ``m`` is, beside the tokens.
+
+    Raises:
+        ValueError, TypeError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        m: int | Sequence[int] = 4,
+        first_scale: int = 1,
+        last_scale: int | None = None,
+        pick: str | int = "best",
+        temperature: float = 1.0,
+        *,
+        maps_at_once: int = 1024,
+    ):
+        if not callable(scorer):
+            raise TypeError(f"scorer must be callable, got {type(scorer).__name__}")
+        self.m = m if isinstance(m, int) else tuple(m)
+        for number in (self.m,) if isinstance(self.m, int) else self.m:
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"m must be >= 1, got {number!r}")
+        if not isinstance(self.m, int) and (first_scale != 1 or last_scale is not None):
+            raise ValueError(
+                "m has one number a scale: say which scales are searched there, not by first_scale, last_scale"
+            )
+        if not isinstance(first_scale, int) or first_scale < 0:
+            raise ValueError(f"first_scale must be an int >= 0, got {first_scale!r}")
+        if last_scale is not None and (not isinstance(last_scale, int) or last_scale < first_scale):
+            raise ValueError(f"last_scale must be an int >= first_scale={first_scale}, got {last_scale!r}")
+        if isinstance(pick, bool) or pick not in ("best", "resample") and not (isinstance(pick, int) and pick >= 1):
+            raise ValueError(f"pick must be 'best', 'resample' or an int >= 1, got {pick!r}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        if maps_at_once < 1:
+            raise ValueError(f"maps_at_once must be >= 1, got {maps_at_once}")
+        self.scorer, self.first_scale, self.last_scale = scorer, first_scale, last_scale
+        self.pick, self.temperature, self.maps_at_once = pick, temperature, maps_at_once
+
+    def __repr__(self) -> str:
+        return f"BestOfM(m={self.m}, first_scale={self.first_scale}, last_scale={self.last_scale}, pick={self.pick!r})"
+
+    def check(self, spec: ModelSpec) -> None:
+        """See :class:`.base.Search`."""
+        if not isinstance(self.m, int) and len(self.m) != spec.num_scales:
+            raise ValueError(f"m must have one number for each of {spec.num_scales} scales, got {len(self.m)}")
+        for name, scale in (("first_scale", self.first_scale), ("last_scale", self.last_scale)):
+            if scale is not None and scale >= spec.num_scales and isinstance(self.m, int):
+                raise ValueError(f"{name} must be < {spec.num_scales}, the model's scales, got {scale}")
+        config = getattr(self.scorer, "config", None)
+        wanted = {
+            "num_classes": spec.num_classes,
+            "num_scales": spec.num_scales,
+            "channels": spec.channels,
+            "size": spec.size[0],
+        }
+        for name, value in wanted.items():
+            if getattr(config, name, value) != value:
+                raise ValueError(
+                    f"scorer was made for {name}={getattr(config, name)}, but the model has {name}={value}"
+                )
+
+    def check_labels(self, labels: Tensor, spec: ModelSpec) -> None:
+        """See :class:`.base.Search`; a scorer with a ``config`` knows its classes only, not "no class"."""
+        num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", None)
+        if num_classes is not None and labels.numel() and int(labels.max()) >= num_classes:
+            raise ValueError(
+                f"labels must be in 0..{num_classes - 1}, the scorer's classes, got {int(labels.max())}"
+                + (" ('no class', which a scorer does not judge)" if int(labels.max()) == spec.num_classes else "")
+            )
+
+    def num_candidates(self, scale: int, num_scales: int) -> int:
+        """See :class:`.base.Search`."""
+        if not isinstance(self.m, int):
+            return self.m[scale]
+        last = num_scales - 1 if self.last_scale is None else self.last_scale
+        return self.m if self.first_scale <= scale <= last else 1
+
+    def choose(self, candidates: Candidates) -> Choice:
+        """See :class:`.base.Search`."""
+        scores = self.score(candidates)
+        if self.pick == "best":
+            return Choice(scores.argmax(-1), scores)
+        weights = scores / self.temperature
+        if self.pick != "resample" and self.pick < scores.shape[-1]:
+            best = scores.topk(self.pick, dim=-1).indices
+            weights = torch.full_like(weights, -math.inf).scatter(-1, best, weights.gather(-1, best))
+        # Gumbel-max: the largest of log-weight plus Gumbel noise is a draw by softmax. 2^-25 keeps log off 0.
+        noise = -(-(candidates.uniforms() + 2.0**-25).log()).log()
+        return Choice((weights + noise).argmax(-1), scores)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Scores ``[B, M]`` float32, computed ``maps_at_once`` feature maps at a time; NaN counts as the lowest."""
+        batch, count = candidates.tokens.shape[:2]
+        step = max(self.maps_at_once // max(batch, 1), 1)
+        parts = []
+        for start in range(0, count, step):
+            features = candidates.fuse(start, min(start + step, count))
+            parts.append(self.scorer(candidates.labels, features, candidates.scale))
+        scores = torch.cat(parts, dim=1).float()
+        if scores.shape != (batch, count):
+            raise ValueError(f"scorer must return scores of shape [{batch}, {count}], got {list(scores.shape)}")
+        return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
