@@ -40,7 +40,7 @@ def run(
     labels = as_labels(request, spec, device)
     if labels is None:
         labels = draws.labels(spec.num_classes)
-    elif search is not None:
+    elif search is not None and not capturing(device):
         search.check_labels(labels, spec)
     clock = Clock(device, timed)
     tokens, scores, choices = [], [], []
@@ -97,13 +97,17 @@ def check(family: Family, model: Any, spec: ModelSpec, request: Request, search:
             raise ValueError(
                 f"labels must be integers of shape [{request.batch_size}], got {labels.dtype} of {list(labels.shape)}"
             )
-        # One look at the labels before the work begins; inside a captured graph they are the caller's word.
-        if labels.numel() and not (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if labels.numel() and not capturing(labels.device):
             low, high = labels.aminmax()
             if low < 0 or high > spec.num_classes:
                 raise ValueError(f"labels must be in 0..{spec.num_classes}, got {int(low)}..{int(high)}")
     elif labels is not None and labels > spec.num_classes:
         raise ValueError(f"labels must be <= {spec.num_classes}, got {labels}")
+
+
+def capturing(device: torch.device) -> bool:
+    """True inside a CUDA graph's capture, where nothing may wait for the device and labels are the caller's word."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def as_labels(request: Request, spec: ModelSpec, device: torch.device) -> Tensor | None:

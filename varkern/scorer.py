@@ -1,4 +1,4 @@
-"""The scorer S(c, e_k, k) of LSRS: a small CNN that tells real fused features from generated ones (paper, appendix A)."""
+"""The scorer S(c, e_k, k) of LSRS (paper, appendix A): a small CNN that tells real features from generated ones."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ class Scorer(nn.Module):
         batch, candidates = features.shape[:2]
         dtype = self.head[0].weight.dtype
         visual = self.visual(features.flatten(0, 1).to(dtype)).flatten(1)
-        scale = torch.as_tensor(scale, device=labels.device).expand(batch, candidates)
+        if not isinstance(scale, Tensor):
+            scale = torch.full((), scale, device=labels.device)  # filled there: a copy from the host would wait
+        scale = scale.expand(batch, candidates)
         conditions = (self.class_embedding(labels.unsqueeze(1).expand(batch, candidates)), self.scale_embedding(scale))
         joined = torch.cat((visual, *(c.flatten(0, 1).to(visual.dtype) for c in conditions)), dim=1)
         return self.head(joined).view(batch, candidates).float()

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varkern.generate import generate
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
+from varkern.models.quantizer import VectorQuantizer
 from varkern.scorer import Scorer, ScorerConfig
 from varkern.training.loop import fit, progress_bar
 
@@ -45,12 +47,11 @@ class Recipe:
     """How long each stage trains; the defaults made the weights that ship with the package."""
 
     seed: int = 0
-    batch_size: int = 128
+    batch_size: int = 64
     vae_steps: int = 2500
-    vae_batch_size: int = 64
-    var_steps: int = 3200
-    classifier_steps: int = 1200
-    scorer_steps: int = 4500
+    var_steps: int = 5000
+    classifier_steps: int = 2000
+    scorer_steps: int = 6000
     real_maps: int = 60_000
     generated_maps: int = 30_000
     sampling_seed: int = 1_000_000  # far from the seeds that evaluation uses
@@ -64,7 +65,7 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
     latest: dict[str, Tensor] = {}
 
     def loss(step: int) -> Tensor:
-        images = digits.real_batch(recipe.vae_batch_size)[0].to(device)
+        images = digits.real_batch(recipe.batch_size)[0].to(device)
         features = vae.encode(images)
         f_hat, ids, quantizer_loss = quantizer(features)
         for scale_ids in ids:
@@ -171,16 +172,14 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
 
 
 @torch.inference_mode()
-def generated_token_maps(var: VAR, recipe: Recipe, device: torch.device) -> tuple[list[Tensor], Tensor]:
+def generated_token_maps(var: VAR, count: int, seed: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
     """Token maps ``[N, l]`` that the model draws without any search, every class equally often, and their labels."""
-    from varkern.generate import generate
-
-    labels = torch.arange(recipe.generated_maps, device=device) % digits.NUM_CLASSES
+    labels = torch.arange(count, device=device) % digits.NUM_CLASSES
     maps = []
     with progress_bar() as progress:
         task = progress.add_task("generating digits", total=len(labels), note="")
         for number, batch in enumerate(labels.split(500)):
-            result = generate(var, batch, seeds=recipe.sampling_seed + number, **SAMPLING)
+            result = generate(var, batch, seeds=seed + number, **SAMPLING)
             maps.append(torch.cat(result.tokens, dim=1))
             progress.advance(task, len(batch))
     return split_scales(torch.cat(maps)), labels
@@ -195,27 +194,29 @@ def draw_same_class(labels: Tensor, wanted: Tensor) -> Tensor:
     return order[starts[wanted] + (uniform * counts[wanted]).long()]
 
 
+def fuse_all_scales(quantizer: VectorQuantizer, maps: list[Tensor], chosen: Tensor) -> Tensor:
+    """``e_k`` of every scale for the chosen token maps: ``[B, K, C, H, W]``."""
+    codes = [quantizer.codes(scale_maps[chosen], k) for k, scale_maps in enumerate(maps)]
+    return torch.stack(quantizer.embed_to_fhat(codes), dim=1)
+
+
 def train_scorer(recipe: Recipe, folder: Path, device: torch.device) -> None:
     """The pairwise log-sigmoid rank loss of LSRS (eq. 4), all scales of a pair in one batch."""
     var = load_var(folder / "var.safetensors", vae=folder / "vae.safetensors", device=device)
     quantizer = var.vae_quant_proxy[0]
     real, real_labels = real_token_maps(var.vae_proxy[0], recipe.real_maps, recipe.seed + 6, device)
-    generated, generated_labels = generated_token_maps(var, recipe, device)
+    generated, generated_labels = generated_token_maps(var, recipe.generated_maps, recipe.sampling_seed, device)
     torch.manual_seed(recipe.seed + 7)
     scorer = Scorer(SCORER_SIZES).to(device)
     scales = torch.arange(len(PATCH_NUMS), device=device)
-
-    def fused(maps: list[Tensor], chosen: Tensor) -> Tensor:
-        codes = [quantizer.codes(scale_maps[chosen], k) for k, scale_maps in enumerate(maps)]
-        return torch.stack(quantizer.embed_to_fhat(codes), dim=1)  # e_k of every scale: [B, K, C, H, W]
 
     def loss(step: int) -> Tensor:
         wanted = torch.randint(digits.NUM_CLASSES, (recipe.batch_size,)).to(device)
         with torch.no_grad():
             features = torch.cat(
                 (
-                    fused(real, draw_same_class(real_labels, wanted)),
-                    fused(generated, draw_same_class(generated_labels, wanted)),
+                    fuse_all_scales(quantizer, real, draw_same_class(real_labels, wanted)),
+                    fuse_all_scales(quantizer, generated, draw_same_class(generated_labels, wanted)),
                 ),
                 dim=1,
             )

@@ -74,7 +74,7 @@ class BestOfM:
             raise ValueError(f"first_scale must be an int >= 0, got {first_scale!r}")
         if last_scale is not None and (not isinstance(last_scale, int) or last_scale < first_scale):
             raise ValueError(f"last_scale must be an int >= first_scale={first_scale}, got {last_scale!r}")
-        if isinstance(pick, bool) or pick not in ("best", "resample") and not (isinstance(pick, int) and pick >= 1):
+        if isinstance(pick, bool) or (pick not in ("best", "resample") and not (isinstance(pick, int) and pick >= 1)):
             raise ValueError(f"pick must be 'best', 'resample' or an int >= 1, got {pick!r}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -109,11 +109,12 @@ class BestOfM:
     def check_labels(self, labels: Tensor, spec: ModelSpec) -> None:
         """See :class:`.base.Search`; a scorer with a ``config`` knows its classes only, not "no class"."""
         num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", None)
-        if num_classes is not None and labels.numel() and int(labels.max()) >= num_classes:
-            raise ValueError(
-                f"labels must be in 0..{num_classes - 1}, the scorer's classes, got {int(labels.max())}"
-                + (" ('no class', which a scorer does not judge)" if int(labels.max()) == spec.num_classes else "")
-            )
+        if num_classes is None or not labels.numel():
+            return
+        highest = int(labels.max())
+        if highest >= num_classes:
+            meaning = ", which means 'no class' and has no score" if highest == spec.num_classes else ""
+            raise ValueError(f"labels must be in 0..{num_classes - 1}, the scorer's classes, got {highest}{meaning}")
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
         """See :class:`.base.Search`."""

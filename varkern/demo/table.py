@@ -1,0 +1,229 @@
+"""Measures what best-of-M does to the demo model: ``varkern demo table`` writes table.json and prints the Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from varkern.evaluation.metrics import Moments, accuracy, frechet_distance, inception_score, moments
+from varkern.generate import generate
+from varkern.models import VAR, load_var
+from varkern.scorer import Scorer
+from varkern.search import BestOfM
+from varkern.training.loop import progress_bar
+
+from . import digits
+from .classifier import DigitClassifier, embed
+from .train import (
+    PATCH_NUMS,
+    SAMPLING,
+    draw_same_class,
+    fuse_all_scales,
+    generated_token_maps,
+    load_classifier,
+    real_token_maps,
+)
+
+WEIGHTS = Path(__file__).parent / "weights"
+REPORTED_SEED = 5_000_000  # settings were chosen on other seeds than those reported
+REFERENCE_IMAGES = 50_000
+PICKS = ("best", "resample")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: which search."""
+
+    first_scale: int
+    m: int
+    pick: str
+
+    @property
+    def name(self) -> str:
+        return f"first_scale={self.first_scale} m={self.m} pick={self.pick}"
+
+
+def cells() -> Iterator[Cell]:
+    """Every search that the table measures; M=1 stands once, it searches nothing."""
+    yield Cell(1, 1, "best")
+    for pick in PICKS:
+        for m in (2, 4, 8, 16, 32, 64):
+            yield Cell(1, m, pick)
+        for first_scale in (0, 2):
+            for m in (4, 16, 64):
+                yield Cell(first_scale, m, pick)
+
+
+@dataclass
+class Models:
+    var: VAR
+    scorer: Scorer
+    classifier: DigitClassifier
+    device: torch.device
+
+
+def load_models(folder: Path, device: torch.device | str) -> Models:
+    """The four models that ``varkern demo train`` wrote to ``folder``."""
+    device = torch.device(device)
+    return Models(
+        load_var(folder / "var.safetensors", vae=folder / "vae.safetensors", device=device),
+        Scorer.from_pretrained(folder / "scorer.safetensors", device=device),
+        load_classifier(folder, device),
+        device,
+    )
+
+
+def reference_moments(models: Models, seed: int) -> tuple[Moments, dict[str, float]]:
+    """Moments of jittered real digits, and the figures that another draw of real digits gets against them."""
+    sets = []
+    for offset in range(2):
+        images, labels = digits.real_batch(REFERENCE_IMAGES, torch.Generator().manual_seed(seed + offset))
+        sets.append((*embed(models.classifier, images), labels))
+    (features, _, _), (other, probabilities, labels) = sets
+    reference = moments(features)
+    figures = {
+        "frechet": frechet_distance(reference, moments(other[:5000])),
+        "inception": inception_score(probabilities[:5000]),
+        "accuracy": accuracy(probabilities, labels),
+    }
+    return reference, figures
+
+
+def reconstructions(models: Models, reference: Moments, images: int, seed: int) -> float:
+    """Fréchet distance of real digits that went through the VQ-VAE: the floor that its decoder sets."""
+    real, _ = digits.real_batch(images, torch.Generator().manual_seed(seed + 7))
+    vae = models.var.vae_proxy[0]
+    with torch.inference_mode():
+        parts = [vae.img_to_reconstructed_img(part.to(models.device), last_one=True) for part in real.split(500)]
+    return frechet_distance(reference, moments(embed(models.classifier, torch.cat(parts))[0]))
+
+
+@torch.inference_mode()
+def scorer_accuracy(models: Models, pairs: int, seed: int) -> list[float]:
+    """For every scale, how often the scorer puts a real digit's map above a generated one's of the same class."""
+    quantizer = models.var.vae_quant_proxy[0]
+    real, labels = real_token_maps(models.var.vae_proxy[0], pairs, seed + 11, models.device)
+    generated, generated_labels = generated_token_maps(models.var, pairs, seed + 500, models.device)
+    torch.manual_seed(seed)
+    partners = draw_same_class(generated_labels, labels)
+    scales = torch.arange(len(PATCH_NUMS), device=models.device)
+    wins = torch.zeros(len(PATCH_NUMS), dtype=torch.float64)
+    for part in torch.arange(pairs, device=models.device).split(500):
+        scores = [
+            models.scorer(labels[part], fuse_all_scales(quantizer, maps, chosen), scales)
+            for maps, chosen in ((real, part), (generated, partners[part]))
+        ]
+        wins += (scores[0] > scores[1]).sum(0).cpu()
+    return (wins / pairs).tolist()
+
+
+def measure(models: Models, reference: Moments, cell: Cell, images: int, seed: int) -> dict[str, float]:
+    """Generate ``images`` digits, every class equally often, and take their figures."""
+    search = (
+        None if cell.m == 1 else BestOfM(models.scorer, cell.m, cell.first_scale, pick=cell.pick, maps_at_once=32768)
+    )
+    labels = torch.arange(images) % digits.NUM_CLASSES
+    batches = []
+    start = time.perf_counter()
+    for number, batch in enumerate(labels.split(1000)):
+        result = generate(models.var, batch, search=search, seeds=seed + number, **SAMPLING)
+        batches.append(result.images.float() * 2 - 1)
+    seconds = time.perf_counter() - start
+    features, probabilities = embed(models.classifier, torch.cat(batches))
+    return {
+        "frechet": frechet_distance(reference, moments(features)),
+        "inception": inception_score(probabilities),
+        "accuracy": accuracy(probabilities, labels),
+        "seconds": seconds,
+    }
+
+
+def run(
+    out: Path,
+    images: int = 5000,
+    repeats: int = 3,
+    device: str = "cpu",
+    weights: Path = WEIGHTS,
+    seed: int = REPORTED_SEED,
+) -> str:
+    """Measure every cell ``repeats`` times, going on from ``out/table.json`` if it is there.
+
+    Args:
+        out: folder for ``table.json`` and ``table.md``.
+        images: generated a cell and repeat.
+        repeats: seeds a cell.
+        device: where to generate.
+        weights: folder of the four models.
+        seed: the first seed; every repeat takes its own thousand.
+
+    Returns:
+        the table in Markdown.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "table.json"
+    settings = {"images": images, "repeats": repeats, "seed": seed, "device": str(device), "torch": torch.__version__}
+    report = {"settings": settings, "cells": {}}
+    if path.exists():
+        report = json.loads(path.read_text())
+        if {k: report["settings"].get(k) for k in ("images", "repeats", "seed")} != {
+            k: settings[k] for k in ("images", "repeats", "seed")
+        }:
+            raise ValueError(f"{path} was made with other settings: {report['settings']}")
+    models = load_models(weights, device)
+    reference, report["real"] = reference_moments(models, seed)
+    report["reconstructed"] = {"frechet": reconstructions(models, reference, images, seed)}
+    report["scorer_accuracy"] = scorer_accuracy(models, images, seed)
+    wanted = list(cells())
+    with progress_bar() as progress:
+        task = progress.add_task("cells", total=len(wanted) * repeats, note="")
+        for cell in wanted:
+            entry = report["cells"].setdefault(cell.name, {**asdict(cell), "repeats": []})
+            while len(entry["repeats"]) < repeats:
+                place = seed + 1000 * len(entry["repeats"])
+                entry["repeats"].append(measure(models, reference, cell, images, place))
+                write(path, json.dumps(report, indent=1))
+                progress.update(task, note=cell.name)
+            progress.advance(task, repeats)
+    write(path, json.dumps(report, indent=1))
+    text = markdown(report)
+    write(out / "table.md", text)
+    return text
+
+
+def write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def summary(entry: dict, key: str) -> str:
+    """Mean and spread (largest minus smallest, halved) over the repeats."""
+    values = [repeat[key] for repeat in entry["repeats"]]
+    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+    digits_after = {"frechet": 1, "inception": 2, "accuracy": 3, "seconds": 1}[key]
+    return f"{mean:.{digits_after}f} ± {spread:.{digits_after}f}"
+
+
+def markdown(report: dict) -> str:
+    """The report as one Markdown table."""
+    keys = ("frechet", "inception", "accuracy")
+    lines = [
+        "| first_scale | M | pick | Fréchet distance | inception-style score | accuracy on the wanted class |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| real digits, another draw | | | {frechet:.1f} | {inception:.2f} | {accuracy:.3f} |".format(**report["real"]),
+        f"| real digits through the VQ-VAE | | | {report['reconstructed']['frechet']:.1f} | | |",
+    ]
+    for entry in report["cells"].values():
+        pick = {"best": "greedy", "resample": "resample"}[entry["pick"]] if entry["m"] > 1 else "none"
+        first = entry["first_scale"] if entry["m"] > 1 else ""
+        figures = " | ".join(summary(entry, key) for key in keys)
+        lines.append(f"| {first} | {entry['m']} | {pick} | {figures} |")
+    accuracies = " ".join(f"{value:.2f}" for value in report["scorer_accuracy"])
+    lines += ["", f"Scorer accuracy by scale, real against generated: {accuracies}."]
+    return "\n".join(lines) + "\n"

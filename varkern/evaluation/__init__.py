@@ -1,0 +1,1 @@
+"""Metrics, sweeps and pictures: does a search help, and at what cost."""

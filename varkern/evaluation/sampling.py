@@ -1,0 +1,183 @@
+"""A folder of sampled images, filled over one or more runs: ``varkern sample`` runs it.
+
+An image is a function of the settings and its number alone: its seed is entry ``number`` of
+``image_seeds(seed, total)``. So a run that was killed goes on where it stopped, and the batch size changes no image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varkern.families import Request, recognise
+from varkern.generate import check, generate
+from varkern.ops import image_seeds
+from varkern.search import Search
+from varkern.training.loop import progress_bar
+
+from .pictures import contact_sheet, require_pillow, save_png, to_pixels
+
+SETTINGS = "settings.json"
+SHEET = "sheet.png"
+SHEET_IMAGES = 200  # a sheet shows no more; a larger one would be no use to the eye
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to sample.
+
+    Args:
+        labels: the class of every image, in the order of their numbers.
+        seed: from which every image's seed is made.
+        sampler: ``"philox"`` or ``"multinomial"``; the latter has one generator a batch, so that there the batch size
+            does change images, and a killed run makes whole batches again.
+        options: further arguments of :func:`varkern.generate`, such as ``cfg`` and ``top_k``.
+        autocast: None, or the dtype to generate under ``torch.autocast`` with.
+    """
+
+    labels: Sequence[int]
+    seed: int = 0
+    sampler: str = "philox"
+    options: dict[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+
+
+def open_folder(folder: Path) -> None:
+    """Make ``folder`` and see that files can be written there.
+
+    Raises:
+        OSError: if not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note in ``folder`` how its files are made, or see that they were made so.
+
+    Args:
+        folder: exists.
+        settings: JSON values by name.
+
+    Raises:
+        ValueError: if the folder's files were made with other settings, naming the first that differ.
+    """
+    path = folder / SETTINGS
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(partial, path)
+        return
+    try:
+        former = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not readable as settings: remove {folder} or choose another") from error
+    different = [name for name in {**former, **settings} if former.get(name) != settings.get(name)]
+    if different:
+        changes = ", ".join(f"{name} {former.get(name)!r} there, {settings.get(name)!r} now" for name in different[:3])
+        raise ValueError(f"{folder} holds files made with other settings ({changes}): choose another folder")
+
+
+def file_of_setting(path: str | os.PathLike | None) -> dict[str, Any] | str | None:
+    """What :func:`claim` compares of a checkpoint: its place, size and time; a short name or None as it is."""
+    if path is None or not Path(path).is_file():
+        return path if path is None else str(path)
+    stat = Path(path).stat()
+    return {"path": str(Path(path).resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+
+
+def image_path(folder: Path, number: int, label: int, seed: int) -> Path:
+    """Where image ``number`` of a folder stands."""
+    return folder / f"{number:06d}-class{label:04d}-seed{seed}.png"
+
+
+def check_order(model: Any, search: Search | None, order: Order, batch_size: int) -> None:
+    """Raise for anything wrong with an order, before any work.
+
+    Raises:
+        ImportError, ValueError, TypeError, UnsupportedModelError: naming what is wrong.
+    """
+    require_pillow()
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    if not order.labels:
+        raise ValueError("classes must name at least one class")
+    family = recognise(model)
+    spec = family.spec(model)
+    for label in order.labels:
+        if not 0 <= label < spec.num_classes:
+            raise ValueError(f"classes must be in 0..{spec.num_classes - 1}, got {label}")
+    seeds = image_seeds(order.seed, 1)
+    options = dict(order.options)
+    request = Request(
+        1,
+        torch.tensor(order.labels[:1]),
+        seeds if order.sampler == "philox" else int(seeds[0]),
+        options.pop("top_k", 0),
+        options.pop("top_p", 0.0),
+        options,
+    )
+    check(family, model, spec, request, search, order.sampler)
+
+
+def fill(folder: Path, model: Any, search: Search | None, order: Order, batch_size: int) -> list[Path]:
+    """Generate the images of ``order`` that ``folder`` lacks, with a progress bar.
+
+    Returns:
+        the paths of all its images, in the order of their numbers.
+    """
+    labels, seeds = torch.tensor(order.labels), image_seeds(order.seed, len(order.labels))
+    paths = [image_path(folder, number, label, order.seed) for number, label in enumerate(order.labels)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    with progress_bar() as progress:
+        task = progress.add_task("sampling", total=len(paths), completed=len(paths) - len(missing), note="")
+        for batch in batches(missing, len(paths), batch_size, whole=order.sampler != "philox"):
+            with autocasting(model, order.autocast):
+                images = generate(
+                    model,
+                    labels[batch],
+                    search=search,
+                    seeds=seeds[batch] if order.sampler == "philox" else int(seeds[batch[0]]),
+                    sampler=order.sampler,
+                    **order.options,
+                ).images
+            for number, pixels in zip(batch, to_pixels(images), strict=True):
+                if not paths[number].exists():
+                    save_png(pixels, paths[number])
+                    progress.advance(task)
+    return paths
+
+
+def batches(missing: Sequence[int], total: int, batch_size: int, whole: bool) -> Iterator[list[int]]:
+    """The missing numbers in batches; ``whole``: the batches of an unbroken run that lack one, with all their numbers."""
+    if not whole:
+        for start in range(0, len(missing), batch_size):
+            yield list(missing[start : start + batch_size])
+        return
+    for start in sorted({number // batch_size * batch_size for number in missing}):
+        yield list(range(start, min(start + batch_size, total)))
+
+
+def autocasting(model: Any, dtype: torch.dtype | None):
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(recognise(model).device(model).type, dtype)
+
+
+def write_sheet(folder: Path, paths: Sequence[Path], order: Order, per_class: int) -> Path:
+    """The folder's contact sheet, of its first 200 images at most; returns its path."""
+    shown = list(paths[:SHEET_IMAGES])
+    captions = [f"{label}" if per_class == 1 else f"{label} · {n % per_class}" for n, label in enumerate(order.labels)]
+    columns = per_class if 1 < per_class <= 16 else 10
+    save_png(contact_sheet(shown, captions[: len(shown)], columns), folder / SHEET)
+    return folder / SHEET
