@@ -2,17 +2,18 @@
 
 Source: VAR's ``get_next_autoregressive_input`` and its ``Phi``; LSRS, Algorithm 1 (``e_k = F(r_<=k)``).
 
-Resized scales. With ``T[v, dy, dx] = codebook[v] @ phi's tap (dy, dx)`` and ``A_y``, ``A_x`` the interpolation of an axis,
-shifted by a tap with zeros from outside,
+Resized scales. With ``T[v, dy, dx] = codebook[v] @ phi's tap (dy, dx)`` and ``A_y``, ``A_x`` the interpolation of an
+axis, shifted by a tap with zeros from outside,
 
     out[y, x] = sum over (i, dy), (j, dx) of  A_y[y, (i, dy)] * A_x[x, (j, dx)] * T[token[i, j], dy, dx]
 
 which is two matrix products around one gathered operand: over ``(i, dy)``, then over ``(j, dx)``. A program makes a
-16 x 16 tile of pixels of one candidate and visits only the pairs that reach its tile (``fusion_tables.tile_inputs``), so
-neither looked-up nor upsampled features exist in memory, and no tile needs its neighbour's.
+16 x 16 tile of pixels of one candidate and visits only the pairs that reach its tile
+(``fusion_tables.tile_inputs``), so neither looked-up nor upsampled features exist in memory, and no tile needs its
+neighbour's.
 
-Unresized scales. Nine neighbours a pixel: in half precision their codebook rows times phi's taps on the matrix units (the
-rows of a map stay in the first-level cache, the nine-tap table's would not); in float32 nine rows of ``T``, added.
+Unresized scales. Nine neighbours a pixel: in half precision their codebook rows times phi's taps on the matrix units
+(the rows of a map stay in the first-level cache, the nine-tap table's would not); in float32 nine rows of ``T``, added.
 
 What bounds them: in half precision writing the features, ``B * M * C * H * W`` elements, and reading ``9 * l`` rows of
 ``T`` a candidate from the second-level cache; in float32 the multiplications, done without tf32.
@@ -32,7 +33,6 @@ from .fusion_tables import (
     make_codebook,
     make_convolution,
     make_tap_table,
-    pixel_inputs,
     tables_of,
     tile_inputs,
 )
@@ -69,7 +69,7 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _product(a, b, sums, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``a @ b + sums``. Triton's interpreter would multiply bfloat16's bits; widening first is exact."""
+    """``a @ b + sums``. Triton's interpreter would sum in half precision; widening first is exact."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     return tl.dot(a, b, sums, input_precision=PRECISION)
@@ -77,44 +77,16 @@ def _product(a, b, sums, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def fuse_resized_kernel(
-    tokens_ptr,
-    chosen_ptr,
-    table_ptr,
-    bias_ptr,
-    f_hat_ptr,
-    out_ptr,
-    row_places_ptr,
-    row_weights_ptr,
-    column_places_ptr,
-    column_weights_ptr,
-    M,
-    V,
-    w,
-    H,
-    W,
-    tiles_x,
-    stride_tokens_b,
-    stride_tokens_m,
-    stride_tokens_l,
-    stride_f_hat_b,
-    stride_f_hat_c,
-    stride_f_hat_y,
-    stride_f_hat_x,
-    stride_out_n,
-    stride_out_c,
-    stride_out_y,
-    stride_out_x,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    K_ROWS: tl.constexpr,
-    K_COLUMNS: tl.constexpr,
-    TAPS: tl.constexpr,
-    TILE: tl.constexpr,
-    HAS_CHOSEN: tl.constexpr,
-    HAS_F_HAT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tokens_ptr, chosen_ptr, table_ptr, bias_ptr, scale_ptr, f_hat_ptr, out_ptr, row_places_ptr, row_weights_ptr,
+    column_places_ptr, column_weights_ptr,
+    M, V, w, H, W, tiles_x,
+    stride_tokens_b, stride_tokens_m, stride_tokens_l,
+    stride_f_hat_b, stride_f_hat_c, stride_f_hat_y, stride_f_hat_x,
+    stride_out_n, stride_out_c, stride_out_y, stride_out_x,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, K_ROWS: tl.constexpr, K_COLUMNS: tl.constexpr, TAPS: tl.constexpr,
+    TILE: tl.constexpr, HAS_CHOSEN: tl.constexpr, HAS_F_HAT: tl.constexpr, SCALED: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     tile_y = tl.program_id(1) // tiles_x
     tile_x = tl.program_id(1) % tiles_x
@@ -157,6 +129,8 @@ def fuse_resized_kernel(
     y = (tile_y * TILE + step)[None, :, None]
     c = c[None, None, :]
     inside = (x < W) & (y < H) & (c < C)
+    if SCALED:
+        out *= tl.load(scale_ptr)
     if TAPS == 3:
         out += tl.load(bias_ptr + c, mask=c < C, other=0.0)
     if HAS_F_HAT:
@@ -170,37 +144,14 @@ def fuse_resized_kernel(
 
 @triton.jit
 def fuse_unresized_kernel(
-    tokens_ptr,
-    chosen_ptr,
-    table_ptr,
-    taps_ptr,
-    bias_ptr,
-    f_hat_ptr,
-    out_ptr,
-    M,
-    V,
-    H,
-    W,
-    stride_tokens_b,
-    stride_tokens_m,
-    stride_tokens_l,
-    stride_f_hat_b,
-    stride_f_hat_c,
-    stride_f_hat_y,
-    stride_f_hat_x,
-    stride_out_n,
-    stride_out_c,
-    stride_out_y,
-    stride_out_x,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TAPS: tl.constexpr,
-    MULTIPLY: tl.constexpr,
-    HAS_CHOSEN: tl.constexpr,
-    HAS_F_HAT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    tokens_ptr, chosen_ptr, table_ptr, taps_ptr, bias_ptr, scale_ptr, f_hat_ptr, out_ptr,
+    M, V, H, W,
+    stride_tokens_b, stride_tokens_m, stride_tokens_l,
+    stride_f_hat_b, stride_f_hat_c, stride_f_hat_y, stride_f_hat_x,
+    stride_out_n, stride_out_c, stride_out_y, stride_out_x,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TAPS: tl.constexpr, MULTIPLY: tl.constexpr,
+    HAS_CHOSEN: tl.constexpr, HAS_F_HAT: tl.constexpr, SCALED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     map_ptr, image = _token_map(tokens_ptr, chosen_ptr, n, M, stride_tokens_b, stride_tokens_m, HAS_CHOSEN)
     pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -210,7 +161,7 @@ def fuse_unresized_kernel(
     in_c = c < C
 
     out = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    for tap in tl.static_range(TAPS * TAPS):
+    for tap in range(TAPS * TAPS):
         dy = tap // TAPS - TAPS // 2
         dx = tap % TAPS - TAPS // 2
         present = (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
@@ -230,6 +181,8 @@ def fuse_unresized_kernel(
             out += looked_up.to(tl.float32)
 
     inside = (pixel < H * W)[:, None] & in_c[None, :]
+    if SCALED:
+        out *= tl.load(scale_ptr)
     if TAPS == 3:
         out += tl.load(bias_ptr + c, mask=in_c, other=0.0)[None, :]
     if HAS_F_HAT:
@@ -239,57 +192,6 @@ def fuse_unresized_kernel(
     out_ptr += n.to(tl.int64) * stride_out_n
     place = (y * stride_out_y + x * stride_out_x)[:, None] + (c * stride_out_c)[None, :]
     tl.store(out_ptr + place, _rounded(out, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)
-
-
-@triton.jit
-def resize_kernel(
-    f_hat_ptr,
-    out_ptr,
-    row_ptr,
-    row_weights_ptr,
-    column_ptr,
-    column_weights_ptr,
-    w,
-    l,
-    C,
-    stride_f_hat_b,
-    stride_f_hat_c,
-    stride_f_hat_y,
-    stride_f_hat_x,
-    stride_out_b,
-    stride_out_c,
-    stride_out_l,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    image = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = tl.arange(0, BLOCK_COLUMNS)
-    in_l = place < l
-    in_columns = in_l[:, None] & (k < COLUMNS)[None, :]
-    column_place = (place % w)[:, None] * COLUMNS + k[None, :]
-    column = tl.load(column_ptr + column_place, mask=in_columns, other=0)  # [BLOCK_L, BLOCK_COLUMNS]
-    column_weights = tl.load(column_weights_ptr + column_place, mask=in_columns, other=0.0)
-    f_hat_ptr += image * stride_f_hat_b
-    inside = in_columns[:, :, None] & (c < C)[None, None, :]
-
-    out = tl.zeros((BLOCK_L, BLOCK_COLUMNS, BLOCK_C), dtype=tl.float32)
-    for r in range(ROWS):
-        row = tl.load(row_ptr + (place // w) * ROWS + r, mask=in_l, other=0)
-        row_weights = tl.load(row_weights_ptr + (place // w) * ROWS + r, mask=in_l, other=0.0)
-        pixel = row[:, None] * stride_f_hat_y + column * stride_f_hat_x
-        read = tl.load(
-            f_hat_ptr + pixel[:, :, None] + (c * stride_f_hat_c)[None, None, :], mask=inside, other=0.0
-        )  # [BLOCK_L, BLOCK_COLUMNS, BLOCK_C]
-        out += row_weights[:, None, None] * read
-    out = tl.sum(out * column_weights[:, :, None], axis=1)
-    out_ptr += image * stride_out_b
-    place = place[:, None] * stride_out_l + (c * stride_out_c)[None, :]
-    tl.store(out_ptr + place, out, mask=in_l[:, None] & (c < C)[None, :])
 
 
 def fuse(
@@ -308,96 +210,137 @@ def fuse(
 
     Arguments:
         tokens: int64 ``[B, M, l]``.
-        out: ``[N, C, H, W]``, any strides; ``N = B * M`` maps, or ``N = B`` with ``chosen`` int64 ``[B]``, which picks one
-            candidate an image. With ``out`` half precision so are the looked-up values. May be ``f_hat`` itself.
+        out: ``[N, C, H, W]``, any strides; ``N = B * M`` maps, or ``N = B`` with ``chosen`` int64 ``[B]``, which picks
+            one candidate an image. May be ``f_hat`` itself. Where it is half precision, float16 is what is multiplied.
         codebook, weight, bias, blend, f_hat, side, interpolation: as ``ops.fuse_tokens`` checks them.
     """
     if out.numel() == 0:
         return
-    taps = 1 if weight is None else 3
-    strides = [*tokens.stride(), *(f_hat.stride() if f_hat is not None else (0, 0, 0, 0)), *out.stride()]
-    # An unused pointer still needs a tensor.
-    flags = {"HAS_CHOSEN": chosen is not None, "HAS_F_HAT": f_hat is not None, "INTERPRETED": not out.is_cuda}
-    ends = (chosen if chosen is not None else tokens, f_hat if f_hat is not None else out)
-    launch = _fuse_unresized if tuple(side) == tuple(out.shape[2:]) else _fuse_resized
+    weights = (codebook,) if weight is None else (codebook, weight, bias)
+    # An unused pointer still needs a tensor, an unused stride a number.
+    tensors = (chosen if chosen is not None else tokens, f_hat if f_hat is not None else out)
+    strides = (*tokens.stride(), *tensors[1].stride(), *out.stride())
+    constants = {
+        "TAPS": 1 if weight is None else 3,
+        "HAS_CHOSEN": chosen is not None,
+        "HAS_F_HAT": f_hat is not None,
+        "SCALED": out.dtype.itemsize == 2,
+        "INTERPRETED": not out.is_cuda,
+    }
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        launch(tokens, out, (codebook, weight, bias, blend), taps, side, interpolation, strides, flags, *ends)
+        if tuple(side) == tuple(out.shape[2:]):
+            _fuse_unresized(tokens, out, weights, blend, tensors, strides, constants)
+        else:
+            _fuse_resized(tokens, out, weights, blend, tensors, strides, constants, side, interpolation)
 
 
-def _fuse_resized(tokens, out, weights, taps, side, interpolation, strides, flags, chosen, f_hat) -> None:
-    codebook, weight, bias, blend = weights
+def _fuse_resized(tokens, out, weights, blend, tensors, strides, constants, side, interpolation) -> None:
     N, C, H, W = out.shape
-    if weight is None:
-        table = bias = tables_of(make_codebook, out.dtype, 0.0, codebook)[0]
-    else:
-        table, bias = tables_of(make_tap_table, out.dtype, blend, codebook, weight, bias)
-    rows, row_weights = tile_inputs(side[0], H, interpolation, taps, out.device, out.dtype)
-    columns, column_weights = tile_inputs(side[1], W, interpolation, taps, out.device, out.dtype)
-    block_c, num_warps = resized_blocks(C, out.dtype)
+    operand = torch.float16 if constants["SCALED"] else torch.float32
+    taps = constants["TAPS"]
+    table, *bias, scale = tables_of(make_tap_table if taps == 3 else make_codebook, operand, blend, *weights)
+    rows, row_weights = tile_inputs(side[0], H, interpolation, taps, out.device, operand)
+    columns, column_weights = tile_inputs(side[1], W, interpolation, taps, out.device, operand)
+    chosen, f_hat = tensors
+    block_c, num_warps = resized_blocks(C, operand)
     fuse_resized_kernel[(N, len(rows) * len(columns), triton.cdiv(C, block_c))](
-        tokens, chosen, table, bias, f_hat, out, rows, row_weights, columns, column_weights,
-        tokens.shape[1], len(codebook), side[1], H, W, len(columns), *strides,
-        C=C, BLOCK_C=block_c, K_ROWS=rows.shape[2], K_COLUMNS=columns.shape[2], TAPS=taps, TILE=TILE, **flags,
-        PRECISION="ieee", num_warps=num_warps,
+        tokens, chosen, table, bias[0] if bias else scale, scale, f_hat, out,
+        rows, row_weights, columns, column_weights,
+        tokens.shape[1], len(weights[0]), side[1], H, W, len(columns), *strides,
+        C=C, BLOCK_C=block_c, K_ROWS=rows.shape[2], K_COLUMNS=columns.shape[2], TILE=TILE, PRECISION="ieee",
+        **constants, num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _fuse_unresized(tokens, out, weights, taps, side, interpolation, strides, flags, chosen, f_hat) -> None:
-    codebook, weight, bias, blend = weights
+def _fuse_unresized(tokens, out, weights, blend, tensors, strides, constants) -> None:
     N, C, H, W = out.shape
-    multiply, block_c, block_p, num_warps = unresized_blocks(N, C, H * W, taps, out.dtype)
-    if weight is None:
-        table = kernel = bias = tables_of(make_codebook, out.dtype, 0.0, codebook)[0]
-    elif multiply:
-        table, kernel, bias = tables_of(make_convolution, out.dtype, blend, codebook, weight, bias)
-    else:
-        table, bias = tables_of(make_tap_table, out.dtype, blend, codebook, weight, bias)
+    operand = torch.float16 if constants["SCALED"] else torch.float32
+    multiply, block_c, block_p, num_warps = unresized_blocks(N, C, H * W, constants["TAPS"], operand)
+    if multiply:
+        table, kernel, bias, scale = tables_of(make_convolution, operand, blend, *weights)
+    elif constants["TAPS"] == 3:
+        table, bias, scale = tables_of(make_tap_table, operand, blend, *weights)
         kernel = table
+    else:
+        table, scale = tables_of(make_codebook, operand, blend, *weights)
+        kernel = bias = scale
+    chosen, f_hat = tensors
     fuse_unresized_kernel[(N, triton.cdiv(H * W, block_p), triton.cdiv(C, block_c))](
-        tokens, chosen, table, kernel, bias, f_hat, out,
-        tokens.shape[1], len(codebook), H, W, *strides,
-        C=C, BLOCK_C=block_c, BLOCK_P=block_p, TAPS=taps, MULTIPLY=multiply, **flags, num_warps=num_warps,
+        tokens, chosen, table, kernel, bias, scale, f_hat, out,
+        tokens.shape[1], len(weights[0]), H, W, *strides,
+        C=C, BLOCK_C=block_c, BLOCK_P=block_p, MULTIPLY=multiply, **constants,
+        num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def resized_blocks(C: int, dtype: torch.dtype) -> tuple[int, int]:
-    """``(BLOCK_C, num_warps)`` of ``fuse_resized_kernel``: two float32 tiles of ``16 * 16 * BLOCK_C`` stay in registers."""
-    widest = 32 if dtype.itemsize == 2 else 16
-    return min(widest, triton.next_power_of_2(C)), 4
+    """``(BLOCK_C, num_warps)`` of ``fuse_resized_kernel``, whose two ``[16, 16 * BLOCK_C]`` stay in registers."""
+    if dtype.itemsize == 2:
+        return min(32, triton.next_power_of_2(C)), 8 if C > 16 else 4
+    return min(16, triton.next_power_of_2(C)), 8
 
 
 def unresized_blocks(N: int, C: int, pixels: int, taps: int, dtype: torch.dtype) -> tuple[bool, int, int, int]:
     """``(MULTIPLY, BLOCK_C, BLOCK_P, num_warps)`` of ``fuse_unresized_kernel``.
 
-    Few maps take small blocks of pixels, to reach more of the GPU; many take large ones, to read phi's taps less often.
+    Few maps take small blocks of pixels, to reach more of the GPU; many take larger ones, to read phi's taps less.
     """
     few = N * pixels < 64 * 1024
-    multiply = taps == 3 and dtype.itemsize == 2 and C <= 64
-    if multiply:
-        return True, max(16, triton.next_power_of_2(C)), 64 if few else 256, 4
-    return False, min(64, triton.next_power_of_2(C)), 16 if few else 64, 4
+    if taps == 3 and dtype.itemsize == 2 and C <= 64:
+        return True, max(16, triton.next_power_of_2(C)), 64 if few or C > 32 else 128, 8
+    return False, min(64, triton.next_power_of_2(C)), 16 if few or C > 32 else 32, 4
 
 
-def resize(f_hat: Tensor, out: Tensor, interpolation: str) -> None:
-    """Resize ``f_hat[B, C, H, W]`` into ``out[B, C, h, w]``, both float32, any strides of ``f_hat``; ``out`` dense over (h, w)."""
-    B, C, h, w = out.shape
-    if out.numel() == 0:
-        return
-    rows, row_weights = pixel_inputs(f_hat.shape[2], h, interpolation, out.device)
-    columns, column_weights = pixel_inputs(f_hat.shape[3], w, interpolation, out.device)
-    block_c, block_columns, block_l = resize_blocks(C, h * w, columns.shape[1])
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        resize_kernel[(B, triton.cdiv(h * w, block_l), triton.cdiv(C, block_c))](
-            f_hat, out, rows, row_weights, columns, column_weights,
-            w, h * w, C, *f_hat.stride(), out.stride(0), out.stride(1), out.stride(3),
-            ROWS=rows.shape[1], COLUMNS=columns.shape[1], BLOCK_COLUMNS=block_columns, BLOCK_L=block_l, BLOCK_C=block_c,
-            num_warps=4,
-        )  # fmt: skip
+def aot_specs():
+    """Cases for ``bench/aot.py``: the published models' widths, with phi; half precision is the scorer's, float32 the
+    winner's."""
+    pointers = dict.fromkeys(("tokens_ptr", "chosen_ptr"), "*i64") | dict.fromkeys(
+        ("bias_ptr", "scale_ptr", "f_hat_ptr"), "*fp32"
+    )
+    places = dict.fromkeys(("row_places_ptr", "column_places_ptr"), "*i32")
+    for out, operand, C, side in (
+        ("bf16", torch.float16, 8, 13),
+        ("bf16", torch.float16, 32, 5),
+        ("bf16", torch.float16, 32, 13),
+        ("bf16", torch.float16, 64, 13),
+        ("fp16", torch.float16, 32, 13),
+        ("fp32", torch.float32, 8, 13),
+        ("fp32", torch.float32, 32, 13),
+        ("fp32", torch.float32, 64, 13),
+    ):
+        half, held = out != "fp32", "*fp16" if out != "fp32" else "*fp32"
+        constants = {"C": C, "TAPS": 3, "HAS_CHOSEN": not half, "HAS_F_HAT": True, "SCALED": half, "INTERPRETED": False}
+        # Arguments equal to 1 are constants at a launch too.
+        constants |= dict.fromkeys(("stride_tokens_l", "stride_f_hat_x", "stride_out_c" if half else "stride_out_x"), 1)
+        signature = {**pointers, "out_ptr": f"*{out}", "table_ptr": held}
+        block_c, num_warps = resized_blocks(C, operand)
+        length = -(-3 * side // TILE) * TILE
+        yield _aot_spec(
+            f"16x16 from {side}x{side}, C={C}, {out}",
+            fuse_resized_kernel,
+            {**signature, **places, "row_weights_ptr": held, "column_weights_ptr": held},
+            {**constants, "BLOCK_C": block_c, "K_ROWS": length, "K_COLUMNS": length, "TILE": TILE, "PRECISION": "ieee"},
+            num_warps,
+        )
+        multiply, block_c, block_p, num_warps = unresized_blocks(24 * 128 if half else 24, C, 256, 3, operand)
+        yield _aot_spec(
+            f"16x16 unresized, C={C}, {out}",
+            fuse_unresized_kernel,
+            {**signature, "taps_ptr": held},
+            {**constants, "BLOCK_C": block_c, "BLOCK_P": block_p, "MULTIPLY": multiply},
+            num_warps,
+        )
 
 
-def resize_blocks(C: int, l: int, columns: int) -> tuple[int, int, int]:
-    """``(BLOCK_C, BLOCK_COLUMNS, BLOCK_L)`` of ``resize_kernel``: one float32 tile of 4096 elements or so."""
-    block_c = min(32, triton.next_power_of_2(C))
-    block_columns = triton.next_power_of_2(columns)
-    block_l = max(1, min(triton.next_power_of_2(l), 4096 // (block_c * block_columns)))
-    return block_c, block_columns, block_l
+def _aot_spec(label: str, kernel, signature: dict, constants: dict, num_warps: int) -> dict:
+    numbers = [name for name in kernel.arg_names if name not in signature and name not in constants]
+    multiples = [n for n in numbers if n in ("H", "W", "V") or (n.startswith("stride") and "tokens" not in n)]
+    return {
+        "label": label,
+        "kernel": kernel,
+        "signature": {**signature, **dict.fromkeys(numbers, "i32")},
+        "constexprs": constants,
+        "divisible": [name for name in signature if name.endswith("_ptr")] + multiples,
+        "options": {"num_warps": num_warps, "enable_fp_fusion": True},
+        "no_spills": True,
+    }

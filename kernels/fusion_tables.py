@@ -23,7 +23,7 @@ TILE = 16
 
 @functools.lru_cache(maxsize=512)
 def axis_matrix(side: int, size: int, interpolation: str) -> Tensor:
-    """The matrix ``[size, side]``, float64 on the CPU, by which ``F.interpolate`` resizes one axis (all are separable)."""
+    """The matrix ``[size, side]``, float64 on the CPU, by which ``F.interpolate`` resizes an axis (all separable)."""
     # nearest picks its source by a float32 quotient; the other modes' weights are better taken in float64.
     dtype = torch.float32 if interpolation == "nearest" else torch.float64
     mode = "bilinear" if interpolation == "trilinear" else interpolation
@@ -51,8 +51,8 @@ def tile_inputs(
     convolution sees it; with ``taps == 1`` only resized.
 
     Returns:
-        ``places`` int32 ``[tiles, 2, K]``: input place and tap, place -1 where there is none, ``K`` the largest number of
-        pairs rounded up to ``TILE``; and ``weights`` ``dtype`` ``[tiles, TILE, K]``.
+        ``places`` int32 ``[tiles, 2, K]``: input place and tap, place -1 where there is none, ``K`` the largest number
+        of pairs rounded up to ``TILE``; and ``weights`` ``dtype`` ``[tiles, TILE, K]``.
     """
     resized = axis_matrix(side, size, interpolation)
     tiles = -(-size // TILE)
@@ -100,24 +100,36 @@ def folded_phi(weight: Tensor, bias: Tensor | None, blend: float) -> tuple[Tenso
 def make_convolution(
     dtype: torch.dtype, blend: float, codebook: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """``codebook[V, C]``, phi as ``weight[C, C, 3, 3]`` (channels-last), both ``dtype``, and ``bias[C]`` float32."""
+    """``codebook[V, C]``, phi's ``weight[C, C, 3, 3]`` (channels-last) and ``bias[C]``, and their products' scale."""
     folded, folded_bias = folded_phi(weight, bias, blend)
-    folded = folded.to(dtype).contiguous(memory_format=torch.channels_last)
-    return codebook.to(dtype, copy=True).contiguous(), folded, folded_bias.float()
+    codes, codes_scale = _scaled(codebook.double(), dtype)
+    folded, folded_scale = _scaled(folded, dtype)
+    folded = folded.contiguous(memory_format=torch.channels_last)
+    return codes, folded, folded_bias.float(), codes_scale * folded_scale
 
 
 def make_tap_table(
     dtype: torch.dtype, blend: float, codebook: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The codebook through each of phi's nine taps, ``[V, 9, C]`` in ``dtype``, and phi's bias ``[C]`` in float32."""
+    """The codebook through each of phi's nine taps, ``[V, 9, C]``, phi's bias ``[C]``, and the table's scale."""
     folded, folded_bias = folded_phi(weight, bias, blend)
     taps = folded.permute(1, 2, 3, 0).flatten(1)  # [C_in, 9 * C_out]
-    return (codebook.double() @ taps).view(len(codebook), 9, -1).to(dtype), folded_bias.float()
+    table, scale = _scaled((codebook.double() @ taps).view(len(codebook), 9, -1), dtype)
+    return table, folded_bias.float(), scale
 
 
 def make_codebook(dtype: torch.dtype, blend: float, codebook: Tensor) -> tuple[Tensor, ...]:
-    """The codebook as the kernels read it with no phi, ``[V, C]`` in ``dtype``."""
-    return (codebook.to(dtype, copy=True).contiguous(),)
+    """The codebook as the kernels read it with no phi, ``[V, C]``, and its scale."""
+    return _scaled(codebook.double(), dtype)
+
+
+def _scaled(table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``table`` as ``dtype`` and a float32 ``[1]`` to multiply it by. Float16 is filled up to 1, so that it cannot
+    overflow whatever the weights; that keeps three bits more than bfloat16 would."""
+    if dtype == torch.float32:
+        return table.float().contiguous(), torch.ones(1, device=table.device)
+    scale = table.abs().amax().clamp(min=1e-30)
+    return (table / scale).to(dtype).contiguous(), scale.float().view(1)
 
 
 class _Tables:

@@ -3,8 +3,7 @@
 For scale ``k`` (VAR, section 3.2; the quantizer's ``get_next_autoregressive_input`` upstream): look the tokens up in
 the codebook, resize ``h x w`` to ``H x W``, apply ``phi(x) = (1 - blend) * x + blend * conv3x3(x)``, add ``f_hat``.
 
-``fuse_tokens`` does it for M candidates at once, ``commit_tokens`` adds the kept candidate to ``f_hat`` in place, and
-``resize_features`` makes the next scale's input from ``f_hat``.
+``fuse_tokens`` does it for M candidates at once; ``commit_tokens`` adds the kept candidate to ``f_hat`` in place.
 """
 
 from __future__ import annotations
@@ -15,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.kernels.fusion_tables import INTERPOLATIONS, axis_matrix_on, make_convolution, tables_of
+from varkern.kernels.fusion_tables import axis_matrix_on, make_convolution, tables_of
 from varkern.ops.backend import backend_for
+from varkern.ops.resizing import check_interpolation, interpolate, pair, refuse_gradients, resize_features
+
+__all__ = ["commit_tokens", "fuse_tokens", "resize_features"]
 
 Phi = tuple[Tensor, "Tensor | None", float]
 
@@ -41,9 +43,9 @@ def fuse_tokens(
     """Features of every candidate: ``phi(resize(codebook[tokens])) + f_hat``.
 
     Arguments:
-        tokens: int64 ``[B, M, l]``, ``l = h * w``, row by row. Ids must lie in ``[0, V)``; that cannot be checked without
-            waiting for the device. The PyTorch form raises ``IndexError`` on a CPU; the kernel clamps, so it never
-            reads outside the codebook.
+        tokens: int64 ``[B, M, l]``, ``l = h * w``, row by row. Ids must lie in ``[0, V)``; that cannot be checked
+            without waiting for the device. The PyTorch form raises ``IndexError`` on a CPU; the kernel clamps, so it
+            never reads outside the codebook.
         codebook: ``[V, C]``, float32, bfloat16 or float16.
         side: the token map's ``h`` and ``w``, or one number for both.
         size: the features' ``H`` and ``W``, or one number for both. No resize happens where it equals ``side``.
@@ -53,7 +55,7 @@ def fuse_tokens(
             ``torch.nn.functional.interpolate`` does them with ``align_corners=False``; ``"trilinear"`` over one frame
             is ``"bilinear"``.
         dtype: of the result, float32 (default), bfloat16 or float16. Sums are float32 whatever it is; with a half
-            precision the kernel rounds the looked-up values to it first.
+            precision the kernel takes what it looks up in float16, scaled so that none overflows.
         channels_last: whether the result, seen as ``[B * M, C, H, W]``, is in ``torch.channels_last`` memory format.
 
     Returns:
@@ -64,7 +66,7 @@ def fuse_tokens(
         ValueError, TypeError: a shape, device or dtype that does not fit, named.
         RuntimeError: a gradient is asked for; none is defined.
     """
-    side, size = _pair(side, "side"), _pair(size, "size")
+    side, size = pair(side, "side"), pair(size, "size")
     if tokens.dim() != 3:
         raise ValueError(f"tokens must have shape [B, M, l], got {list(tokens.shape)}")
     _check_lookup("fuse_tokens", tokens, codebook, side, phi, interpolation)
@@ -104,7 +106,7 @@ def commit_tokens(
     Raises:
         as ``fuse_tokens``.
     """
-    side = _pair(side, "side")
+    side = pair(side, "side")
     if chosen is None:
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape [B, l] when chosen is None, got {list(tokens.shape)}")
@@ -119,63 +121,12 @@ def commit_tokens(
     return f_hat
 
 
-def resize_features(
-    f_hat: Tensor,
-    *,
-    size: int | Sequence[int],
-    interpolation: str = "area",
-    channels_last: bool = False,
-) -> Tensor:
-    """The next scale's input: ``f_hat`` resized to that scale's side (area resizing is adaptive average pooling).
-
-    Arguments:
-        f_hat: float32 ``[B, C, H, W]``.
-        size: the next scale's ``h`` and ``w``, or one number for both.
-        interpolation: as in ``fuse_tokens``.
-        channels_last: memory format of the result; with it ``result.flatten(2).transpose(1, 2)`` is a contiguous
-            ``[B, l, C]``, what the word embedding takes.
-
-    Returns:
-        float32 ``[B, C, h, w]``, sharing no memory with ``f_hat``. The PyTorch form is ``F.interpolate`` itself.
-
-    Raises:
-        as ``fuse_tokens``.
-    """
-    size = _pair(size, "size")
-    if f_hat.dim() != 4:
-        raise ValueError(f"f_hat must have shape [B, C, H, W], got {list(f_hat.shape)}")
-    if f_hat.dtype != torch.float32:
-        raise TypeError(f"f_hat must be float32, got {f_hat.dtype}")
-    _check_interpolation(interpolation)
-    _refuse_gradients("resize_features", f_hat=f_hat)
-    return _resize_op(f_hat, size, interpolation, bool(channels_last))
-
-
-def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
-        raise ValueError(f"{name} must be a positive int or two of them, got {value!r}")
-    return pair
-
-
-def _check_interpolation(interpolation: str) -> None:
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(map(repr, INTERPOLATIONS))}, got {interpolation!r}")
-
-
 def _check_dtype(dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
     if dtype not in _CODEBOOK_DTYPES:
         raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     return dtype
-
-
-def _refuse_gradients(op: str, **tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(f"{op} defines no gradients, but {name} asks for one; call it under torch.no_grad()")
 
 
 def _check_lookup(
@@ -191,7 +142,7 @@ def _check_lookup(
         raise TypeError(f"codebook must be float32, bfloat16 or float16, got {codebook.dtype}")
     if codebook.device != tokens.device:
         raise ValueError(f"codebook must be on the tokens' device {tokens.device}, got {codebook.device}")
-    _check_interpolation(interpolation)
+    check_interpolation(interpolation)
     weight, bias = None, None
     if phi is not None:
         if len(phi) != 3:
@@ -210,7 +161,7 @@ def _check_lookup(
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
             if tensor.device != tokens.device:
                 raise ValueError(f"{name} must be on the tokens' device {tokens.device}, got {tensor.device}")
-    _refuse_gradients(op, codebook=codebook, **{"phi's weight": weight, "phi's bias": bias})
+    refuse_gradients(op, codebook=codebook, **{"phi's weight": weight, "phi's bias": bias})
 
 
 def _check_f_hat(op: str, f_hat: Tensor, tokens: Tensor, codebook: Tensor, size: tuple[int, int] | None) -> None:
@@ -222,7 +173,7 @@ def _check_f_hat(op: str, f_hat: Tensor, tokens: Tensor, codebook: Tensor, size:
         raise TypeError(f"f_hat must be floating, got {f_hat.dtype}")
     if f_hat.device != tokens.device:
         raise ValueError(f"f_hat must be on the tokens' device {tokens.device}, got {f_hat.device}")
-    _refuse_gradients(op, f_hat=f_hat)
+    refuse_gradients(op, f_hat=f_hat)
 
 
 def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
@@ -305,33 +256,6 @@ def _(tokens, chosen, f_hat, codebook, weight, bias, blend, side, interpolation)
     return None
 
 
-@torch.library.custom_op("varkern::resize_features", mutates_args=())
-def _resize_op(f_hat: Tensor, size: Sequence[int], interpolation: str, channels_last: bool) -> Tensor:
-    resized = _empty_resized(f_hat, size, channels_last)
-    if resized.numel() == 0:
-        return resized
-    if backend_for(f_hat) == "triton":
-        from varkern.kernels import fusion
-
-        fusion.resize(f_hat, resized, interpolation)
-    else:
-        with torch.no_grad():
-            resized.copy_(_interpolate(f_hat, tuple(size), interpolation))
-    return resized
-
-
-@_resize_op.register_fake
-def _(f_hat, size, interpolation, channels_last):
-    return _empty_resized(f_hat, size, channels_last)
-
-
-def _empty_resized(f_hat: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
-    B, C = f_hat.shape[:2]
-    if channels_last:
-        return f_hat.new_empty((B, *size, C)).permute(0, 3, 1, 2)
-    return f_hat.new_empty((B, C, *size))
-
-
 def _fuse_torch(
     tokens: Tensor,
     codebook: Tensor,
@@ -349,7 +273,7 @@ def _fuse_torch(
         convolution = ()
         codebook = codebook.float()
     else:
-        codebook, *convolution = tables_of(make_convolution, torch.float32, blend, codebook, weight, bias)
+        codebook, *convolution, _ = tables_of(make_convolution, torch.float32, blend, codebook, weight, bias)
     piece = max(1, WORKSPACE_BYTES // (4 * 3 * C * H * W))
     images = max(1, piece // M)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
@@ -401,15 +325,7 @@ def _commit_torch(
         tokens = tokens[torch.arange(B, device=tokens.device), chosen]
     with torch.no_grad():
         x = F.embedding(tokens, codebook).transpose(1, 2).reshape(B, C, *side)
-        x = _interpolate(x, tuple(f_hat.shape[2:]), interpolation)
+        x = interpolate(x, tuple(f_hat.shape[2:]), interpolation)
         if weight is not None:
             x = x.mul(1 - blend) + F.conv2d(x, weight, bias, padding=1).mul_(blend)
         f_hat.add_(x)
-
-
-def _interpolate(x: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    if tuple(x.shape[2:]) == size:
-        return x
-    if interpolation == "trilinear":
-        return F.interpolate(x.unsqueeze(2), size=(1, *size), mode="trilinear").squeeze(2)
-    return F.interpolate(x, size=size, mode=interpolation)
