@@ -6,6 +6,7 @@ its last checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
         checkpoint=folder / "vae.checkpoint.pt",
         weight_decay=0.0,
         after_step=restart_dead_codes,
+        carried={"hits": hits},
     )
     save_model(vae, folder / "vae.safetensors")
 
@@ -168,7 +170,9 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
         seed=recipe.seed + 5,
         checkpoint=folder / "classifier.checkpoint.pt",
     )
-    save_file(classifier.cpu().state_dict(), folder / "classifier.safetensors")
+    unfinished = folder / "classifier.safetensors.partial"
+    save_file(classifier.cpu().state_dict(), unfinished)
+    os.replace(unfinished, folder / "classifier.safetensors")
 
 
 @torch.inference_mode()

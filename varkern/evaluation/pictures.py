@@ -99,40 +99,48 @@ def draw_panels(panels: Sequence[Panel], columns: Sequence[str], enlarge: int = 
 def contact_sheet(
     paths: Sequence[str | os.PathLike], captions: Sequence[str], columns: int, thumbnail: int = 128
 ) -> Image.Image:
-    """Image files side by side, each over its caption, shrunk where they are larger than ``thumbnail`` pixels.
+    """Image files side by side, each over its caption, at about one size whatever theirs is.
 
     Args:
         paths: at least one image file; all of one size.
         captions: one an image.
         columns: images a row, >= 1.
-        thumbnail: the longest side of an image on the sheet.
+        thumbnail: the most pixels that an image's longer side has on the sheet; smaller images are enlarged by a
+            whole number.
 
     Raises:
         ValueError: if an argument does not fit.
     """
-    from PIL import Image
-
     if not paths or len(paths) != len(captions):
         raise ValueError(f"paths and captions must be as many, at least 1, got {len(paths)} and {len(captions)}")
     if columns < 1:
         raise ValueError(f"columns must be >= 1, got {columns}")
-    with Image.open(paths[0]) as first:
-        shrunk = first.convert("RGB")
-    shrunk.thumbnail((thumbnail, thumbnail))
+    first = read_thumbnail(paths[0], thumbnail)
     draw = blank(1, 1)[1]
     widest = max(int(draw.textlength(caption, font=font(LABEL_SIZE))) for caption in captions)
     columns = min(columns, len(paths))
-    width, height = max(shrunk.width, widest) + GAP, shrunk.height + LABEL_SIZE + 2 * GAP
+    width, height = max(first.width, widest) + GAP, first.height + LABEL_SIZE + 2 * GAP
     picture, draw = blank(columns * width + GAP, -(-len(paths) // columns) * height + GAP)
     for place, (path, caption) in enumerate(zip(paths, captions, strict=True)):
         left, top = GAP + place % columns * width, GAP + place // columns * height
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-        small.thumbnail((thumbnail, thumbnail))
+        small = read_thumbnail(path, thumbnail)
         picture.paste(small, (left + (width - GAP - small.width) // 2, top))
         center = left + (width - GAP) // 2
         write(draw, center, top + small.height + GAP + LABEL_SIZE // 2, caption, LABEL_SIZE, "mm")
     return picture
+
+
+def read_thumbnail(path: str | os.PathLike, longest: int) -> Image.Image:
+    """An image file shrunk until no side is above ``longest``, or enlarged by the largest whole number that fits."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    factor = longest // max(image.size)
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((longest, longest))
+    return image
 
 
 def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:

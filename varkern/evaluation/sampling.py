@@ -159,7 +159,7 @@ def fill(folder: Path, model: Any, search: Search | None, order: Order, batch_si
 
 
 def batches(missing: Sequence[int], total: int, batch_size: int, whole: bool) -> Iterator[list[int]]:
-    """The missing numbers in batches; ``whole``: the batches of an unbroken run that lack one, with all their numbers."""
+    """The missing numbers in batches; ``whole``: the whole batches, of an unbroken run, that miss one."""
     if not whole:
         for start in range(0, len(missing), batch_size):
             yield list(missing[start : start + batch_size])

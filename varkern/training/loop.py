@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -53,6 +53,7 @@ def fit(
     weight_decay: float = 0.01,
     max_norm: float = 1.0,
     after_step: Callable[[int], None] | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Train ``model`` in place for ``steps`` steps, going on from ``checkpoint`` if there is one.
 
@@ -67,6 +68,7 @@ def fit(
         seed: of the whole run.
         checkpoint: file for the state in between, written about once a minute and removed at the end.
         after_step: called with the step number after each update.
+        carried: further tensors that the run changes in place and that a checkpoint must hold.
     """
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     start = 0
@@ -74,6 +76,8 @@ def fit(
         state = torch.load(checkpoint, map_location=next(model.parameters()).device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for key, tensor in (carried or {}).items():
+            tensor.copy_(state["carried"][key])
         start = state["step"]
     model.train()
     saved = time.monotonic()
@@ -97,6 +101,7 @@ def fit(
                 progress.update(task, completed=step + 1, note=f"loss {average:.4f}")
             if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                state["carried"] = dict(carried or {})
                 save_atomically(state, checkpoint)
                 saved = time.monotonic()
         progress.update(task, completed=steps)

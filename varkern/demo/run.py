@@ -1,0 +1,129 @@
+"""What ``varkern demo`` does: the ten digits with and without best-of-M, from the same seeds, in one picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from varkern.evaluation.pictures import Panel, draw_panels, require_pillow, save_png
+from varkern.generate import Generation, generate
+from varkern.models import VAR, load_var
+from varkern.ops import image_seeds
+from varkern.scorer import Scorer
+from varkern.search import BestOfM
+
+from .digits import NUM_CLASSES
+from .train import SAMPLING
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One of the demo's runs: ``title``, images ``[10, n, 3, H, W]``, scores ``[10]`` and seconds in all."""
+
+    title: str
+    images: Tensor
+    scores: Tensor
+    seconds: float
+
+
+def load_demo(device: torch.device | str = "cpu") -> tuple[VAR, Scorer]:
+    """The digits model and its scorer that ship with the package."""
+    return load_var("demo", device=device), Scorer.from_pretrained(WEIGHTS / "scorer.safetensors", device=device)
+
+
+@torch.inference_mode()
+def score_images(model: VAR, scorer: Scorer, labels: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+    """What the scorer thinks of finished images, ``[B]`` float32: the score of their last scale's fused features.
+
+    Args:
+        model: whose images they are.
+        scorer: made for it.
+        labels: classes ``[B]`` int64.
+        tokens: the kept token map ``[B, l]`` of every scale, as :attr:`varkern.Generation.tokens`.
+    """
+    quantizer = model.vae_quant_proxy[0]
+    codes = [quantizer.codes(scale_tokens, scale) for scale, scale_tokens in enumerate(tokens)]
+    f_hat = quantizer.embed_to_fhat(codes, last_one=True)
+    return scorer(labels.to(f_hat.device), f_hat.unsqueeze(1), len(tokens) - 1)[:, 0]
+
+
+def run(
+    out: Path, seed: int = 0, m: int = 8, num_per_class: int = 4, device: torch.device | str = "cpu"
+) -> list[Result]:
+    """Generate every digit with one candidate a scale, with the best of ``m``, and with one of ``m`` resampled.
+
+    Args:
+        out: where the picture goes, a ``.png`` file.
+        seed: of all three runs; image for image they begin with the same candidates.
+        m: candidates a scale, >= 2.
+        num_per_class: images a digit, >= 1.
+        device: where to generate.
+
+    Raises:
+        ImportError, OSError, ValueError: if something is wrong, before any work.
+    """
+    require_pillow()
+    if m < 2:
+        raise ValueError(f"m must be >= 2, got {m}")
+    if num_per_class < 1:
+        raise ValueError(f"num_per_class must be >= 1, got {num_per_class}")
+    check_picture_path(out)
+    labels = torch.arange(NUM_CLASSES).repeat_interleave(num_per_class)
+    seeds = image_seeds(seed, len(labels))
+    model, scorer = load_demo(device)
+    searches = {
+        "M=1: the model alone": None,
+        f"M={m}, greedy: the best scored candidate of every scale from the second": BestOfM(scorer, m),
+        f"M={m}, resample: a candidate drawn by softmax of score": BestOfM(scorer, m, pick="resample"),
+    }
+    generate(model, labels[:1], seeds=seeds[:1], **SAMPLING)  # the first call of a process is slower than the rest
+    results = []
+    for title, search in searches.items():
+        start = time.perf_counter()
+        generation: Generation = generate(model, labels, search=search, seeds=seeds, **SAMPLING)
+        images = generation.images.cpu()
+        seconds = time.perf_counter() - start
+        scores = score_images(model, scorer, labels, generation.tokens).view(NUM_CLASSES, num_per_class).mean(1).cpu()
+        results.append(Result(title, images.unflatten(0, (NUM_CLASSES, num_per_class)), scores, seconds))
+    panels = [Panel(result.title, result.images.transpose(0, 1)) for result in results]
+    save_png(draw_panels(panels, [str(digit) for digit in range(NUM_CLASSES)]), out)
+    return results
+
+
+def check_picture_path(out: Path) -> None:
+    """Make the folder of ``out`` and see that the picture can be written there.
+
+    Raises:
+        ValueError: if it is no name of a PNG file.
+        OSError: if it cannot be written.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png, got {out}")
+    if out.is_dir():
+        raise ValueError(f"out must be a file, but {out} is a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    probe = out.with_name(out.name + ".partial")
+    probe.touch()
+    probe.unlink()
+
+
+def as_table(results: Sequence[Result], m: int) -> Table:
+    """The demo's scores and seconds, to be printed."""
+    table = Table(title="Mean score of the finished images", caption="log-odds of being real, plus a constant a digit")
+    table.add_column("digit")
+    for name in ("M=1", f"M={m} greedy", f"M={m} resample"):
+        table.add_column(name, justify="right")
+    for digit in range(NUM_CLASSES):
+        table.add_row(str(digit), *(f"{result.scores[digit]:+.2f}" for result in results))
+    table.add_section()
+    table.add_row("all", *(f"{result.scores.mean():+.2f}" for result in results))
+    table.add_row("seconds", *(f"{result.seconds:.2f}" for result in results))
+    return table

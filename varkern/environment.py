@@ -1,0 +1,80 @@
+"""What a bug report should say of the machine and of the software: ``varkern env`` prints it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+
+import torch
+
+import varkern
+from varkern.ops.backend import explain
+
+VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Versions, the device, the backend in use there and why, and the installed extras, by name."""
+    report = {
+        "varkern": varkern.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "cuda": f"{torch.version.cuda or 'none'} (PyTorch's), driver {driver()}",
+        "device": device_name(device),
+        "backend": explain(device),
+    }
+    if torch.version.hip:
+        report["rocm"] = torch.version.hip
+    for name, missing in extras().items():
+        report[f"[{name}]"] = f"missing {', '.join(missing)}" if missing else "installed"
+    report.update({name: os.environ[name] for name in VARIABLES if name in os.environ})
+    return report
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def driver() -> str:
+    """The NVIDIA driver's version, as nvidia-smi tells it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "none"
+    try:
+        command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.split("\n")[0].strip() or "unknown"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    architecture = getattr(properties, "gcnArchName", None) or f"compute {properties.major}.{properties.minor}"
+    return f"{device}, {properties.name}, {architecture}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def extras() -> dict[str, list[str]]:
+    """The extras of varkern and what is missing of each; empty if varkern itself is not installed."""
+    try:
+        requirements = metadata.requires("varkern") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    missing: dict[str, list[str]] = {}
+    for requirement in requirements:
+        match = re.match(r"([\w.-]+).*;.*extra == ['\"](\w+)['\"]", requirement)
+        if match and match[1] != "varkern":
+            missing.setdefault(match[2], [])
+            if version_of(match[1]) == "not installed":
+                missing[match[2]].append(match[1])
+    return missing
