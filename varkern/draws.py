@@ -79,8 +79,9 @@ class MultinomialDraws:
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniform numbers in [0, 1); finite at 0."""
-    return -(-(uniform + 2.0**-25).log()).log()
+    """Standard Gumbel noise from float32 uniform numbers in [0, 1); finite at both ends."""
+    # The largest uniform number, 1 - 2^-24, would round up to 1 here, and its noise would be infinite.
+    return -(-(uniform + 2.0**-25).clamp(max=1 - 2.0**-24).log()).log()
 
 
 def make_draws(

@@ -83,8 +83,8 @@ def check(family: Family, model: Any, spec: ModelSpec, request: Request, search:
     """
     if not isinstance(request.batch_size, int) or request.batch_size < 0:
         raise ValueError(f"B must be an int >= 0, got {request.batch_size!r}")
-    if request.top_k < 0:
-        raise ValueError(f"top_k must be >= 0, got {request.top_k}")
+    if not isinstance(request.top_k, int) or request.top_k < 0:
+        raise ValueError(f"top_k must be an int >= 0, got {request.top_k!r}")
     if not 0 <= request.top_p <= 1:
         raise ValueError(f"top_p must be in [0, 1], got {request.top_p}")
     check_seed(sampler, request)
@@ -101,6 +101,8 @@ def check(family: Family, model: Any, spec: ModelSpec, request: Request, search:
             low, high = labels.aminmax()
             if low < 0 or high > spec.num_classes:
                 raise ValueError(f"labels must be in 0..{spec.num_classes}, got {int(low)}..{int(high)}")
+    elif labels is not None and not isinstance(labels, int):
+        raise TypeError(f"labels must be an int, a tensor or None, got {type(labels).__name__}")
     elif labels is not None and labels > spec.num_classes:
         raise ValueError(f"labels must be <= {spec.num_classes}, got {labels}")
 

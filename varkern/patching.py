@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +25,10 @@ class PatchedMethod:
     A pickled or copied model carries no patch: what is stored of this object is the method it stands for.
     """
 
-    def __init__(self, model: Any, family: Family, search: Search | None, sampler: str, former: Any):
+    def __init__(
+        self, model: Any, family: Family, search: Search | None, sampler: str, former: Any, original: Callable[..., Any]
+    ):
         self.model, self.family, self.search, self.sampler, self.former = model, family, search, sampler, former
-        original = former if former is not ABSENT else getattr(type(model), family.method).__get__(model)
         self.__wrapped__ = original
         self.__signature__ = inspect.signature(original)
         self.__name__, self.__doc__ = family.method, original.__doc__
@@ -35,8 +36,11 @@ class PatchedMethod:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         bound = self.__signature__.bind(*args, **kwargs)
+        given = set(bound.arguments)
         bound.apply_defaults()
-        request = self.family.request(bound.arguments)
+        # A fork may take more arguments than its family; at their defaults they ask for nothing.
+        known = given | set(self.family.arguments)
+        request = self.family.request({name: value for name, value in bound.arguments.items() if name in known})
         return run(self.family, self.model, request, self.search, self.sampler).images
 
     def __reduce__(self):
@@ -80,8 +84,11 @@ def patch(model: Model, search: Search | None = None, *, sampler: str = "philox"
     if search is not None:
         search.check(family.spec(model))
     current = vars(model).get(family.method, ABSENT)
-    former = current.former if isinstance(current, PatchedMethod) else current
-    vars(model)[family.method] = PatchedMethod(model, family, search, sampler, former)
+    if isinstance(current, PatchedMethod):
+        former, original = current.former, current.__wrapped__
+    else:
+        former, original = current, getattr(model, family.method)
+    vars(model)[family.method] = PatchedMethod(model, family, search, sampler, former, original)
     return model
 
 

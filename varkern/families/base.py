@@ -108,6 +108,7 @@ class Family(Protocol):
 
     name: str
     method: str  # the attribute that patching replaces
+    arguments: tuple[str, ...]  # the names of the published method's arguments
 
     def missing(self, model: object) -> list[str]:
         """What a model of this family has and ``model`` lacks; empty: it is one."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class VARFamily:
 
     name = "VAR"
     method = "autoregressive_infer_cfg"
+    arguments = ("B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth")
 
     def missing(self, model: object) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
@@ -45,6 +48,11 @@ class VARFamily:
                 names.append(f"blocks[{i}].attn.kv_caching")
                 break
         vae, quantizer = _only(model, "vae_proxy"), _only(model, "vae_quant_proxy")
+        names += [
+            f"{name}[0]"
+            for name in ("vae_proxy", "vae_quant_proxy")
+            if name not in names and _only(model, name) is None
+        ]
         if vae is not None and not hasattr(vae, "fhat_to_img"):
             names.append("vae_proxy[0].fhat_to_img")
         if quantizer is not None:
@@ -74,8 +82,14 @@ class VARFamily:
                 f"a VAR model has no option {', '.join(map(repr, sorted(unknown)))}: it takes cfg, more_smooth"
             )
         cfg = request.options.get("cfg", 1.5)
-        if isinstance(cfg, Tensor) and cfg.shape not in ((), (request.batch_size, 1, 1)):
-            raise ValueError(f"cfg must be a number or a tensor of shape [B, 1, 1], got shape {list(cfg.shape)}")
+        if isinstance(cfg, Tensor):
+            fits, came = cfg.shape in ((), (request.batch_size, 1, 1)), f"shape {list(cfg.shape)}"
+        else:
+            fits, came = isinstance(cfg, Real) and math.isfinite(cfg), repr(cfg)
+        if not fits:
+            raise ValueError(
+                f"cfg must be a finite number or a tensor of shape [{request.batch_size}, 1, 1], got {came}"
+            )
 
     def device(self, model: Any) -> torch.device:
         return model.lvl_1L.device
@@ -105,6 +119,8 @@ class VARSession:
         self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != 0
         self.reproduces_upstream = draws.reproduces_upstream
         batch = labels.shape[0]
+        if isinstance(self.cfg, Tensor):
+            self.cfg = self.cfg.to(labels.device).expand(batch, 1, 1)
         if self.guided:
             labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
         self.cond = model.class_emb(labels)

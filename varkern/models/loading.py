@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-            return load_file(path), json.loads(metadata.get("config", "{}"))
+            config = json.loads(metadata.get("config", "{}"))
+            if not isinstance(config, dict):
+                raise ValueError(f"its config is {config!r}, not an object")
+            return load_file(path), config
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
@@ -51,10 +55,10 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
 def save_model(model: VAR | VQVAE, path: str | os.PathLike) -> None:
     """Write a model's weights and config to one safetensors file that :func:`load_var` or :func:`load_vae` reads."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    unfinished = path.with_name(path.name + ".partial")
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, partial, {"config": json.dumps(model.config)})
-    os.replace(partial, path)
+    save_file(weights, unfinished, {"config": json.dumps(model.config)})
+    os.replace(unfinished, path)
 
 
 def count_modules(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -99,14 +103,14 @@ def var_config(state: Mapping[str, Tensor], patch_nums: Sequence[int] | None) ->
     if patch_nums is None or len(patch_nums) != scales or sum(side * side for side in patch_nums) != length:
         raise ValueError(f"patch_nums must give {scales} scales of {length} tokens in all, got {patch_nums}")
     depth = count_modules(state, "blocks")
-    scale = state.get("blocks.0.attn.scale_mul_1H11")
+    scale = next((tensor for name, tensor in state.items() if name.endswith(".attn.scale_mul_1H11")), None)
     return {
         "num_classes": state["class_emb.weight"].shape[0] - 1,
         "depth": depth,
         "embed_dim": width,
         "num_heads": depth if scale is None else scale.shape[1],
         "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-        "shared_aln": "blocks.0.ada_gss" in state,
+        "shared_aln": any(name.endswith(".ada_gss") for name in state),
         "attn_l2_norm": scale is not None,
         "patch_nums": list(patch_nums),
     }
@@ -127,14 +131,28 @@ def download(filename: str) -> Path:
     return Path(hf_hub_download(HUB_REPOSITORY, filename))
 
 
-def _assemble(build, state: dict[str, Tensor], source: object) -> nn.Module:
+def _derived(
+    read: Callable[..., dict[str, Any]], state: Mapping[str, Tensor], sides: Any, path: Path
+) -> dict[str, Any]:
+    try:
+        return read(state, sides)
+    except KeyError as error:
+        raise ValueError(f"{path} does not fit any model: it has no {error.args[0]}") from error
+
+
+def _assemble(
+    build: Callable[..., nn.Module], config: dict[str, Any], state: dict[str, Tensor], path: Path
+) -> nn.Module:
     # On the meta device nothing is allocated or initialised twice: the checkpoint's own tensors become the weights.
-    with torch.device("meta"):
-        model = build()
+    try:
+        with torch.device("meta"):
+            model = build(**config)
+    except TypeError as error:
+        raise ValueError(f"{path} holds a config that describes no model: {error}") from error
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the model that its sizes describe: {error}") from error
+        raise ValueError(f"{path} does not fit the model that its sizes describe: {error}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -160,10 +178,10 @@ def load_vae(
     state, config = read_state_dict(path)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} is not a VQ-VAE checkpoint: it has no quantize.embedding.weight")
-    config = config or vae_config(state, v_patch_nums or PATCH_NUMS_256)
+    config = config or _derived(vae_config, state, v_patch_nums or PATCH_NUMS_256, path)
     if v_patch_nums is not None:
         config["v_patch_nums"] = list(v_patch_nums)
-    return _assemble(lambda: VQVAE(**config), state, path).to(device=device, dtype=dtype)
+    return _assemble(VQVAE, config, state, path).to(device=device, dtype=dtype)
 
 
 def load_var(
@@ -203,8 +221,7 @@ def load_var(
     state, config = read_state_dict(path)
     if "pos_1LC" not in state or "lvl_embed.weight" not in state:
         raise ValueError(f"{path} is not a VAR checkpoint: it has no pos_1LC and lvl_embed.weight")
-    config = config or var_config(state, patch_nums)
+    config = config or _derived(var_config, state, patch_nums, path)
     if not isinstance(vae, nn.Module):
         vae = load_vae(vae, v_patch_nums=config["patch_nums"], device=device, dtype=dtype)
-    model = _assemble(lambda: VAR(vae, **config), state, path)
-    return model.to(device=device, dtype=dtype)
+    return _assemble(partial(VAR, vae), config, state, path).to(device=device, dtype=dtype)

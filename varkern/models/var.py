@@ -92,7 +92,7 @@ class VAR(nn.Module):
         self.blocks = nn.ModuleList(
             AdaLNSelfAttn(width, num_heads, mlp_ratio, norm_eps, shared_aln, attn_l2_norm, self.L) for _ in range(depth)
         )
-        levels = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        levels = torch.cat([torch.full((length,), k) for k, length in enumerate(lengths)])
         self.register_buffer("lvl_1L", levels.unsqueeze(0))
         hidden = levels.unsqueeze(1) < levels.unsqueeze(0)  # a token sees its own scale and those before it
         self.register_buffer("attn_bias_for_masking", torch.zeros(1, 1, self.L, self.L).masked_fill(hidden, -math.inf))

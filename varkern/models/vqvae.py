@@ -123,5 +123,5 @@ class VQVAE(nn.Module):
         key = "quantize.ema_vocab_hit_SV"
         own = self.quantize.ema_vocab_hit_SV
         if key in state_dict and state_dict[key].shape[0] != own.shape[0]:
-            state_dict = {**state_dict, key: own}
+            state_dict = {**state_dict, key: torch.zeros(own.shape) if own.is_meta else own}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -76,6 +76,6 @@ def explain(device: torch.device | str) -> str:
         return f"{chosen} (chosen with use_backend)"
     if kind == "cuda":
         return "triton (tensors on a GPU)"
-    if interpreting():
+    if kind == "cpu" and interpreting():
         return "triton (TRITON_INTERPRET is set: kernels run in the interpreter)"
     return f"torch (tensors on {kind})"

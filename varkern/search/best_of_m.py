@@ -62,6 +62,8 @@ class BestOfM:
     ):
         if not callable(scorer):
             raise TypeError(f"scorer must be callable, got {type(scorer).__name__}")
+        if not isinstance(m, int | Sequence) or isinstance(m, str):
+            raise TypeError(f"m must be an int or a sequence of ints, got {m!r}")
         self.m = m if isinstance(m, int) else tuple(m)
         for number in (self.m,) if isinstance(self.m, int) else self.m:
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -132,8 +134,8 @@ class BestOfM:
         if self.pick != "resample" and self.pick < scores.shape[-1]:
             best = scores.topk(self.pick, dim=-1).indices
             weights = torch.full_like(weights, -math.inf).scatter(-1, best, weights.gather(-1, best))
-        # Gumbel-max: the largest of log-weight plus Gumbel noise is a draw by softmax. 2^-25 keeps log off 0.
-        noise = -(-(candidates.uniforms() + 2.0**-25).log()).log()
+        # Gumbel-max: the largest of log-weight plus Gumbel noise is a draw by softmax. Off 0 and 1 the noise is finite.
+        noise = -(-(candidates.uniforms() + 2.0**-25).clamp(max=1 - 2.0**-24).log()).log()
         return Choice((weights + noise).argmax(-1), scores)
 
     def score(self, candidates: Candidates) -> Tensor:
@@ -143,8 +145,13 @@ class BestOfM:
         parts = []
         for start in range(0, count, step):
             features = candidates.fuse(start, min(start + step, count))
-            parts.append(self.scorer(candidates.labels, features, candidates.scale))
+            part = self.scorer(candidates.labels, features, candidates.scale)
+            if not isinstance(part, Tensor):
+                raise TypeError(f"scorer must return a tensor, got {type(part).__name__}")
+            if part.shape != features.shape[:2]:
+                raise ValueError(
+                    f"scorer must return scores of shape {list(features.shape[:2])}, got {list(part.shape)}"
+                )
+            parts.append(part)
         scores = torch.cat(parts, dim=1).float()
-        if scores.shape != (batch, count):
-            raise ValueError(f"scorer must return scores of shape [{batch}, {count}], got {list(scores.shape)}")
         return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)

@@ -1,0 +1,342 @@
+"""Best of M: which candidate is kept, how many maps exist at once, and what is refused before any work."""
+
+import pytest
+import torch
+
+from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, idle, randomise, relative_error, small_var
+from tests.references import vqvae
+from varkern import BestOfM, Scorer, ScorerConfig, generate, patch
+from varkern.families import ModelSpec
+from varkern.ops.philox import PICKS, uniforms
+from varkern.search import Candidates
+
+LABELS = torch.tensor([3, 0, 5])
+SPEC = ModelSpec(NUM_CLASSES, TINY_SIDES, (6, 6), 8, 64)
+FITTING = {"num_classes": NUM_CLASSES, "num_scales": 5, "channels": 8, "size": 6, "widths": (8, 8, 8)}
+
+
+def offered(scores, seeds=None, scale=1):
+    """Candidates whose fused feature is their score, and a scorer that reads it."""
+    batch, count = scores.shape
+    seeds = torch.arange(batch) if seeds is None else seeds
+    return Candidates(
+        scale,
+        torch.zeros(batch, dtype=torch.int64),
+        torch.zeros(batch, count, 4, dtype=torch.int64),
+        lambda start, stop, dtype=None, channels_last=False: scores[:, start:stop, None, None, None],
+        lambda: uniforms(seeds, count, 1, scale, PICKS)[:, :, 0],
+    )
+
+
+def read_score(labels, features, scale):
+    return features[:, :, 0, 0, 0]
+
+
+def mean_feature(labels, features, scale):
+    return features.mean((2, 3, 4))
+
+
+def small_scorer(**changes):
+    return randomise(Scorer(ScorerConfig(**(FITTING | changes))), 0).eval()
+
+
+def chosen(scores, **options):
+    return BestOfM(read_score, m=scores.shape[1], **options).choose(offered(scores)).index
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "scores, wanted",
+    [
+        ([0.0, 3.0, 1.0], 1),
+        ([2.0, 5.0, 5.0, 5.0], 1),
+        ([1.0, 1.0, 1.0], 0),
+        ([NAN, -7.0, NAN], 1),
+        ([NAN, -INF, -1e30], 2),
+        ([NAN, NAN], 0),
+        ([-INF, -INF], 0),
+        ([0.0, INF, INF], 1),
+    ],
+    ids=str,
+)
+def test_best(scores, wanted):
+    choice = BestOfM(read_score, m=len(scores)).choose(offered(torch.tensor([scores, scores])))
+    assert choice.index.tolist() == [wanted, wanted] and choice.index.dtype == torch.int64
+    assert not choice.scores.isnan().any()
+
+
+# Chi-square with at most 5 degrees of freedom: 40 is passed by chance less than twice in 1e7.
+@pytest.mark.parametrize(
+    "options, weights",
+    [
+        ({"pick": "resample"}, [0.0, 1.0, 2.0, -1.0, 0.5, 1.5]),
+        ({"pick": "resample", "temperature": 2.5}, [0.0, 0.4, 0.8, -0.4, 0.2, 0.6]),
+        ({"pick": "resample", "temperature": 0.5}, [0.0, 2.0, 4.0, -2.0, 1.0, 3.0]),
+        ({"pick": 3}, [-INF, 1.0, 2.0, -INF, -INF, 1.5]),
+        ({"pick": 2, "temperature": 0.5}, [-INF, -INF, 4.0, -INF, -INF, 3.0]),
+        ({"pick": 6}, [0.0, 1.0, 2.0, -1.0, 0.5, 1.5]),
+        ({"pick": 99}, [0.0, 1.0, 2.0, -1.0, 0.5, 1.5]),
+    ],
+    ids=str,
+)
+def test_picks_follow_the_softmax_of_scores(options, weights):
+    count = 20_000
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5]).expand(count, -1)
+    index = chosen(scores, **options)
+    expected = torch.tensor(weights, dtype=torch.float64).softmax(-1) * count
+    counts = torch.bincount(index, minlength=6).double()
+    assert (counts[expected == 0] == 0).all()
+    inside = expected > 0
+    assert ((counts - expected).square() / expected)[inside].sum() < 40
+
+
+def test_pick_one_is_best():
+    scores = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(chosen(scores, pick=1), scores.argmax(-1))
+    assert not torch.equal(chosen(scores, pick=2), scores.argmax(-1))
+
+
+def test_a_low_temperature_is_best():
+    scores = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(chosen(scores, pick="resample", temperature=1e-6), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("pick", ["resample", 2, 3])
+def test_nan_is_never_drawn_beside_a_number(pick):
+    scores = torch.tensor([NAN, 0.0, NAN, 0.5]).expand(2000, -1)
+    assert set(chosen(scores, pick=pick).tolist()) == {1, 3}
+    for hopeless in ([NAN] * 4, [-INF] * 4, [INF] * 4):
+        index = chosen(torch.tensor([hopeless]), pick=pick)
+        assert 0 <= index.item() < 4
+
+
+@pytest.mark.parametrize("pick", ["resample", 2])
+def test_the_ends_of_the_uniform_numbers(pick):
+    ends = torch.tensor([[0.0, 1 - 2.0**-24, 0.5], [1 - 2.0**-24] * 3])
+    scores = torch.tensor([[0.0, -40.0, 1.0], [-INF, 2.0, 1.0]])
+    candidates = Candidates(**{**vars(offered(scores)), "uniforms": lambda: ends})
+    # Noise is at most 17 or so: it lifts neither a score 40 below the best, nor one at minus infinity.
+    assert BestOfM(read_score, m=3, pick=pick).choose(candidates).index.tolist() == [2, 1]
+
+
+def test_picks_depend_on_the_images_seed_and_scale():
+    scores, search = torch.zeros(200, 4), BestOfM(read_score, pick="resample")
+    seeds = torch.arange(200)
+    first = search.choose(offered(scores, seeds, 1)).index
+    assert torch.equal(search.choose(offered(scores[:5], seeds[7:12], 1)).index, first[7:12])
+    assert not torch.equal(search.choose(offered(scores, seeds, 2)).index, first)
+
+
+@pytest.mark.parametrize("pick", ["best", 2, "resample"], ids=str)
+@pytest.mark.parametrize("maps_at_once", [1, 3, 7, 1000])
+def test_chunks_change_nothing(maps_at_once, pick):
+    scores = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    whole = BestOfM(read_score, m=11, pick=pick).choose(offered(scores))
+    parts = BestOfM(read_score, m=11, pick=pick, maps_at_once=maps_at_once).choose(offered(scores))
+    assert torch.equal(parts.index, whole.index) and torch.equal(parts.scores, whole.scores)
+
+
+@pytest.mark.parametrize("maps_at_once, batch", [(64, 2), (1024, 1), (2, 3)], ids=str)
+def test_a_thousand_candidates_never_exist_at_once(maps_at_once, batch):
+    model, sizes = small_var(), []
+
+    def scorer(labels, features, scale):
+        sizes.append((features.shape[0] * features.shape[1], features.shape[1]))
+        return mean_feature(labels, features, scale)
+
+    search = BestOfM(scorer, m=(1, 1024, 1, 1, 8), maps_at_once=maps_at_once)
+    told = generate(model, LABELS[:batch], seeds=0, search=search)
+    assert max(size for size, _ in sizes) <= max(maps_at_once, batch)
+    assert sum(count for _, count in sizes) == 1024 + 8
+    assert told.scores[1].shape == (batch, 1024)
+    whole = generate(model, LABELS[:batch], seeds=0, search=BestOfM(mean_feature, m=search.m, maps_at_once=10**6))
+    assert torch.equal(told.choices[1], whole.choices[1])
+    assert torch.allclose(told.scores[1], whole.scores[1], atol=1e-5)
+
+
+def test_greedy_keeps_the_highest_score_of_every_image():
+    told = generate(small_var(), LABELS, seeds=0, search=BestOfM(small_scorer(), m=6))
+    for scores, choice in list(zip(told.scores, told.choices, strict=True))[1:]:
+        assert torch.equal(choice, scores.argmax(-1))
+    assert len({c for choice in told.choices[1:] for c in choice.tolist()}) > 2
+
+
+@pytest.mark.parametrize("pick", [2, "resample"])
+def test_other_picks_through_a_generation(pick):
+    search = BestOfM(mean_feature, m=6, pick=pick, first_scale=0, temperature=0.1)
+    told = generate(small_var(), LABELS.repeat(20), seeds=0, search=search)
+    greedy = [torch.equal(c, s.argmax(-1)) for s, c in zip(told.scores, told.choices, strict=True)]
+    assert not all(greedy)
+    if pick == 2:
+        for scores, choice in zip(told.scores, told.choices, strict=True):
+            rank = (scores > scores.gather(1, choice[:, None])).sum(-1)
+            assert rank.max() == 1
+
+
+def test_the_scorer_sees_what_the_scale_would_become():
+    """Its features are F of every scale kept so far with the candidate fused in, beside labels and the scale."""
+    model, seen = small_var(), []
+
+    def scorer(labels, features, scale):
+        seen.append((labels, features, scale))
+        return mean_feature(labels, features, scale)
+
+    told = generate(model, LABELS, seeds=0, search=BestOfM(scorer, m=3, first_scale=0, maps_at_once=10**6))
+    weights, f_hat = vqvae.weights_of(model.vae_proxy[0]), 0.0
+    for k, (labels, features, scale) in enumerate(seen):
+        assert scale == k and torch.equal(labels, LABELS) and features.shape == (3, 3, 8, 6, 6)
+        codes = weights["quantize.embedding.weight"][told.tokens[k]]
+        f_hat = f_hat + vqvae.fused(weights, codes, k, TINY_SIDES)
+        kept = features[torch.arange(3), told.choices[k]]
+        assert relative_error(kept, f_hat) < 1e-5
+        assert torch.equal(told.scores[k], mean_feature(labels, features, scale))
+
+
+def test_which_scales_are_searched():
+    def counts(**options):
+        search = BestOfM(mean_feature, **options)
+        search.check(SPEC)
+        return [search.num_candidates(k, 5) for k in range(5)]
+
+    assert counts() == [1, 4, 4, 4, 4]
+    assert counts(m=7, first_scale=0) == [7] * 5
+    assert counts(m=3, first_scale=2, last_scale=3) == [1, 1, 3, 3, 1]
+    assert counts(m=3, first_scale=4, last_scale=4) == [1, 1, 1, 1, 3]
+    assert counts(m=[1, 2, 3, 4, 5]) == [1, 2, 3, 4, 5]
+
+
+def test_unsearched_scales_are_drawn_as_without_a_search():
+    model, scored = small_var(), []
+
+    def scorer(labels, features, scale):
+        scored.append(scale)
+        return mean_feature(labels, features, scale)
+
+    told = generate(model, LABELS, seeds=0, search=BestOfM(scorer, m=3, first_scale=2, last_scale=2))
+    plain = generate(model, LABELS, seeds=0)
+    assert scored == [2] and [s is not None for s in told.scores] == [False, False, True, False, False]
+    assert all(torch.equal(a, b) for a, b in zip(told.tokens[:2], plain.tokens[:2], strict=True))
+
+
+def test_m_one_is_no_search():
+    model = small_var()
+    with pytest.MonkeyPatch.context() as patch_scores:
+        patch_scores.setattr(BestOfM, "choose", None)
+        told = generate(model, LABELS, seeds=0, search=BestOfM(mean_feature, m=1))
+    assert torch.equal(told.images, generate(model, LABELS, seeds=0).images)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"scorer": 3}, TypeError, r"scorer must be callable, got int"),
+        ({"m": 0}, ValueError, r"m must be >= 1, got 0"),
+        ({"m": -2}, ValueError, r"m must be >= 1, got -2"),
+        ({"m": (1, 0, 4)}, ValueError, r"m must be >= 1, got 0"),
+        ({"m": (1, 2.0)}, (ValueError, TypeError), r"m must be .*got 2.0"),
+        ({"m": 2.0}, (ValueError, TypeError), r"m must be .*got 2.0"),
+        ({"m": True}, ValueError, r"m must be >= 1, got True"),
+        ({"m": None}, (ValueError, TypeError), r"m must be .*got None"),
+        ({"m": (1, 4), "first_scale": 0}, ValueError, r"m has one number a scale"),
+        ({"m": (1, 4), "last_scale": 1}, ValueError, r"m has one number a scale"),
+        ({"first_scale": -1}, ValueError, r"first_scale must be an int >= 0, got -1"),
+        ({"first_scale": 1.0}, ValueError, r"first_scale must be an int >= 0, got 1.0"),
+        ({"first_scale": 3, "last_scale": 2}, ValueError, r"last_scale must be an int >= first_scale=3, got 2"),
+        ({"pick": "worst"}, ValueError, r"pick must be 'best', 'resample' or an int >= 1, got 'worst'"),
+        ({"pick": 0}, ValueError, r"pick must be 'best', 'resample' or an int >= 1, got 0"),
+        ({"pick": True}, ValueError, r"pick must be 'best', 'resample' or an int >= 1, got True"),
+        ({"pick": 1.5}, ValueError, r"pick must be 'best', 'resample' or an int >= 1, got 1.5"),
+        ({"temperature": 0}, ValueError, r"temperature must be > 0, got 0"),
+        ({"temperature": -1.0}, ValueError, r"temperature must be > 0, got -1.0"),
+        ({"temperature": NAN}, ValueError, r"temperature must be > 0, got nan"),
+        ({"temperature": INF}, ValueError, r"temperature must be > 0.*, got inf"),
+        ({"maps_at_once": 0}, ValueError, r"maps_at_once must be >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_constructor_errors(options, error, message):
+    with pytest.raises(error, match=message):
+        BestOfM(**({"scorer": mean_feature} | options))
+
+
+@pytest.mark.parametrize(
+    "search, message",
+    [
+        (lambda: BestOfM(mean_feature, m=(1, 2)), r"m must have one number for each of 5 scales, got 2"),
+        (lambda: BestOfM(mean_feature, first_scale=5), r"first_scale must be < 5, the model's scales, got 5"),
+        (lambda: BestOfM(mean_feature, last_scale=9), r"last_scale must be < 5, the model's scales, got 9"),
+        (
+            lambda: BestOfM(small_scorer(num_classes=9)),
+            r"scorer was made for num_classes=9, but the model has num_cl.*=7",
+        ),
+        (
+            lambda: BestOfM(small_scorer(num_scales=4)),
+            r"scorer was made for num_scales=4, but the model has num_sc.*=5",
+        ),
+        (lambda: BestOfM(small_scorer(channels=16)), r"scorer was made for channels=16, but the model has channels=8"),
+        (lambda: BestOfM(small_scorer(size=8)), r"scorer was made for size=8, but the model has size=6"),
+        (lambda: BestOfM(Scorer()), r"scorer was made for num_classes=1000, but the model has num_classes=7"),
+    ],
+    ids=["m", "first_scale", "last_scale", "classes", "scales", "channels", "size", "ImageNet"],
+)
+def test_a_search_that_does_not_fit_is_refused_before_any_work(search, message):
+    model, search = small_var(), search()
+    with idle(model):
+        with pytest.raises(ValueError, match=message):
+            patch(model, search)
+        with pytest.raises(ValueError, match=message):
+            generate(model, LABELS, search=search)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.tensor([1, 7, 2]), r"labels must be in 0..6, the scorer's classes, got 7.*no class"),
+        (-1, r"labels must be in 0..6, the scorer's classes, got 7.*no class"),
+        (7, r"labels must be in 0..6, the scorer's classes, got 7.*no class"),
+        (torch.tensor([8]), r"labels must be in 0..7, got 8..8"),
+    ],
+    ids=["tensor", "negative", "int", "out of range"],
+)
+def test_labels_that_the_scorer_does_not_know(labels, message):
+    model = small_var()
+    with idle(model), pytest.raises(ValueError, match=message):
+        generate(model, labels, search=BestOfM(small_scorer()))
+    if not isinstance(labels, torch.Tensor):  # a callable of the user's own may know "no class"
+        generate(model, labels, search=BestOfM(mean_feature))
+
+
+@pytest.mark.parametrize(
+    "returned, came",
+    [
+        (lambda f: f.mean((2, 3, 4))[:, :1], r"\[3, 1\]"),
+        (lambda f: f.mean((1, 2, 3, 4)), r"\[3\]"),
+        (lambda f: f.mean((3, 4)), r"\[3, 4, 8\]"),
+        (lambda f: f.mean((2, 3, 4)).T, r"\[4, 3\]"),
+        (lambda f: f.mean(), r"\[\]"),
+    ],
+    ids=["one", "no candidates", "too many axes", "transposed", "a number"],
+)
+def test_scores_of_a_wrong_shape(returned, came):
+    model = small_var()
+    with pytest.raises(ValueError, match=rf"scorer must return scores of shape \[3, 4\], got {came}"):
+        generate(model, LABELS, search=BestOfM(lambda labels, features, scale: returned(features)))
+    assert caches_closed(model)
+
+
+def test_scores_that_are_no_tensor():
+    with pytest.raises(TypeError, match="scorer must return a tensor, got list"):
+        generate(small_var(), LABELS, search=BestOfM(lambda labels, features, scale: [0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64], ids=str)
+def test_scores_of_any_number_type(dtype):
+    search = BestOfM(lambda labels, features, scale: (read_score(labels, features, scale) * 4).to(dtype), m=3)
+    choice = search.choose(offered(torch.tensor([[0.0, 1.0, 0.5]])))
+    assert choice.scores.dtype == torch.float32 and choice.index.tolist() == [1]
+
+
+def test_repr_tells_the_settings():
+    assert repr(BestOfM(mean_feature, m=8, pick=2)) == "BestOfM(m=8, first_scale=1, last_scale=None, pick=2)"

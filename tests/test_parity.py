@@ -1,0 +1,119 @@
+"""Drop-in: with one multinomial candidate a scale, a patched model gives the unpatched model's images bit for bit."""
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.helpers import forked, small_var, ten_scale_var
+from varkern import patch, patched
+
+LABELS = torch.tensor([3, 0])
+SEEDS = (0, 12345, 2**40, None)
+MULTINOMIAL = {"sampler": "multinomial"}
+
+
+def in_bfloat16():
+    model = small_var()
+    model.vae_proxy[0].bfloat16()
+    return model.bfloat16()
+
+
+PRECISIONS = {
+    "float32": (small_var, None),
+    "bfloat16 autocast": (small_var, torch.bfloat16),
+    "float16 autocast": (small_var, torch.float16),
+    "bfloat16 weights": (in_bfloat16, None),
+}
+STRUCTURES = {
+    "shared AdaLN": lambda: small_var(shared_aln=True),
+    "plain attention": lambda: small_var(attn_l2_norm=False),
+    "subclass": forked,
+    "one scale": lambda: small_var((4,)),
+    "ten scales": ten_scale_var,
+}
+LABEL_CASES = {"drawn": None, "int": 5, "negative int": -1, "tensor": LABELS}
+CFG_CASES = {
+    "0": 0,
+    "1.5": 1.5,
+    "4": 4.0,
+    "per image": torch.tensor([0.5, 3.0]).view(2, 1, 1),
+    "0-dim": torch.tensor(2.0),
+}
+FILTERS = {"no filter": (0, 0.0), "top-k": (20, 0.0), "top-p": (0, 0.9), "both": (20, 0.9)}
+
+
+@pytest.fixture(scope="module", params=PRECISIONS.values(), ids=PRECISIONS)
+def in_precision(request):
+    """A model, and the context that it runs in."""
+    build, dtype = request.param
+    return build(), lambda: torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
+
+
+def call(model, context=contextlib.nullcontext, **arguments):
+    """One call from a known state of PyTorch's default generator: the images, and the state it left."""
+    torch.manual_seed(99)
+    with context():
+        images = model.autoregressive_infer_cfg(B=2, **arguments)
+    return images, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("more_smooth", [False, True], ids=["hard", "smooth"])
+@pytest.mark.parametrize("cfg", CFG_CASES.values(), ids=CFG_CASES)
+@pytest.mark.parametrize("label_B", LABEL_CASES.values(), ids=LABEL_CASES)
+def test_one_multinomial_candidate_is_bit_equal(in_precision, label_B, cfg, more_smooth):
+    model, context = in_precision
+    for seed, (top_k, top_p) in zip(SEEDS, FILTERS.values(), strict=True):
+        arguments = {"label_B": label_B, "g_seed": seed, "cfg": cfg, "top_k": top_k, "top_p": top_p}
+        plain, state = call(model, context, **arguments, more_smooth=more_smooth)
+        with patched(model, **MULTINOMIAL):
+            ours, state_after = call(model, context, **arguments, more_smooth=more_smooth)
+        assert ours.dtype == plain.dtype and torch.equal(ours, plain), (seed, top_k, top_p)
+        assert torch.equal(state, state_after)
+
+
+@pytest.mark.parametrize("build", STRUCTURES.values(), ids=STRUCTURES)
+def test_bit_parity_for_every_structure(build):
+    model = build()
+    for more_smooth in (False, True):
+        arguments = {"label_B": LABELS.int(), "g_seed": 4, "top_k": 30, "top_p": 0.9, "more_smooth": more_smooth}
+        plain, _ = call(model, **arguments)
+        with patched(model, **MULTINOMIAL):
+            assert torch.equal(call(model, **arguments)[0], plain)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, None], ids=str)
+def test_bit_parity_for_every_filter(seed):
+    model = small_var()
+    for top_k, top_p in (*FILTERS.values(), (1, 0.0), (64, 0.0), (0, 1.0), (63, 1e-9)):
+        arguments = {"label_B": LABELS, "g_seed": seed, "top_k": top_k, "top_p": top_p}
+        plain, _ = call(model, **arguments)
+        with patched(model, **MULTINOMIAL):
+            assert torch.equal(call(model, **arguments)[0], plain), (top_k, top_p)
+
+
+def test_bit_parity_under_inference_mode():
+    model = small_var()
+    with torch.inference_mode():
+        plain, _ = call(model, label_B=LABELS, g_seed=1)
+        assert torch.equal(call(patch(model, **MULTINOMIAL), label_B=LABELS, g_seed=1)[0], plain)
+    assert torch.equal(call(model, label_B=LABELS, g_seed=1)[0], plain)
+
+
+def test_bit_parity_goes_through_the_patch():
+    # Should the comparisons above compare the unpatched method with itself, this fails.
+    model = small_var()
+    with patched(model, **MULTINOMIAL):
+        model.blocks[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("here")))
+        with pytest.raises(RuntimeError, match="here") as caught:
+            model.autoregressive_infer_cfg(1, 2)
+    assert any(frame.path.name == "patching.py" for frame in caught.traceback)
+
+
+@pytest.mark.parametrize("seed", [0, None], ids=str)
+def test_a_greedy_nucleus_gives_one_image_to_every_sampler(seed):
+    model = small_var()
+    plain = model.autoregressive_infer_cfg(2, LABELS, seed, top_k=1)
+    with patched(model):
+        ours = model.autoregressive_infer_cfg(2, LABELS, seed, top_k=1)
+    assert torch.allclose(ours, plain, atol=1e-5)
