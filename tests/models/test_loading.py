@@ -388,3 +388,16 @@ def test_published_builders_switch_off_is_survived(monkeypatch):
     model = VAR(vae, 7, depth=2, embed_dim=32, patch_nums=TINY_SIDES)
     for module in (vae, model):
         assert [name for name, p in module.named_parameters() if not p.isfinite().all()] == []
+
+
+def test_patch_nums_that_contradict_the_file_are_refused(tmp_path):
+    var = small_var()
+    save_model(var, tmp_path / "var.safetensors")
+    with pytest.raises(ValueError, match=r"patch_nums must be \[1, 2, 3, 4, 6\]"):
+        load_var(tmp_path / "var.safetensors", vae=var.vae_proxy[0], patch_nums=(1, 2, 3, 5, 6))
+
+
+def test_the_demo_model_loads_by_its_short_name():
+    var = load_var("demo")
+    assert (var.num_classes, var.patch_nums, var.V, var.Cvae) == (10, (1, 2, 3, 4, 6), 256, 16)
+    assert not var.training and not any(p.requires_grad for p in var.parameters())

@@ -119,7 +119,7 @@ class VARSession:
         self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != 0
         self.reproduces_upstream = draws.reproduces_upstream
         batch = labels.shape[0]
-        if isinstance(self.cfg, Tensor):
+        if isinstance(self.cfg, Tensor) and not draws.reproduces_upstream:
             self.cfg = self.cfg.to(labels.device).expand(batch, 1, 1)
         if self.guided:
             labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
