@@ -9,11 +9,11 @@ from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, idle, recorded
 from tests.references import var as reference
 from varkern import BestOfM, generate, image_seeds, patched
 from varkern.draws import MultinomialDraws, PhiloxDraws
-from varkern.families.base import Logits, Request
 from varkern.ops import sample_tokens
 from varkern.ops.philox import LABELS as LABEL_STREAM
 from varkern.ops.philox import NOISE, PICKS, uniforms
 from varkern.search import Choice
+from varkern.spec import Logits, Request
 
 LABELS = torch.tensor([3, 0, 5, 5, 2])
 SEEDS = torch.tensor([11, -4, 2**62, 11, 0])

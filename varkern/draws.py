@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varkern.families.base import Logits, Request
 from varkern.ops import philox, sample_tokens
 from varkern.ops.multinomial import filter_logits, gumbel_softmax, sample_multinomial
+from varkern.spec import Logits, Request
 
 SAMPLERS = ("philox", "multinomial")
 

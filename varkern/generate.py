@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from varkern.draws import check_seed, make_draws
-from varkern.families import Family, ModelSpec, Request, recognise
+from varkern.families import Family, recognise
 from varkern.search import Candidates, Search
+from varkern.spec import ModelSpec, Request
 
 
 class Generation(NamedTuple):

@@ -10,10 +10,11 @@ from tests.references import var as reference
 from tests.references import vqvae
 from varkern.draws import MultinomialDraws, PhiloxDraws
 from varkern.errors import UnsupportedModelError
-from varkern.families import Request, recognise
+from varkern.families import recognise
 from varkern.families.var import MODEL_ATTRIBUTES, QUANTIZER_ATTRIBUTES
 from varkern.models import VAR, VQVAE
 from varkern.ops import image_seeds, use_backend
+from varkern.spec import Request
 
 LABELS = torch.tensor([3, 0])
 

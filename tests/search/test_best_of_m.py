@@ -6,9 +6,9 @@ import torch
 from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, idle, randomise, relative_error, small_var
 from tests.references import vqvae
 from varkern import BestOfM, Scorer, ScorerConfig, generate, patch
-from varkern.families import ModelSpec
 from varkern.ops.philox import PICKS, uniforms
 from varkern.search import Candidates
+from varkern.spec import ModelSpec
 
 LABELS = torch.tensor([3, 0, 5])
 SPEC = ModelSpec(NUM_CLASSES, TINY_SIDES, (6, 6), 8, 64)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from varkern.families import Request, recognise
+from varkern.families import recognise
 from varkern.generate import check, generate
 from varkern.ops import image_seeds
 from varkern.search import Search
+from varkern.spec import Request
 from varkern.training.loop import progress_bar
 
 from .pictures import contact_sheet, require_pillow, save_png, to_pixels

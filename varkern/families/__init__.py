@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from varkern.errors import UnsupportedModelError
 
-from .base import Family, Logits, ModelSpec, Request, Session
+from .base import Family, Session
 from .var import VARFamily
 
 FAMILIES: tuple[Family, ...] = (VARFamily(),)
 
-__all__ = ["FAMILIES", "Family", "Logits", "ModelSpec", "Request", "Session", "recognise"]
+__all__ = ["FAMILIES", "Family", "Session", "recognise"]
 
 
 def recognise(model: object) -> Family:

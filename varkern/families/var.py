@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from varkern.ops import commit_tokens, fuse_tokens, resize_features
+from varkern.spec import Logits, ModelSpec, Request
 
-from .base import Draws, Logits, ModelSpec, Request
+from .base import Draws
 
 MODEL_ATTRIBUTES = (
     "autoregressive_infer_cfg",

@@ -223,7 +223,9 @@ def load_var(
         raise ValueError(f"{path} is not a VAR checkpoint: it has no pos_1LC and lvl_embed.weight")
     config = config or _derived(var_config, state, patch_nums, path)
     if patch_nums is not None and list(patch_nums) != list(config["patch_nums"]):
-        raise ValueError(f"patch_nums must be {config['patch_nums']}, which {path} was made for, got {list(patch_nums)}")
+        raise ValueError(
+            f"patch_nums must be {config['patch_nums']}, which {path} was made for, got {list(patch_nums)}"
+        )
     if not isinstance(vae, nn.Module):
         vae = load_vae(vae, v_patch_nums=config["patch_nums"], device=device, dtype=dtype)
     return _assemble(partial(VAR, vae), config, state, path).to(device=device, dtype=dtype)

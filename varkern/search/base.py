@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from varkern.families.base import ModelSpec
+from varkern.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from varkern.families.base import ModelSpec
+from varkern.spec import ModelSpec
 
 from .base import Candidates, Choice, Scorer
 
