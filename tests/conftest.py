@@ -18,11 +18,20 @@ import pytest
 
 from varkern.ops.backend import use_backend
 
+# Convolutions in TensorFloat-32, cuDNN's default, err by 1e-3: more than any form here may differ from float64.
+torch.backends.cudnn.allow_tf32 = False
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels run: the GPU if there is one, else the CPU (through the interpreter)."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def quick_backend(device) -> str:
+    """The backend for whole generations: the kernels on a GPU, never Triton's interpreter."""
+    return "auto" if device.type == "cuda" else "torch"
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from varkern import Scorer, ScorerConfig
 from varkern.models import PATCH_NUMS_256, VAR, VQVAE
 
 TINY_SIDES = (1, 2, 3, 4, 6)
@@ -68,6 +69,12 @@ def ten_scale_var(**config) -> VAR:
     return small_var(PATCH_NUMS_256, vae=vae, **({"embed_dim": 64, "num_heads": 4, "depth": 3} | config))
 
 
+def small_scorer(**changes) -> Scorer:
+    """A scorer that fits :func:`small_var`."""
+    fitting = {"num_classes": NUM_CLASSES, "num_scales": 5, "channels": 8, "size": 6, "widths": (8, 8, 8)}
+    return randomise(Scorer(ScorerConfig(**(fitting | changes))), 0).eval().requires_grad_(False)
+
+
 class ForkedVAR(VAR):
     """A fork whose method takes an argument more."""
 
@@ -93,12 +100,31 @@ def recorded(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def on(model: VAR, device: torch.device) -> VAR:
+    """``model`` and its VQ-VAE, which is no submodule, on ``device``, with a generator there."""
+    model.vae_proxy[0].to(device)
+    model.rng = torch.Generator(device)
+    return model.to(device)
+
+
+def random_states(model: VAR | None = None) -> list[Tensor]:
+    """The states of PyTorch's default generators and of the model's own."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return states if model is None else [*states, model.rng.get_state()]
+
+
 @contextlib.contextmanager
 def idle(model: VAR) -> Iterator[None]:
-    """Fails if a block of ``model`` runs inside."""
-    with recorded(model.blocks[0]) as ran:
+    """Fails if inside a block of ``model`` runs, its generator is replaced, or any random state changes."""
+    before, generator = random_states(model), model.rng
+    with contextlib.ExitStack() as hooks:
+        ran = [hooks.enter_context(recorded(block)) for block in model.blocks]
         yield
-    assert not ran, f"{len(ran)} calls of the first block"
+    assert not any(ran), f"calls of the blocks: {[len(calls) for calls in ran]}"
+    assert model.rng is generator
+    assert all(torch.equal(*states) for states in zip(before, random_states(model), strict=True)), "a random state"
 
 
 def caches_closed(model: VAR) -> bool:

@@ -1,6 +1,7 @@
 """What ``patch`` changes and what it leaves alone, and that a model is as before once the patch is gone."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from tests.families.test_var import stub
-from tests.helpers import NUM_CLASSES, caches_closed, forked, idle, small_var
-from varkern import BestOfM, UnsupportedModelError, patch, patched, unpatch
+from tests.helpers import caches_closed, forked, idle, on, small_scorer, small_var
+from varkern import BestOfM, UnsupportedModelError, generate, image_seeds, patch, patched, unpatch
 from varkern.models import VAR, VQVAE
+from varkern.ops import use_backend
 
 LABELS = torch.tensor([3, 0])
 MULTINOMIAL = {"sampler": "multinomial"}
@@ -213,14 +215,66 @@ def test_a_generation_inside_a_scorer_of_another_model():
     assert torch.equal(patch(outer, BestOfM(scorer, m=3)).autoregressive_infer_cfg(2, LABELS, 0), alone)
 
 
-def test_scripts_with_their_own_loop_work_while_patched():
-    model = patch(small_var())
-    block, x = model.blocks[0], torch.randn(2, 1, 32)
-    block.attn.kv_caching(True)
-    first = block(x=x, cond_BD=model.class_emb(LABELS), attn_bias=None)
-    block(x=x, cond_BD=model.class_emb(LABELS), attn_bias=None)
-    block.attn.kv_caching(False)
-    assert torch.equal(block(x=x, cond_BD=model.class_emb(LABELS), attn_bias=None), first)
+@torch.no_grad()
+def a_users_own_loop(model, labels):
+    """Greedy generation without guidance, written against the model's parts alone: the images."""
+    last, quantizer = len(model.patch_nums) - 1, model.vae_quant_proxy[0]
+    cond = model.class_emb(labels)
+    places = model.lvl_embed(model.lvl_1L) + model.pos_1LC
+    x, end = cond.unsqueeze(1) + model.pos_start + places[:, :1], 1
+    f_hat = torch.zeros(len(labels), model.Cvae, model.patch_nums[-1], model.patch_nums[-1], device=labels.device)
+    for block in model.blocks:
+        block.attn.kv_caching(True)
+    for k, side in enumerate(model.patch_nums):
+        for block in model.blocks:
+            x = block(x=x, cond_BD=model.shared_ada_lin(cond), attn_bias=None)
+        codes = quantizer.embedding(model.get_logits(x, cond).argmax(-1))
+        codes = codes.transpose(1, 2).reshape(len(labels), -1, side, side)
+        f_hat, pooled = quantizer.get_next_autoregressive_input(k, last + 1, f_hat, codes)
+        if k != last:
+            start, end = end, end + model.patch_nums[k + 1] ** 2
+            x = model.word_embed(pooled.flatten(2).transpose(1, 2)) + places[:, start:end]
+    for block in model.blocks:
+        block.attn.kv_caching(False)
+    return model.vae_proxy[0].fhat_to_img(f_hat)
+
+
+@pytest.mark.parametrize("sampler", ["philox", "multinomial"])
+def test_scripts_with_their_own_loop_work_while_patched(sampler):
+    """A user's own loop between two generations: it gives what it gave before the patch, and they what they would."""
+    model = small_var()
+    own = a_users_own_loop(model, LABELS)
+    assert torch.allclose((own + 1) / 2, model.autoregressive_infer_cfg(2, LABELS, 0, cfg=0, top_k=1), atol=1e-5)
+
+    def generations(between):
+        images = []
+        for seed in (0, 1):
+            images.append(model.autoregressive_infer_cfg(2, LABELS, seed))
+            assert caches_closed(model)
+            between()
+        return images
+
+    patch(model, best_of(), sampler=sampler)
+    without = generations(lambda: None)
+    inside = []
+    interleaved = generations(lambda: inside.append(a_users_own_loop(model, LABELS)))
+    assert len(inside) == 2 and all(torch.equal(images, own) for images in inside)
+    assert all(torch.equal(*pair) for pair in zip(interleaved, without, strict=True))
+
+
+def test_labels_and_seeds_on_any_device(device, quick_backend):
+    """A patched model on a GPU, its kernels running, takes labels and seeds from the host and from the device."""
+    model, seeds = on(small_var(), device), image_seeds(5, 2)
+    search = BestOfM(small_scorer(), m=4, pick="resample")
+    with use_backend(quick_backend):
+        patch(model, search)
+        wanted = model.autoregressive_infer_cfg(2, LABELS, 5, top_k=30)
+        for labels in (LABELS, LABELS.to(device), LABELS.int()):
+            for seed in (5, seeds, seeds.to(device)):
+                assert torch.equal(model.autoregressive_infer_cfg(2, labels, seed, top_k=30), wanted)
+        assert torch.equal(generate(unpatch(model), LABELS, seeds=seeds, search=search, top_k=30).images, wanted)
+    assert wanted.device.type == device.type
+    assert caches_closed(model)
 
 
 def test_arguments_by_place_and_by_name():
@@ -251,7 +305,8 @@ def test_any_object_of_the_right_structure():
 
 def test_a_compiled_wrapper():
     model = small_var()
-    wrapper = torch.compile(model)  # compiles nothing here: the method runs the blocks, not the wrapper's forward
+    # Compiles nothing here: the method runs the blocks, not the wrapper's forward.
+    wrapper = torch.compile(model, backend="eager")
     plain = wrapper.autoregressive_infer_cfg(2, LABELS, 0)
     patch(wrapper, best_of())
     assert not torch.equal(wrapper.autoregressive_infer_cfg(2, LABELS, 0), plain)
@@ -268,62 +323,54 @@ def test_unsupported_objects_are_left_alone(function):
     assert vars(thing) == {"patch_nums": (1, 2)}
 
 
+OTHER_METHODS = {
+    "other words": (lambda images, classes, g_seed=None: None, "takes no B and no label_B"),
+    "one word": (lambda B, classes: None, "takes no label_B"),
+    "any words": (lambda *args, **kwargs: None, "takes no B and no label_B"),
+}
+
+
+@pytest.mark.parametrize("method, message", OTHER_METHODS.values(), ids=OTHER_METHODS)
+def test_a_method_without_the_published_arguments_is_refused(method, message):
+    model = stub(autoregressive_infer_cfg=method)
+    with pytest.raises(UnsupportedModelError, match=f"autoregressive_infer_cfg {message}"):
+        patch(model)
+    assert model.autoregressive_infer_cfg is method
+
+
+def test_a_decorated_method_keeps_the_published_arguments():
+    model = small_var()
+    plain, calls = model.autoregressive_infer_cfg, []
+
+    @functools.wraps(plain)
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return plain(*args, **kwargs)
+
+    model.autoregressive_infer_cfg = counted
+    wanted = model.autoregressive_infer_cfg(2, LABELS, 0)
+    with patched(model, **MULTINOMIAL):
+        assert torch.equal(model.autoregressive_infer_cfg(2, LABELS, g_seed=0), wanted)
+    assert model.autoregressive_infer_cfg is counted and len(calls) == 1
+
+
 def test_a_search_that_does_not_fit_leaves_the_model_alone():
     model = small_var()
     for search, sampler, message in (
         (best_of((1, 2)), "philox", "m must have one number for each of 5 scales, got 2"),
         (None, "mersenne", "sampler must be one of 'philox', 'multinomial', got 'mersenne'"),
+        (small_scorer(), "philox", r"search must be a search such as varkern.BestOfM\(scorer\).*, got Scorer"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with idle(model), pytest.raises((ValueError, TypeError), match=message):
             patch(model, search, sampler=sampler)
         assert "autoregressive_infer_cfg" not in vars(model)
 
 
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        ({"label_B": NUM_CLASSES + 1}, ValueError, r"label.* must be .*7, got 8"),
-        ({"label_B": torch.tensor([1, 9])}, ValueError, r"labels must be in 0..7, got 1..9"),
-        ({"label_B": torch.tensor([-1, 1])}, ValueError, r"labels must be in 0..7, got -1..1"),
-        ({"label_B": torch.tensor([1])}, ValueError, r"labels must be integers of shape \[2\], got .* \[1\]"),
-        (
-            {"label_B": torch.tensor([1.0, 2.0])},
-            ValueError,
-            r"labels must be integers of shape \[2\], got torch.float32",
-        ),
-        ({"label_B": "cat"}, TypeError, r"labels must be an int, a tensor or None, got str"),
-        ({"B": -1}, ValueError, r"B must be an int >= 0, got -1"),
-        ({"B": 2.0}, ValueError, r"B must be an int >= 0, got 2.0"),
-        ({"top_k": -1}, ValueError, r"top_k must be an int >= 0, got -1"),
-        ({"top_k": 2.5}, ValueError, r"top_k must be an int >= 0, got 2.5"),
-        ({"top_p": 1.5}, ValueError, r"top_p must be in \[0, 1\], got 1.5"),
-        ({"top_p": float("nan")}, ValueError, r"top_p must be in \[0, 1\], got nan"),
-        ({"cfg": float("inf")}, ValueError, r"cfg must be a finite number or .*, got inf"),
-        ({"cfg": float("nan")}, ValueError, r"cfg must be a finite number or .*, got nan"),
-        ({"cfg": "1.5"}, ValueError, r"cfg must be a finite number or .*, got '1.5'"),
-        ({"cfg": torch.zeros(3, 1, 1)}, ValueError, r"cfg must be .*\[2, 1, 1\], got shape \[3, 1, 1\]"),
-        ({"g_seed": 1.5}, TypeError, r"g_seed must be an int, .* got float"),
-        ({"g_seed": 2**64}, ValueError, r"g_seed must be < 2"),
-        ({"g_seed": torch.zeros(2)}, ValueError, r"g_seed as a tensor must be int64 of shape \[2\], got torch.float32"),
-        (
-            {"g_seed": torch.zeros(3).long()},
-            ValueError,
-            r"g_seed as a tensor must be int64 of shape \[2\], got .*\[3\]",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_named_before_any_work(arguments, error, message):
-    model = patch(small_var(), best_of())
-    with idle(model), pytest.raises(error, match=message):
-        model.autoregressive_infer_cfg(**({"B": 2, "label_B": LABELS, "g_seed": 0} | arguments))
-    assert caches_closed(model)
-
-
-def test_multinomial_takes_no_image_seeds():
-    model = patch(small_var(), **MULTINOMIAL)
-    with idle(model), pytest.raises(ValueError, match="sampler 'multinomial' has one generator for the batch"):
-        model.autoregressive_infer_cfg(2, LABELS, torch.zeros(2, dtype=torch.int64))
+def test_an_unfit_scorer_is_not_moved():
+    model, scorer = small_var().to("meta"), small_scorer(num_scales=4)
+    with pytest.raises(ValueError, match="scorer was made for num_scales=4"):
+        patch(model, BestOfM(scorer))
+    assert {p.device.type for p in scorer.parameters()} == {"cpu"}
 
 
 def test_a_model_of_other_numbers():

@@ -129,6 +129,7 @@ def demo_table(
     out: Annotated[Path, typer.Option(help="Folder for the figures")],
     images: Annotated[int, typer.Option(help="Images a cell")] = 5000,
     seeds: Annotated[int, typer.Option(help="Repeats a cell")] = 3,
+    weights: Annotated[Path | None, typer.Option(help="Folder of `demo train`  [the shipped weights]")] = None,
     device: Device = "cpu",
 ) -> None:
     """Measure what best-of-M does to the digits model, in Fréchet distance, score and accuracy."""
@@ -138,7 +139,7 @@ def demo_table(
     require("seeds", seeds, 1)
     where = pick_device(device)
     sampling.open_folder(out)
-    print(table.run(out, images, seeds, str(where)))
+    print(table.run(out, images, seeds, str(where), weights or table.WEIGHTS))
 
 
 @app.command()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varkern.multinomial import filter_logits, gumbel_softmax, sample_multinomial
 from varkern.ops import philox, sample_tokens
-from varkern.ops.multinomial import filter_logits, gumbel_softmax, sample_multinomial
 from varkern.spec import Logits, Request
-
-SAMPLERS = ("philox", "multinomial")
 
 
 class PhiloxDraws:
@@ -48,10 +46,13 @@ class PhiloxDraws:
 
     def smoothed(self, logits: Logits, request: Request, scale: int, sharpen: float, temperature: float) -> Tensor:
         """Weights over the codebook, ``[B, l, V]``: a softmax of filtered, sharpened logits plus Gumbel noise."""
-        filtered = filter_logits(logits.guided(), request.top_k, request.top_p)
-        length, vocabulary = filtered.shape[1:]
-        uniform = philox.uniforms(self.seeds, vocabulary, length, scale, stream=philox.NOISE).transpose(1, 2)
-        return ((filtered * sharpen + gumbel(uniform)) / temperature).softmax(-1)
+        weights = filter_logits(logits.guided(), request.top_k, request.top_p) * sharpen
+        length, vocabulary = weights.shape[1:]
+        # Image by image, because the words of Philox take many times the memory of the noise.
+        for image, seed in zip(weights, self.seeds.split(1), strict=True):
+            uniform = philox.uniforms(seed, vocabulary, length, scale, stream=philox.NOISE)[0]
+            image.add_(philox.gumbel(uniform.T))
+        return (weights / temperature).softmax(-1)
 
 
 class MultinomialDraws:
@@ -78,19 +79,12 @@ class MultinomialDraws:
         return gumbel_softmax(filtered * sharpen, temperature, self.generator)
 
 
-def gumbel(uniform: Tensor) -> Tensor:
-    """Standard Gumbel noise from float32 uniform numbers in [0, 1); finite at both ends."""
-    # The largest uniform number, 1 - 2^-24, would round up to 1 here, and its noise would be infinite.
-    return -(-(uniform + 2.0**-25).clamp(max=1 - 2.0**-24).log()).log()
-
-
 def make_draws(
     sampler: str, request: Request, device: torch.device, generator: torch.Generator | None
 ) -> PhiloxDraws | MultinomialDraws:
     """The draws of one generation.
 
-    Raises:
-        ValueError: if ``sampler`` is unknown, or the request's seed does not fit it.
+    The request has been checked, see :mod:`varkern.checks`.
     """
     if sampler == "multinomial":
         return MultinomialDraws(generator, request.batch_size, device)
@@ -100,21 +94,4 @@ def make_draws(
     if seed is None:
         # From the default generator, so that torch.manual_seed still governs.
         seed = int(torch.randint(2**63 - 1, ()).item())
-    return PhiloxDraws(philox.image_seeds(seed, request.batch_size).to(device))
-
-
-def check_seed(sampler: str, request: Request) -> None:
-    """Raise ``ValueError`` or ``TypeError`` if the request's seed does not fit the sampler."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
-    seed = request.seed
-    if isinstance(seed, Tensor):
-        if sampler == "multinomial":
-            raise ValueError("sampler 'multinomial' has one generator for the batch: g_seed must be an int or None")
-        if seed.dtype != torch.int64 or seed.shape != (request.batch_size,):
-            raise ValueError(
-                f"g_seed as a tensor must be int64 of shape [{request.batch_size}], "
-                f"got {seed.dtype} of shape {list(seed.shape)}"
-            )
-    elif seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise TypeError(f"g_seed must be an int, a tensor of image seeds or None, got {type(seed).__name__}")
+    return PhiloxDraws(philox.image_seeds(int(seed), request.batch_size, device))

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from varkern.draws import check_seed, make_draws
+from varkern.checks import check_request
+from varkern.draws import make_draws
 from varkern.families import Family, recognise
 from varkern.search import Candidates, Search
 from varkern.spec import ModelSpec, Request
@@ -36,13 +38,11 @@ def run(
 ) -> Generation:
     """Generate images scale by scale, keeping one candidate a scale."""
     spec, device = family.spec(model), family.device(model)
-    check(family, model, spec, request, search, sampler)
+    check_request(family, model, spec, request, search, sampler)
     draws = make_draws(sampler, request, device, family.generator(model, request.seed) if sampler != "philox" else None)
     labels = as_labels(request, spec, device)
     if labels is None:
         labels = draws.labels(spec.num_classes)
-    elif search is not None and not capturing(device):
-        search.check_labels(labels, spec)
     clock = Clock(device, timed)
     tokens, scores, choices = [], [], []
     session = family.open(model, labels, request, draws)
@@ -73,44 +73,7 @@ def offer(session, scale: int, labels: Tensor, tokens: Tensor, draws) -> Candida
     def fuse(start: int, stop: int, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return session.fuse(scale, tokens[:, start:stop], dtype, channels_last)
 
-    return Candidates(scale, labels, tokens, fuse, partial(draws.picks, scale, tokens.shape[1]))
-
-
-def check(family: Family, model: Any, spec: ModelSpec, request: Request, search: Search | None, sampler: str) -> None:
-    """Raise for anything wrong with a request, before any work.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what is wanted.
-    """
-    if not isinstance(request.batch_size, int) or request.batch_size < 0:
-        raise ValueError(f"B must be an int >= 0, got {request.batch_size!r}")
-    if not isinstance(request.top_k, int) or request.top_k < 0:
-        raise ValueError(f"top_k must be an int >= 0, got {request.top_k!r}")
-    if not 0 <= request.top_p <= 1:
-        raise ValueError(f"top_p must be in [0, 1], got {request.top_p}")
-    check_seed(sampler, request)
-    family.check(model, request)
-    if search is not None:
-        search.check(spec)
-    labels = request.labels
-    if isinstance(labels, Tensor):
-        if labels.shape != (request.batch_size,) or labels.is_floating_point():
-            raise ValueError(
-                f"labels must be integers of shape [{request.batch_size}], got {labels.dtype} of {list(labels.shape)}"
-            )
-        if labels.numel() and not capturing(labels.device):
-            low, high = labels.aminmax()
-            if low < 0 or high > spec.num_classes:
-                raise ValueError(f"labels must be in 0..{spec.num_classes}, got {int(low)}..{int(high)}")
-    elif labels is not None and not isinstance(labels, int):
-        raise TypeError(f"labels must be an int, a tensor or None, got {type(labels).__name__}")
-    elif labels is not None and labels > spec.num_classes:
-        raise ValueError(f"labels must be <= {spec.num_classes}, got {labels}")
-
-
-def capturing(device: torch.device) -> bool:
-    """True inside a CUDA graph's capture, where nothing may wait for the device and labels are the caller's word."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return Candidates(scale, labels, tokens, fuse, partial(draws.picks, scale, tokens.shape[1]), session.codebook)
 
 
 def as_labels(request: Request, spec: ModelSpec, device: torch.device) -> Tensor | None:
@@ -118,8 +81,8 @@ def as_labels(request: Request, spec: ModelSpec, device: torch.device) -> Tensor
     labels = request.labels
     if labels is None:
         return None
-    if isinstance(labels, int):
-        return torch.full((request.batch_size,), spec.num_classes if labels < 0 else labels, device=device)
+    if not isinstance(labels, Tensor):
+        return torch.full((request.batch_size,), spec.num_classes if labels < 0 else int(labels), device=device)
     return labels.to(device=device, dtype=torch.int64)
 
 
@@ -127,7 +90,7 @@ class Clock:
     """Times between ticks; on a GPU by events, so that nothing waits before the end."""
 
     def __init__(self, device: torch.device, enabled: bool):
-        self.cuda, self.enabled, self.marks = device.type == "cuda", enabled, []
+        self.device, self.cuda, self.enabled, self.marks = device, device.type == "cuda", enabled, []
         self.tick()
 
     def tick(self) -> None:
@@ -135,7 +98,7 @@ class Clock:
             return
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             self.marks.append(event)
         else:
             self.marks.append(time.perf_counter())
@@ -182,8 +145,8 @@ def generate(
         ValueError, TypeError: if an argument is wrong, before any work.
     """
     family = recognise(model)
-    if labels is not None and not isinstance(labels, int):
-        labels = torch.as_tensor(labels)
+    if isinstance(labels, Sequence | np.ndarray):
+        labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64)
     sizes = {len(x) for x in (labels, seeds) if isinstance(x, Tensor) and x.dim()}
     sizes |= set() if batch_size is None else {batch_size}
     if len(sizes) > 1:

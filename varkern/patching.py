@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from varkern.draws import SAMPLERS
+from varkern.checks import check_sampler, check_search
+from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
 from varkern.generate import run
 from varkern.search import Search
@@ -22,7 +23,8 @@ ABSENT = object()
 class PatchedMethod:
     """Stands in one instance's ``__dict__`` for the published method, with its signature and its return value.
 
-    A pickled or copied model carries no patch: what is stored of this object is the method it stands for.
+    A pickle or a deep copy of the model carries no patch: what is stored of this object is the method it stands for. A
+    shallow copy (``copy.copy``) shares this object, and so the original model, as it shares all else.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ def patch(model: Model, search: Search | None = None, *, sampler: str = "philox"
     """Give a model's own generation method a search, in place.
 
     One attribute of this one instance changes: the published method (``autoregressive_infer_cfg``), whose signature and
-    return value stay. Patching again replaces the search. The model's ``state_dict``, ``repr`` and pickle stay as they
-    were, and so do all other models.
+    return value stay. Patching again replaces the search. The model's ``state_dict`` and ``repr`` stay as they were,
+    and so do all other models; a pickle or deep copy made of a patched model is not patched. The patch and the model
+    hold each other: :func:`unpatch` before dropping a model whose memory is wanted back at once.
 
     Args:
         model: a VAR model: the published class, a fork of it, or :class:`varkern.models.VAR`.
@@ -78,11 +81,15 @@ def patch(model: Model, search: Search | None = None, *, sampler: str = "philox"
         UnsupportedModelError: if the model fits no family; it lists what was looked for and not found.
         ValueError: if the search does not fit the model (scales, classes, channels), or ``sampler`` is unknown.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
+    check_sampler(sampler)
     family = recognise(model)
-    if search is not None:
-        search.check(family.spec(model))
+    taken = inspect.signature(getattr(model, family.method)).parameters
+    lacking = [name for name in family.required if name not in taken]
+    if lacking:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fits {family.name}, but its {family.method} takes no {' and no '.join(lacking)}"
+        )
+    check_search(search, family.spec(model))
     current = vars(model).get(family.method, ABSENT)
     if isinstance(current, PatchedMethod):
         former, original = current.former, current.__wrapped__

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from varkern.files import atomically
 from varkern.models.initialization import initialize
 
 POOLED_SIDE = 2  # the visual features end at 2x2, as in the paper
@@ -135,11 +136,9 @@ class Scorer(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
         """Write weights and config to one safetensors file; a crash leaves the former file whole."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        save_file(weights, partial, {**(metadata or {}), "config": json.dumps(asdict(self.config))})
-        os.replace(partial, path)
+        with atomically(path) as unfinished:
+            save_file(weights, unfinished, {**(metadata or {}), "config": json.dumps(asdict(self.config))})
 
     @classmethod
     def from_pretrained(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +21,7 @@ class ModelSpec:
         size: H and W of the latent.
         channels: C, the width of a code.
         vocabulary: V, the number of codes.
+        device: where the model is.
     """
 
     num_classes: int
@@ -26,6 +29,7 @@ class ModelSpec:
     size: tuple[int, int]
     channels: int
     vocabulary: int
+    device: torch.device | None = None
 
     @property
     def num_scales(self) -> int:
@@ -64,3 +68,8 @@ class Request:
     top_k: int = 0
     top_p: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_int(x: object) -> bool:
+    """True for an integer of Python's or NumPy's, false for a bool."""
+    return isinstance(x, Integral) and not isinstance(x, bool)

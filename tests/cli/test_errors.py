@@ -36,7 +36,7 @@ WRONG = {
     "pick_unknown": ({"pick": "worst"}, "pick must be 'best', 'resample' or an int >= 1, got 'worst'"),
     "pick_zero": ({"pick": 0}, "pick must be"),
     "pick_unknown_without_search": ({"pick": "worst", "m": 1}, "pick must be"),
-    "temperature_zero": ({"temperature": 0}, "temperature must be > 0"),
+    "temperature_zero": ({"temperature": 0}, "temperature must be a finite number > 0, got 0"),
     "top_k_negative": ({"top_k": -1}, "top_k must be"),
     "top_p_above_one": ({"top_p": 1.5}, "top_p must be in [0, 1], got 1.5"),
     "top_p_nan": ({"top_p": "nan"}, "top_p must be in [0, 1]"),

@@ -1,17 +1,28 @@
 """The VAR family: what it recognises, and one session's logits, features and running sum against a float64 form."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, recorded, relative_error, small_var, ten_scale_var
+from tests.helpers import (
+    NUM_CLASSES,
+    TINY_SIDES,
+    caches_closed,
+    on,
+    recorded,
+    relative_error,
+    small_vae,
+    small_var,
+    ten_scale_var,
+)
 from tests.references import var as reference
 from tests.references import vqvae
 from varkern.draws import MultinomialDraws, PhiloxDraws
 from varkern.errors import UnsupportedModelError
 from varkern.families import recognise
-from varkern.families.var import MODEL_ATTRIBUTES, QUANTIZER_ATTRIBUTES
+from varkern.families.var import MODEL_ATTRIBUTES, QUANTIZER_ATTRIBUTES, VARFamily
 from varkern.models import VAR, VQVAE
 from varkern.ops import image_seeds, use_backend
 from varkern.spec import Request
@@ -63,6 +74,17 @@ def test_other_missing_parts_are_named():
     assert lacks(stub(blocks=[SimpleNamespace()])).endswith("VAR needs blocks[0].attn.kv_caching")
     assert lacks(stub(vae_quant_proxy=())).endswith("VAR needs vae_quant_proxy[0]")
     assert lacks(stub(vae_proxy=None)).endswith("VAR needs vae_proxy[0]")
+    assert "VAR needs blocks" in lacks(stub(blocks=3)) and "VAR needs blocks" in lacks(stub(blocks=None))
+
+
+@pytest.mark.parametrize("sharing", [0, 1, 3], ids=["a layer a scale", "one layer", "three layers"])
+def test_a_phi_layer_without_its_blend_is_named(sharing):
+    model = small_var(vae=small_vae(share_quant_resi=sharing))
+    layers = [module for module in model.vae_quant_proxy[0].modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(layers) == (sharing or 5) and recognise(model).name == "VAR"
+    for layer in layers:
+        del layer.resi_ratio
+    assert re.search(r"VAR needs vae_quant_proxy\[0\]\.quant_resi\S*resi_ratio$", lacks(model))
 
 
 @pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), VAR, "d16", None], ids=["module", "class", "name", "None"])
@@ -74,6 +96,7 @@ def test_other_things_are_unsupported(thing):
 
 def test_spec():
     spec = recognise(small_var()).spec(small_var())
+    assert spec.device == torch.device("cpu") and VARFamily().spec(small_var().to("meta")).device.type == "meta"
     assert (spec.num_classes, spec.sides, spec.size, spec.channels, spec.vocabulary) == (7, TINY_SIDES, (6, 6), 8, 64)
 
 
@@ -101,6 +124,7 @@ def test_a_session_equals_float64(build, draws):
         weights, vae_weights, LABELS, model.patch_nums, model.num_heads, lambda k, _: maps[k], cfg=2.0
     )
     session, before = session_of(model, draws, cfg=2.0), 0.0
+    assert torch.equal(session.codebook, model.vae_quant_proxy[0].embedding.weight)
     for k, tokens in enumerate(maps):
         logits = session.logits(k)
         assert relative_error(logits.cond, wanted.cond[k]) < 1e-4
@@ -196,11 +220,9 @@ def test_the_generator_is_reseeded_as_published():
     assert generator is model.rng and generator.initial_seed() == 5
 
 
-def test_kernels_give_the_running_sum_of_the_published_chain():
+def test_kernels_give_the_running_sum_of_the_published_chain(device):
     """The fused ops through Triton's interpreter, or on the GPU if there is one, at every scale."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = small_var()
-    model.vae_proxy[0].to(device), model.to(device)
+    model = on(small_var(), device)
     maps = [tokens.to(device) for tokens in random_maps(model)]
     family, sums = recognise(model), {"philox": [], "multinomial": []}
     for name, collected in sums.items():

@@ -1,16 +1,23 @@
 """The VAR transformer against a float64 form without cache, and its published method's meaning."""
 
 import inspect
-import math
 
 import pytest
 import torch
 
-from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, recorded, relative_error, small_var, ten_scale_var
+from tests.helpers import (
+    NUM_CLASSES,
+    TINY_SIDES,
+    caches_closed,
+    recorded,
+    relative_error,
+    small_vae,
+    small_var,
+    ten_scale_var,
+)
 from tests.references import var as reference
 from tests.references.vqvae import weights_of
 from varkern.models import PATCH_NUMS_256, PATCH_NUMS_512, VAR
-from varkern.models.var import smoothing_temperature
 
 MODELS = {
     "5 scales": lambda: small_var(),
@@ -173,17 +180,17 @@ def test_the_method_has_the_published_signature():
     assert [p.default for p in parameters.values()][3:] == [None, 1.5, 0, 0.0, False]
 
 
-def test_smoothing_temperature_falls_to_its_floor():
-    assert smoothing_temperature(0) == 0.27
-    assert math.isclose(smoothing_temperature(0.5), 0.27 * 0.525)
-    assert math.isclose(smoothing_temperature(1), 0.27 * 0.05)
-
-
 def test_the_constructor_follows_depth_and_names_a_wrong_width():
     model = VAR(small_var().vae_proxy[0], depth=2, patch_nums=TINY_SIDES)
     assert (model.C, model.num_heads, model.num_classes) == (128, 2, 1000)
     with pytest.raises(ValueError, match=r"embed_dim must be a multiple of num_heads=3, got 32"):
         small_var(num_heads=3)
+
+
+def test_the_schedule_must_be_the_vaes():
+    for sides in ((1, 2, 3, 4), (1, 2, 3, 5, 6)):
+        with pytest.raises(ValueError, match=r"patch_nums must be .*\(1, 2, 3, 4, 6\), got \(1, 2, 3, (4|5, 6)\)"):
+            VAR(small_vae(), NUM_CLASSES, depth=2, embed_dim=32, patch_nums=sides)
 
 
 def test_fresh_weights_are_finite_and_nearly_uniform():

@@ -3,13 +3,13 @@
 import torch
 
 import varkern
-from tests.helpers import relative_error, ten_scale_var
+from tests.helpers import on, relative_error, ten_scale_var
 from varkern.families import var as family
 from varkern.ops.backend import use_backend
 
 
 def test_f_hat_of_every_scale(device, monkeypatch):
-    model = ten_scale_var().to(device)
+    model = on(ten_scale_var(), device)
     commits, inputs = [], []
     commit, resize = family.commit_tokens, family.resize_features
 

@@ -1,18 +1,19 @@
 """Best of M: which candidate is kept, how many maps exist at once, and what is refused before any work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, idle, randomise, relative_error, small_var
+from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, idle, relative_error, small_scorer, small_var
 from tests.references import vqvae
-from varkern import BestOfM, Scorer, ScorerConfig, generate, patch
+from varkern import BestOfM, Scorer, generate, patch
 from varkern.ops.philox import PICKS, uniforms
 from varkern.search import Candidates
 from varkern.spec import ModelSpec
 
 LABELS = torch.tensor([3, 0, 5])
 SPEC = ModelSpec(NUM_CLASSES, TINY_SIDES, (6, 6), 8, 64)
-FITTING = {"num_classes": NUM_CLASSES, "num_scales": 5, "channels": 8, "size": 6, "widths": (8, 8, 8)}
 
 
 def offered(scores, seeds=None, scale=1):
@@ -25,6 +26,7 @@ def offered(scores, seeds=None, scale=1):
         torch.zeros(batch, count, 4, dtype=torch.int64),
         lambda start, stop, dtype=None, channels_last=False: scores[:, start:stop, None, None, None],
         lambda: uniforms(seeds, count, 1, scale, PICKS)[:, :, 0],
+        torch.zeros(64, 8),
     )
 
 
@@ -34,10 +36,6 @@ def read_score(labels, features, scale):
 
 def mean_feature(labels, features, scale):
     return features.mean((2, 3, 4))
-
-
-def small_scorer(**changes):
-    return randomise(Scorer(ScorerConfig(**(FITTING | changes))), 0).eval()
 
 
 def chosen(scores, **options):
@@ -223,7 +221,7 @@ def test_unsearched_scales_are_drawn_as_without_a_search():
 def test_m_one_is_no_search():
     model = small_var()
     with pytest.MonkeyPatch.context() as patch_scores:
-        patch_scores.setattr(BestOfM, "choose", None)
+        patch_scores.setattr(BestOfM, "choose", lambda *given: pytest.fail("searched"))
         told = generate(model, LABELS, seeds=0, search=BestOfM(mean_feature, m=1))
     assert torch.equal(told.images, generate(model, LABELS, seeds=0).images)
 
@@ -237,7 +235,7 @@ def test_m_one_is_no_search():
         ({"m": (1, 0, 4)}, ValueError, r"m must be >= 1, got 0"),
         ({"m": (1, 2.0)}, (ValueError, TypeError), r"m must be .*got 2.0"),
         ({"m": 2.0}, (ValueError, TypeError), r"m must be .*got 2.0"),
-        ({"m": True}, ValueError, r"m must be >= 1, got True"),
+        ({"m": True}, (ValueError, TypeError), r"m must be .*got True"),
         ({"m": None}, (ValueError, TypeError), r"m must be .*got None"),
         ({"m": (1, 4), "first_scale": 0}, ValueError, r"m has one number a scale"),
         ({"m": (1, 4), "last_scale": 1}, ValueError, r"m has one number a scale"),
@@ -248,11 +246,15 @@ def test_m_one_is_no_search():
         ({"pick": 0}, ValueError, r"pick must be 'best', 'resample' or an int >= 1, got 0"),
         ({"pick": True}, ValueError, r"pick must be 'best', 'resample' or an int >= 1, got True"),
         ({"pick": 1.5}, ValueError, r"pick must be 'best', 'resample' or an int >= 1, got 1.5"),
-        ({"temperature": 0}, ValueError, r"temperature must be > 0, got 0"),
-        ({"temperature": -1.0}, ValueError, r"temperature must be > 0, got -1.0"),
-        ({"temperature": NAN}, ValueError, r"temperature must be > 0, got nan"),
-        ({"temperature": INF}, ValueError, r"temperature must be > 0.*, got inf"),
-        ({"maps_at_once": 0}, ValueError, r"maps_at_once must be >= 1, got 0"),
+        ({"temperature": 0}, ValueError, r"temperature must be .*> 0, got 0"),
+        ({"temperature": -1.0}, ValueError, r"temperature must be .*> 0, got -1.0"),
+        ({"temperature": NAN}, ValueError, r"temperature must be .*> 0, got nan"),
+        ({"temperature": INF}, ValueError, r"temperature must be .*> 0.*, got inf"),
+        ({"temperature": "1"}, (TypeError, ValueError), r"temperature must be .*, got '1'"),
+        ({"temperature": None}, (TypeError, ValueError), r"temperature must be .*, got None"),
+        ({"maps_at_once": 0}, ValueError, r"maps_at_once must be .*>= 1, got 0"),
+        ({"maps_at_once": 2.5}, (TypeError, ValueError), r"maps_at_once must be .*, got 2.5"),
+        ({"pick": None}, (TypeError, ValueError), r"pick must be 'best', 'resample' or an int >= 1, got None"),
     ],
     ids=str,
 )
@@ -290,20 +292,41 @@ def test_a_search_that_does_not_fit_is_refused_before_any_work(search, message):
             generate(model, LABELS, search=search)
 
 
+def test_a_scorer_is_moved_to_the_models_device():
+    """Its dtype stays; one that does not fit, or belongs to no model, stays where it is."""
+    scorer = small_scorer().bfloat16()
+    search = BestOfM(scorer)
+    search.check(SPEC)
+    assert {p.device.type for p in scorer.parameters()} == {"cpu"}
+    with pytest.raises(ValueError, match="scorer was made for size=6"):
+        search.check(replace(SPEC, size=(8, 8), device=torch.device("meta")))
+    assert {p.device.type for p in scorer.parameters()} == {"cpu"}
+    search.check(replace(SPEC, device=torch.device("meta")))
+    assert {p.device.type for p in scorer.parameters()} == {"meta"}
+    assert {p.dtype for p in scorer.parameters()} == {torch.bfloat16}
+    BestOfM(mean_feature).check(replace(SPEC, device=torch.device("meta")))  # no module: nothing to move
+
+
+def test_patching_moves_the_scorer():
+    scorer = small_scorer()
+    patch(small_var().to("meta"), BestOfM(scorer))
+    assert {p.device.type for p in scorer.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (torch.tensor([1, 7, 2]), r"labels must be in 0..6, the scorer's classes, got 7.*no class"),
-        (-1, r"labels must be in 0..6, the scorer's classes, got 7.*no class"),
-        (7, r"labels must be in 0..6, the scorer's classes, got 7.*no class"),
-        (torch.tensor([8]), r"labels must be in 0..7, got 8..8"),
+        (torch.tensor([1, 7, 2]), r"must be in 0..6, the scorer's classes, got 7.*no class"),
+        (-1, r"must be in 0..6, the scorer's classes, got 7.*no class"),
+        (7, r"must be in 0..6, the scorer's classes, got 7.*no class"),
+        (torch.tensor([8]), r"must be in 0..7, got 8"),
     ],
     ids=["tensor", "negative", "int", "out of range"],
 )
 def test_labels_that_the_scorer_does_not_know(labels, message):
-    model = small_var()
-    with idle(model), pytest.raises(ValueError, match=message):
-        generate(model, labels, search=BestOfM(small_scorer()))
+    model, search = small_var(), BestOfM(small_scorer())
+    with idle(model), pytest.raises(ValueError, match=r"label \(label_B, labels\) " + message):
+        generate(model, labels, search=search)
     if not isinstance(labels, torch.Tensor):  # a callable of the user's own may know "no class"
         generate(model, labels, search=BestOfM(mean_feature))
 

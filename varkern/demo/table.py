@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from varkern.evaluation.metrics import Moments, accuracy, frechet_distance, inception_score, moments
+from varkern.files import atomically
 from varkern.generate import generate
 from varkern.models import VAR, load_var
+from varkern.progress import progress_bar
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
-from varkern.training.loop import progress_bar
 
 from . import digits
 from .classifier import DigitClassifier, embed
@@ -165,14 +166,12 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "table.json"
-    settings = {"images": images, "repeats": repeats, "seed": seed, "device": str(device), "torch": torch.__version__}
-    report = {"settings": settings, "cells": {}}
+    settings = {"images": images, "repeats": repeats, "seed": seed, "weights": fingerprint(weights)}
+    report = {"settings": settings, "device": str(device), "torch": torch.__version__, "cells": {}}
     if path.exists():
         report = json.loads(path.read_text())
-        if {k: report["settings"].get(k) for k in ("images", "repeats", "seed")} != {
-            k: settings[k] for k in ("images", "repeats", "seed")
-        }:
-            raise ValueError(f"{path} was made with other settings: {report['settings']}")
+        if report["settings"] != settings:
+            raise ValueError(f"{path} was made with other settings: {report['settings']}, now {settings}")
     models = load_models(weights, device)
     reference, report["real"] = reference_moments(models, images, seed)
     report["reconstructed"] = {"frechet": reconstructions(models, reference, images, seed)}
@@ -187,18 +186,25 @@ def run(
             entry = report["cells"][cell.name]
             if repeat == len(entry["repeats"]):
                 entry["repeats"].append(measure(models, reference, cell, images, seed + 1000 * repeat))
-                write(path, json.dumps(report, indent=1))
+                write_text(path, json.dumps(report, indent=1))
             progress.update(task, advance=1, note=cell.name)
-    write(path, json.dumps(report, indent=1))
+    write_text(path, json.dumps(report, indent=1))
     text = markdown(report)
-    write(out / "table.md", text)
+    write_text(out / "table.md", text)
     return text
 
 
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def write_text(path: Path, text: str) -> None:
+    with atomically(path) as unfinished:
+        unfinished.write_text(text)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the four models' files, so that figures of different weights are never averaged."""
+    digest = hashlib.sha256()
+    for name in ("vae", "var", "scorer", "classifier"):
+        digest.update((folder / f"{name}.safetensors").read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def summary(entry: dict, key: str) -> str:

@@ -6,7 +6,6 @@ its last checkpoint.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varkern.files import atomically
 from varkern.generate import generate
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
 from varkern.models.quantizer import VectorQuantizer
+from varkern.progress import progress_bar
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.training.loop import fit, progress_bar
+from varkern.training.loop import fit
 
 from . import digits
 from .classifier import DigitClassifier
@@ -170,9 +171,8 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
         seed=recipe.seed + 5,
         checkpoint=folder / "classifier.checkpoint.pt",
     )
-    unfinished = folder / "classifier.safetensors.partial"
-    save_file(classifier.cpu().state_dict(), unfinished)
-    os.replace(unfinished, folder / "classifier.safetensors")
+    with atomically(folder / "classifier.safetensors") as unfinished:
+        save_file(classifier.cpu().state_dict(), unfinished)
 
 
 @torch.inference_mode()

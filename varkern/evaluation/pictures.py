@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+from varkern.files import atomically
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -46,10 +47,8 @@ def save_png(picture: Image.Image | np.ndarray, path: str | os.PathLike) -> None
 
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    picture.save(partial, format="PNG")
-    os.replace(partial, path)
+    with atomically(path) as unfinished:
+        picture.save(unfinished, format="PNG")
 
 
 class Panel(NamedTuple):

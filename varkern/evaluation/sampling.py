@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from varkern.checks import check_request
 from varkern.families import recognise
-from varkern.generate import check, generate
+from varkern.files import atomically
+from varkern.generate import generate
 from varkern.ops import image_seeds
+from varkern.progress import progress_bar
 from varkern.search import Search
 from varkern.spec import Request
-from varkern.training.loop import progress_bar
 
 from .pictures import contact_sheet, require_pillow, save_png, to_pixels
 
@@ -75,9 +77,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(partial, path)
+        with atomically(path) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
         return
     try:
         former = dict(json.loads(path.read_text()))
@@ -128,7 +129,7 @@ def check_order(model: Any, search: Search | None, order: Order, batch_size: int
         options.pop("top_p", 0.0),
         options,
     )
-    check(family, model, spec, request, search, order.sampler)
+    check_request(family, model, spec, request, search, order.sampler)
 
 
 def fill(folder: Path, model: Any, search: Search | None, order: Order, batch_size: int) -> list[Path]:

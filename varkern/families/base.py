@@ -26,6 +26,8 @@ class Draws(Protocol):
 class Session(Protocol):
     """One generation on one model, scale by scale: ``logits``, ``fuse`` and ``commit`` in turn, then ``decode``."""
 
+    codebook: Tensor  # [V, C]
+
     def logits(self, scale: int) -> Logits:
         """Run the transformer on the scale's input."""
         ...
@@ -53,6 +55,7 @@ class Family(Protocol):
     name: str
     method: str  # the attribute that patching replaces
     arguments: tuple[str, ...]  # the names of the published method's arguments
+    required: tuple[str, ...]  # those without which it is another method
 
     def missing(self, model: object) -> list[str]:
         """What a model of this family has and ``model`` lacks; empty: it is one."""

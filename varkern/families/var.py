@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from varkern.multinomial import smoothing_temperature
 from varkern.ops import commit_tokens, fuse_tokens, resize_features
 from varkern.spec import Logits, ModelSpec, Request
 
@@ -41,10 +42,14 @@ class VARFamily:
     name = "VAR"
     method = "autoregressive_infer_cfg"
     arguments = ("B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth")
+    required = ("B", "label_B")
 
     def missing(self, model: object) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
-        for i, block in enumerate(getattr(model, "blocks", ())):
+        blocks = getattr(model, "blocks", ())
+        if not isinstance(blocks, Iterable):
+            return [*names, "blocks (as a list of modules)"]
+        for i, block in enumerate(blocks):
             if not hasattr(getattr(block, "attn", None), "kv_caching"):
                 names.append(f"blocks[{i}].attn.kv_caching")
                 break
@@ -57,13 +62,18 @@ class VARFamily:
         if vae is not None and not hasattr(vae, "fhat_to_img"):
             names.append("vae_proxy[0].fhat_to_img")
         if quantizer is not None:
-            names += [f"vae_quant_proxy[0].{name}" for name in QUANTIZER_ATTRIBUTES if not hasattr(quantizer, name)]
+            lacking = [name for name in QUANTIZER_ATTRIBUTES if not hasattr(quantizer, name)]
+            if "quant_resi" not in lacking:
+                phi = _first(quantizer.quant_resi)
+                if not isinstance(phi, nn.Identity):
+                    lacking += [f"quant_resi[0].{name}" for name in ("weight", "resi_ratio") if not hasattr(phi, name)]
+            names += [f"vae_quant_proxy[0].{name}" for name in lacking]
         return names
 
     def spec(self, model: Any) -> ModelSpec:
         vocabulary, channels = model.vae_quant_proxy[0].embedding.weight.shape
         sides = tuple(model.patch_nums)
-        return ModelSpec(model.num_classes, sides, (sides[-1], sides[-1]), channels, vocabulary)
+        return ModelSpec(model.num_classes, sides, (sides[-1], sides[-1]), channels, vocabulary, self.device(model))
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
         arguments = dict(arguments)
@@ -99,9 +109,9 @@ class VARFamily:
         if seed is None:
             return None
         device = self.device(model)
-        if model.rng.device.type != device.type:  # a model that was moved after it was built
+        if model.rng.device != device:  # a model that was moved after it was built
             model.rng = torch.Generator(device)
-        return model.rng.manual_seed(seed)
+        return model.rng.manual_seed(int(seed))
 
     def open(self, model: Any, labels: Tensor, request: Request, draws: Draws) -> VARSession:
         return VARSession(model, labels, request, draws)
@@ -130,7 +140,10 @@ class VARSession:
         self.end = self.sides[0] ** 2
         self.x = self.cond.unsqueeze(1) + model.pos_start + self.positions[:, : self.end]
         size = self.sides[-1]
-        self.f_hat = torch.zeros(batch, self.quantizer.embedding.weight.shape[1], size, size, device=self.cond.device)
+        self.codebook = self.quantizer.embedding.weight.detach()
+        self.f_hat = torch.zeros(
+            batch, self.codebook.shape[1], size, size, device=self.cond.device, dtype=torch.float32
+        )
         for block in model.blocks:
             block.attn.kv_caching(True)
 
@@ -147,7 +160,7 @@ class VARSession:
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return fuse_tokens(
             tokens,
-            self.quantizer.embedding.weight.detach(),
+            self.codebook,
             side=self.sides[scale],
             size=self.sides[-1],
             f_hat=self.f_hat,
@@ -160,12 +173,12 @@ class VARSession:
         codebook = self.quantizer.embedding
         if self.request.options.get("more_smooth", False) and not hard:
             ratio = self._ratio(scale)
-            weights = draws.smoothed(logits, self.request, scale, 1 + ratio, max(0.27 * (1 - ratio * 0.95), 0.005))
+            weights = draws.smoothed(logits, self.request, scale, 1 + ratio, smoothing_temperature(ratio))
             pooled = self._add_as_upstream(scale, weights.to(codebook.weight.dtype) @ codebook.weight.unsqueeze(0))
         elif self.reproduces_upstream:
             pooled = self._add_as_upstream(scale, codebook(tokens))
         else:
-            commit_tokens(tokens, self.f_hat, codebook.weight.detach(), side=self.sides[scale], phi=self._phi(scale))
+            commit_tokens(tokens, self.f_hat, self.codebook, side=self.sides[scale], phi=self._phi(scale))
             pooled = None
             if scale != self.last:
                 pooled = resize_features(self.f_hat, size=self.sides[scale + 1], channels_last=True)
@@ -202,6 +215,14 @@ class VARSession:
         x = pooled.flatten(2).transpose(1, 2).to(getattr(words, "weight", pooled).dtype)
         x = words(x) + self.positions[:, start : self.end]
         self.x = x.repeat(2, 1, 1) if self.guided else x
+
+
+def _first(layers: Any) -> object:
+    """The phi layer of the first scale; None for what cannot be asked by a position in 0..1."""
+    try:
+        return layers[0.0]
+    except (TypeError, IndexError, KeyError):
+        return None
 
 
 def _only(model: object, name: str) -> object | None:

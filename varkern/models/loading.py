@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from varkern.files import atomically
+
 from .var import PATCH_NUMS_256, PATCH_NUMS_512, VAR
 from .vqvae import VQVAE
 
@@ -54,11 +56,9 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
 
 def save_model(model: VAR | VQVAE, path: str | os.PathLike) -> None:
     """Write a model's weights and config to one safetensors file that :func:`load_var` or :func:`load_vae` reads."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".partial")
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, unfinished, {"config": json.dumps(model.config)})
-    os.replace(unfinished, path)
+    with atomically(path) as unfinished:
+        save_file(weights, unfinished, {"config": json.dumps(model.config)})
 
 
 def count_modules(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -227,5 +227,6 @@ def load_var(
             f"patch_nums must be {config['patch_nums']}, which {path} was made for, got {list(patch_nums)}"
         )
     if not isinstance(vae, nn.Module):
-        vae = load_vae(vae, v_patch_nums=config["patch_nums"], device=device, dtype=dtype)
+        vae = load_vae(vae, v_patch_nums=config["patch_nums"])
+    vae.to(device=device, dtype=dtype)
     return _assemble(partial(VAR, vae), config, state, path).to(device=device, dtype=dtype)

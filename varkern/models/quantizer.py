@@ -1,7 +1,7 @@
 """VAR's multi-scale residual quantizer: features to K token maps and back.
 
 Module, parameter and method names are those of the published ``VectorQuantizer2``, so that state dicts and scripts
-written for it work; see ``Fusing`` in the design notes for F(.), which ``embed_to_fhat`` sums over scales.
+written for it work. F(.) of one scale is :meth:`VectorQuantizer.fused`; ``embed_to_fhat`` sums it over the scales.
 """
 
 from __future__ import annotations

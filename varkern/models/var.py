@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varkern.ops.multinomial import filter_logits, gumbel_softmax, sample_multinomial
+from varkern.multinomial import filter_logits, gumbel_softmax, sample_multinomial, smoothing_temperature
 
 from .initialization import initialize
 from .transformer import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
@@ -17,11 +17,6 @@ from .vqvae import VQVAE
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-
-
-def smoothing_temperature(ratio: float) -> float:
-    """Temperature of the published ``more_smooth`` at ``ratio`` = k / (K - 1)."""
-    return max(0.27 * (1 - ratio * 0.95), 0.005)
 
 
 class VAR(nn.Module):
@@ -61,6 +56,9 @@ class VAR(nn.Module):
         width, num_heads = embed_dim or 64 * depth, num_heads or depth
         if width % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads={num_heads}, got {width}")
+        sides = vae_local.quantize.v_patch_nums
+        if tuple(sides) != tuple(patch_nums):
+            raise ValueError(f"patch_nums must be those of vae_local, {tuple(sides)}, got {tuple(patch_nums)}")
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "depth": depth,
@@ -199,7 +197,7 @@ class VAR(nn.Module):
         positions = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         x = cond.unsqueeze(1) + self.pos_start + positions[:, : self.first_l]
         side = self.patch_nums[-1]
-        f_hat = torch.zeros(B, self.Cvae, side, side, device=x.device)
+        f_hat = torch.zeros(B, self.Cvae, side, side, device=x.device, dtype=torch.float32)
         end = 0
         for block in self.blocks:
             block.attn.kv_caching(True)

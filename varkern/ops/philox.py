@@ -13,7 +13,18 @@ from numbers import Integral
 
 import torch
 
-__all__ = ["IMAGE_SEEDS", "LABELS", "NOISE", "PICKS", "TOKENS", "image_seeds", "philox", "uniform_bits", "uniforms"]
+__all__ = [
+    "IMAGE_SEEDS",
+    "LABELS",
+    "NOISE",
+    "PICKS",
+    "TOKENS",
+    "gumbel",
+    "image_seeds",
+    "philox",
+    "uniform_bits",
+    "uniforms",
+]
 
 # The last word of the counter says what a draw is for, so that no two uses share numbers.
 TOKENS = 0
@@ -114,6 +125,12 @@ def uniforms(
     return uniform_bits(seeds, num_candidates, num_positions, scale, stream).to(torch.float32) * 2.0**-24
 
 
+def gumbel(uniform: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise from float32 uniform numbers in [0, 1); finite at both ends."""
+    # The largest uniform number, 1 - 2^-24, would round up to 1 here, and its noise would be infinite.
+    return -(-(uniform + 2.0**-25).clamp(max=1 - 2.0**-24).log()).log()
+
+
 def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None = None) -> torch.Tensor:
     """B image seeds from one ``g_seed``, by a hash of (g_seed, place in the batch).
 
@@ -123,7 +140,7 @@ def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None 
     Args:
         g_seed: any integer in [-2^63, 2^64).
         batch_size: B >= 0.
-        device: where the seeds are wanted; they are made on the CPU.
+        device: where the seeds are made.
 
     Returns:
         int64 [B].
@@ -135,6 +152,6 @@ def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None 
     if g_seed >= 2**64:
         raise ValueError(f"g_seed must be < 2**64, got {g_seed}")
     check_count("batch_size", batch_size, 0)
-    places = torch.arange(batch_size)
+    places = torch.arange(batch_size, device=device)
     low, high, *_ = philox(g_seed & _MASK, (g_seed >> 32) & _MASK, places & _MASK, places >> 32, 0, IMAGE_SEEDS)
-    return (high << 32 | low).to(device)
+    return high << 32 | low

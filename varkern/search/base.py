@@ -30,7 +30,7 @@ class Candidates:
     tokens: Tensor
     fuse: Callable[..., Tensor]
     uniforms: Callable[[], Tensor]
-    codebook: Tensor | None = None
+    codebook: Tensor
 
 
 class Choice(NamedTuple):
@@ -47,8 +47,8 @@ class Search(Protocol):
         """Raise ``ValueError`` if the search does not fit a model of these sizes; called before any work."""
         ...
 
-    def check_labels(self, labels: Tensor, spec: ModelSpec) -> None:
-        """Raise ``ValueError`` if the search cannot judge images of these classes ``[B]``; called before any work."""
+    def check_labels(self, highest: int, spec: ModelSpec) -> None:
+        """Raise ``ValueError`` if the search cannot judge images of classes up to this one; called before any work."""
         ...
 
     def num_candidates(self, scale: int, num_scales: int) -> int:

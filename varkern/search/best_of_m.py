@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from varkern.spec import ModelSpec
+from varkern.ops.philox import gumbel
+from varkern.spec import ModelSpec, is_int
 
 from .base import Candidates, Choice, Scorer
 
@@ -36,7 +38,7 @@ class BestOfM:
     Args:
         scorer: a :class:`varkern.Scorer`, or any callable ``(labels[B], features[B, M, C, H, W], scale) ->
             scores[B, M]``. One whose ``config`` tells ``num_classes``, ``num_scales``, ``channels`` and ``size`` is
-            checked against the model.
+            checked against the model. A module is moved to the model's device when it is first used there.
         m: candidates of every searched scale, or a sequence with one number a scale (1: no search there).
         first_scale: the first searched scale, from 0; the paper's ST is ``first_scale + 1``.
         last_scale: the last searched scale; None: the model's last. Both stand beside an int ``m`` only.
@@ -62,26 +64,26 @@ class BestOfM:
     ):
         if not callable(scorer):
             raise TypeError(f"scorer must be callable, got {type(scorer).__name__}")
-        if not isinstance(m, int | Sequence) or isinstance(m, str):
+        if not is_int(m) and (not isinstance(m, Sequence) or isinstance(m, str)):
             raise TypeError(f"m must be an int or a sequence of ints, got {m!r}")
-        self.m = m if isinstance(m, int) else tuple(m)
-        for number in (self.m,) if isinstance(self.m, int) else self.m:
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        for number in (m,) if is_int(m) else m:
+            if not is_int(number) or number < 1:
                 raise ValueError(f"m must be >= 1, got {number!r}")
+        self.m = int(m) if is_int(m) else tuple(int(number) for number in m)
         if not isinstance(self.m, int) and (first_scale != 1 or last_scale is not None):
             raise ValueError(
                 "m has one number a scale: say which scales are searched there, not by first_scale, last_scale"
             )
-        if not isinstance(first_scale, int) or first_scale < 0:
+        if not is_int(first_scale) or first_scale < 0:
             raise ValueError(f"first_scale must be an int >= 0, got {first_scale!r}")
-        if last_scale is not None and (not isinstance(last_scale, int) or last_scale < first_scale):
+        if last_scale is not None and (not is_int(last_scale) or last_scale < first_scale):
             raise ValueError(f"last_scale must be an int >= first_scale={first_scale}, got {last_scale!r}")
-        if isinstance(pick, bool) or (pick not in ("best", "resample") and not (isinstance(pick, int) and pick >= 1)):
+        if pick not in ("best", "resample") if isinstance(pick, str) else not is_int(pick) or pick < 1:
             raise ValueError(f"pick must be 'best', 'resample' or an int >= 1, got {pick!r}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
-        if maps_at_once < 1:
-            raise ValueError(f"maps_at_once must be >= 1, got {maps_at_once}")
+        if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
+        if not is_int(maps_at_once) or maps_at_once < 1:
+            raise ValueError(f"maps_at_once must be an int >= 1, got {maps_at_once!r}")
         self.scorer, self.first_scale, self.last_scale = scorer, first_scale, last_scale
         self.pick, self.temperature, self.maps_at_once = pick, temperature, maps_at_once
 
@@ -107,16 +109,17 @@ class BestOfM:
                 raise ValueError(
                     f"scorer was made for {name}={getattr(config, name)}, but the model has {name}={value}"
                 )
+        if isinstance(self.scorer, nn.Module) and spec.device is not None:
+            self.scorer.to(spec.device)
 
-    def check_labels(self, labels: Tensor, spec: ModelSpec) -> None:
+    def check_labels(self, highest: int, spec: ModelSpec) -> None:
         """See :class:`.base.Search`; a scorer with a ``config`` knows its classes only, not "no class"."""
         num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", None)
-        if num_classes is None or not labels.numel():
-            return
-        highest = int(labels.max())
-        if highest >= num_classes:
+        if num_classes is not None and highest >= num_classes:
             meaning = ", which means 'no class' and has no score" if highest == spec.num_classes else ""
-            raise ValueError(f"labels must be in 0..{num_classes - 1}, the scorer's classes, got {highest}{meaning}")
+            raise ValueError(
+                f"label (label_B, labels) must be in 0..{num_classes - 1}, the scorer's classes, got {highest}{meaning}"
+            )
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
         """See :class:`.base.Search`."""
@@ -134,9 +137,8 @@ class BestOfM:
         if self.pick != "resample" and self.pick < scores.shape[-1]:
             best = scores.topk(self.pick, dim=-1).indices
             weights = torch.full_like(weights, -math.inf).scatter(-1, best, weights.gather(-1, best))
-        # Gumbel-max: the largest of log-weight plus Gumbel noise is a draw by softmax. Off 0 and 1 the noise is finite.
-        noise = -(-(candidates.uniforms() + 2.0**-25).clamp(max=1 - 2.0**-24).log()).log()
-        return Choice((weights + noise).argmax(-1), scores)
+        # Gumbel-max: the largest of log-weight plus Gumbel noise is a draw by softmax.
+        return Choice((weights + gumbel(candidates.uniforms())).argmax(-1), scores)
 
     def score(self, candidates: Candidates) -> Tensor:
         """Scores ``[B, M]`` float32, computed ``maps_at_once`` feature maps at a time; NaN counts as the lowest."""

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from varkern.files import atomically
+from varkern.progress import progress_bar
+
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
-
-
-def progress_bar() -> Progress:
-    """The progress bar of all long work: what, how far, the last figure, time spent and left."""
-    return Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -35,9 +24,8 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def save_atomically(state: dict, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with atomically(path) as unfinished:
+        torch.save(state, unfinished)
 
 
 def fit(

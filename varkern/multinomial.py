@@ -18,7 +18,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
         logits: ``[..., V]`` float.
         top_k: keep the k largest and what ties with the k-th; 0, or V and more: all.
         top_p: drop, from the least probable up, while the mass so far is at most ``1 - top_p``; 0: none. Unlike
-            :func:`.sampling.sample_tokens` it splits ties at the boundary by the order that ``torch.sort`` leaves.
+            :func:`varkern.ops.sample_tokens` it splits ties at the boundary by the order that ``torch.sort`` leaves.
 
     Raises:
         ValueError: if ``top_k`` is negative, or ``top_p`` outside [0, 1].
@@ -43,6 +43,11 @@ def sample_multinomial(logits: Tensor, num_candidates: int = 1, generator: torch
     batch, length, vocab = logits.shape
     draws = torch.multinomial(logits.softmax(-1).view(-1, vocab), num_candidates, replacement=True, generator=generator)
     return draws.view(batch, length, num_candidates).transpose(1, 2)
+
+
+def smoothing_temperature(ratio: float) -> float:
+    """Temperature of the published ``more_smooth`` at ``ratio`` = k / (K - 1)."""
+    return max(0.27 * (1 - ratio * 0.95), 0.005)
 
 
 def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:

@@ -1,0 +1,112 @@
+"""Imports run one way: which part of the package may import which other, held over every source file."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A part is a folder or a file right below varkern/, and kernels/; each may import itself and what stands beside it.
+# "varkern" is the package's own __init__.py, the public names.
+ALLOWED = {
+    "kernels": set(),
+    "errors": set(),
+    "files": set(),
+    "progress": set(),
+    "multinomial": set(),
+    "spec": set(),
+    "data": set(),
+    "ops": {"kernels"},
+    "models": {"files", "multinomial"},
+    "families": {"errors", "multinomial", "ops", "spec"},
+    "search": {"ops", "spec"},
+    "draws": {"multinomial", "ops", "spec"},
+    "scorer": {"files", "models"},
+    "checks": {"families", "search", "spec"},
+    "generate": {"checks", "draws", "families", "search", "spec"},
+    "patching": {"checks", "errors", "families", "generate", "search"},
+    "varkern": {"errors", "generate", "models", "ops", "patching", "scorer", "search"},
+    "training": {"files", "progress"},
+    "evaluation": {"checks", "families", "files", "generate", "ops", "progress", "search", "spec"},
+    "environment": {"ops", "varkern"},
+    "demo": {"evaluation", "files", "generate", "models", "ops", "progress", "scorer", "search", "training"},
+    "cli": {"demo", "environment", "evaluation", "models", "scorer", "search", "varkern"},
+}
+FILES = {
+    f"varkern.{'.'.join(path.relative_to(folder).with_suffix('').parts)}".removesuffix(".__init__").rstrip("."): path
+    for folder, paths in ((ROOT / "varkern", (ROOT / "varkern").rglob("*.py")), (ROOT, (ROOT / "kernels").glob("*.py")))
+    for path in paths
+} | {"varkern": ROOT / "varkern" / "__init__.py"}
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "varkern"
+
+
+def imported(module: str, path: Path, source: str | None = None) -> set[str]:
+    """The modules of varkern that a file imports, wherever in it the import stands."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(source or path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            found |= {f"{base}.{n.name}" if f"{base}.{n.name}" in FILES else base for n in node.names}
+    return {name for name in found if name.split(".")[0] in ("varkern", "kernels")}
+
+
+def test_the_table_has_every_part_and_no_circle():
+    assert {part_of(module) for module in FILES} == set(ALLOWED)
+    assert set().union(*ALLOWED.values()) <= set(ALLOWED)
+    TopologicalSorter(ALLOWED).prepare()  # raises for a circle
+
+
+def test_the_table_keeps_the_houses_arrows():
+    """What the design fixes, whatever else is added to the table."""
+    above = {part: set(TopologicalSorter(ALLOWED).static_order()) & ALLOWED[part] for part in ALLOWED}
+    reached = {}
+    for part in TopologicalSorter(ALLOWED).static_order():
+        reached[part] = above[part].union(*(reached[other] for other in above[part]))
+    assert reached["kernels"] == set() and reached["ops"] == {"kernels"}
+    assert "families" not in reached["search"] and "search" not in reached["families"]
+    assert not reached["models"] & {"families", "search"}
+    assert "patching" not in reached["generate"]
+    assert not any("cli" in others for others in reached.values())
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_run_one_way(module):
+    part = part_of(module)
+    others = {part_of(other) for other in imported(module, FILES[module])} - {part}
+    assert others <= ALLOWED[part], f"{module} imports {sorted(others - ALLOWED[part])}"
+
+
+def test_no_arrow_in_the_table_is_unused():
+    used = {part: set() for part in ALLOWED}
+    for module, path in FILES.items():
+        used[part_of(module)] |= {part_of(other) for other in imported(module, path)} - {part_of(module)}
+    assert {part: ALLOWED[part] - used[part] for part in ALLOWED if ALLOWED[part] - used[part]} == {}
+
+
+@pytest.mark.parametrize(
+    "source, wanted",
+    [
+        ("import varkern.ops.philox", "varkern.ops.philox"),
+        ("import varkern", "varkern"),
+        ("from varkern import generate", "varkern.generate"),
+        ("from varkern import BestOfM", "varkern"),
+        ("from varkern.search import Candidates", "varkern.search"),
+        ("from .base import Session", "varkern.families.base"),
+        ("from . import base", "varkern.families.base"),
+        ("from ..search import base", "varkern.search.base"),
+        ("from .. import spec", "varkern.spec"),
+        ("def f():\n    from varkern.cli import main", "varkern.cli"),
+        ("import kernels", "kernels"),
+    ],
+)
+def test_every_way_of_importing_is_seen(source, wanted):
+    assert imported("varkern.families.var", FILES["varkern.families.var"], source) == {wanted}
