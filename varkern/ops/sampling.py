@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -84,11 +85,11 @@ def sample_tokens(
         guidance: t, a number, or a float tensor of B strengths, [B] or [B, 1, 1]. Not zero: needs ``uncond_logits``.
         temperature: finite, >= 1e-30.
         top_k: >= 0; 0, or V and more: off.
-        top_p: in [0, 1]; 0 or 1: off. Used to a precision of 2^-30.
+        top_p: in [0, 1]; 0 or 1: off. Rounded down to a multiple of 2^-30.
         seeds: int64 [B], on the device of ``logits``.
         scale: the autoregressive step, counted from 0: part of the draws' address.
         check_nan: raise if a row holds NaN, or nothing above −inf. Costs a pass over the logits and a device sync.
-        return_stats: also return a ``SampleStats``.
+        return_stats: also return a ``SampleStats``; no gradient flows through it.
 
     Returns:
         tokens, int64 [B, M, l], in [0, V); with ``return_stats`` the pair (tokens, stats).
@@ -106,9 +107,46 @@ def sample_tokens(
         uncond_logits = uncond_logits if number != 0 else None
     if check_nan:
         _raise_for_bad_rows(logits, uncond_logits)
-    options = (number, 1.0 / temperature, top_k, top_p, scale, return_stats)
-    results = sample_in_torch(logits, uncond_logits, strengths, seeds, num_candidates, *options)
-    return (results[0], SampleStats(*results[1:])) if return_stats else results[0]
+    if torch.is_grad_enabled():
+        logits = logits.detach()
+        uncond_logits = None if uncond_logits is None else uncond_logits.detach()
+    options = (number, 1.0 / temperature, int(top_k), float(top_p), int(scale), return_stats)
+    tokens, *stats = _op(logits, uncond_logits, strengths, seeds, int(num_candidates), *options)
+    return (tokens, SampleStats(*stats)) if return_stats else tokens
+
+
+# ---- Registration and checks ------------------------------------------------------------------------------------
+
+# Defined through a Library rather than custom_op, whose wrappers cost more host time at each call than the launch.
+_library = torch.library.Library("varkern", "FRAGMENT")
+_library.define(
+    "sample_tokens(Tensor logits, Tensor? uncond_logits, Tensor? strengths, Tensor seeds, int num_candidates, "
+    "float guidance, float inverse_temperature, int top_k, float top_p, int scale, bool return_stats) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_op = torch.ops.varkern.sample_tokens.default
+
+
+def _sample(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # The backend is chosen here, inside the op, because a context variable cannot be read in a compiled graph.
+    if backend_for(logits) == "torch":
+        return sample_in_torch(logits, *arguments)
+    from ..kernels.sampling import sample  # triton exists on Linux alone
+
+    return sample(logits, *arguments)
+
+
+def _sample_fake(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_candidates, return_stats = arguments[3], arguments[9]
+    batch_size, length, _ = logits.shape
+    maps = (batch_size, num_candidates, length)
+    kinds = ((maps, torch.float32), (maps, torch.float32), ((batch_size, length), torch.int64))
+    stats = (logits.new_empty(size if return_stats else 0, dtype=dtype) for size, dtype in kinds)
+    return logits.new_empty(maps, dtype=torch.int64), *stats
+
+
+_library.impl("sample_tokens", _sample, "CompositeExplicitAutograd")
+torch.library.register_fake("varkern::sample_tokens", _sample_fake, lib=_library)
 
 
 def _check(logits, num_candidates, uncond_logits, guidance, temperature, top_k, top_p, seeds, scale) -> Tensor | None:
@@ -122,6 +160,8 @@ def _check(logits, num_candidates, uncond_logits, guidance, temperature, top_k, 
     check_count("num_candidates", num_candidates, 1)
     check_count("top_k", top_k, 0)
     check_count("scale", scale, 0)
+    _check_number("top_p", top_p)
+    _check_number("temperature", temperature)
     if not 0.0 <= top_p <= 1.0:
         raise ValueError(f"top_p must be in [0, 1], got {top_p}")
     if not (1e-30 <= temperature < math.inf):
@@ -143,10 +183,16 @@ def _check_logits(name: str, logits: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
 
 
+def _check_number(name: str, number: float) -> None:
+    if not isinstance(number, (int, float, Real)):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+
+
 def _check_guidance(
     guidance: float | Tensor, batch_size: int, device: torch.device, uncond_logits: Tensor | None
 ) -> Tensor | None:
     if not isinstance(guidance, Tensor):
+        _check_number("guidance", guidance)
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be finite, got {guidance}")
         if guidance != 0 and uncond_logits is None:
@@ -250,7 +296,7 @@ def _scaled(total: Tensor, numerator: Tensor | int, bits: int, round_up: bool = 
 
 
 def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float, return_stats: bool) -> tuple[Tensor, ...]:
-    """Filter and draw for rows [R, V] of finite or -inf logits; bits [R, M]. Tokens and stats are [R, M], counts [R]."""
+    """Filter and draw for rows [R, V] of finite or -inf logits; bits [R, M]. Results [R, M], counts [R]."""
     vocabulary = x.shape[1]
     row_max = x.amax(-1, keepdim=True)
     row_max = torch.where(row_max == -math.inf, 0.0, row_max)  # [R, 1], finite
@@ -261,7 +307,8 @@ def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float, return_stats
         weights = weights.mul_(kept)
     running = weights.cumsum(-1)
     total = running[:, -1:]  # [R, 1]
-    tokens = torch.searchsorted(running, _scaled(total, bits, UNIFORM_BITS), right=True)
+    wanted = _scaled(total, bits, UNIFORM_BITS).contiguous()
+    tokens = torch.searchsorted(running, wanted, right=True)
     tokens = torch.where(total > 0, tokens, 0)  # [R, M]
     if not return_stats:
         empty = x.new_empty(x.shape[0], 0)
@@ -279,7 +326,7 @@ def _stats(x, row_max, kept, total, raw_total, tokens) -> tuple[Tensor, Tensor, 
 
 def _kept(x: Tensor, row_max: Tensor, top_k: int, top_p: float) -> Tensor | None:
     """Which tokens of rows [R, V] survive top-k and nucleus, bool [R, V]; None if both are off."""
-    nucleus = round(top_p * 2**TOP_P_BITS)
+    nucleus = int(top_p * 2**TOP_P_BITS)  # rounded down: a mass of exactly 0.9 is not below top_p=0.9
     if not top_k and not 0 < top_p < 1:
         return None
     ordered = x.topk(top_k, dim=-1).values if top_k else x.sort(dim=-1, descending=True).values  # [R, k]

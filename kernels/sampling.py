@@ -1,0 +1,367 @@
+"""Draw M candidate tokens for every row of logits, reading the row once.
+
+Formula (``varkern.ops.sampling`` states the contract): with ``x = ((1 + t)·cond − t·uncond) / temperature`` keep the
+``top_k`` largest x, then the smallest set of most probable tokens whose mass reaches ``top_p``, ties by lower index;
+draw m is the first index whose running sum of kept weights exceeds ``u_m · total``. It replaces
+``sample_with_top_k_top_p_`` of FoundationVision/VAR, two sorts and five passes over the logits for every draw.
+
+``sample_kernel`` holds a row in registers, one program a row; a row too long for that is read again, tile by tile, at
+every step of a search. With a top-k well below V two kernels share the work, because the searches' arithmetic and not
+the read would bound one: ``shortlist_kernel`` reads the row and writes out, in vocabulary order, no fewer than the
+top_k largest and no more than a capacity, which a rough threshold does; ``sample_shortlist_kernel``, one warp a row,
+filters those exactly and draws. A row in which ties overflow the shortlist is read again in full.
+
+Draws go through a two-level running sum: the sums of GROUPS groups are kept, and the one group that a draw lands in is
+read again, from cache. Bound by bytes: the logits, once.
+"""
+
+import functools
+import statistics
+
+import torch
+import triton
+import triton.language as tl
+
+from .philox import philox_uniform_bits
+from .sampling_search import (
+    INFINITY,
+    LARGEST,
+    TOP_P_BITS,
+    UNIFORM_BITS,
+    extremes,
+    filter_row,
+    fixed_weights,
+    kept_weights,
+    load_logits,
+    log_of,
+    measure_from,
+    next_above,
+    scaled,
+    search,
+    tile_columns,
+)
+from .sampling_small import TOKENS, sample_small_kernel
+
+LARGEST_SMALL = 32
+LARGEST_RESIDENT = 8192
+LARGEST_SHORTLISTED = 16384
+
+
+@triton.jit
+def _running_sums(
+    row, x, columns, weights, shift, threshold, tie,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Sums of kept weights up to the end of every group [GROUPS], and over the row."""
+    if RESIDENT:
+        sums = tl.sum(kept_weights(x, columns, weights, threshold, tie), 1)  # [GROUPS]
+    else:
+        sums = tl.zeros([GROUPS], tl.int64)
+        for group in range(GROUPS):
+            of_tile = tile_columns(group, 1, GROUP_SIZE)
+            tile = load_logits(row, of_tile)  # [1, GROUP_SIZE]
+            kept = kept_weights(tile, of_tile, fixed_weights(tile, shift), threshold, tie)
+            sums = tl.where(tl.arange(0, GROUPS) == group, tl.sum(kept), sums)
+    return tl.cumsum(sums, 0), tl.sum(sums)
+
+
+@triton.jit
+def _count_kept(
+    row, x, columns, threshold, tie,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """How many tokens stay, int64."""
+    if RESIDENT:
+        count = tl.sum(kept_weights(x, columns, tl.full(x.shape, 1, tl.int32), threshold, tie))
+    else:
+        sums = tl.zeros([1, GROUP_SIZE], tl.int32)
+        for group in range(GROUPS):
+            of_tile = tile_columns(group, 1, GROUP_SIZE)
+            ones = tl.full([1, GROUP_SIZE], 1, tl.int32)
+            sums += kept_weights(load_logits(row, of_tile), of_tile, ones, threshold, tie)
+        count = tl.sum(sums)
+    return count.to(tl.int64)
+
+
+@triton.jit
+def _draw(
+    row, shift, threshold, tie, running, total, bits,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """Columns and logits for draws ``bits`` [DRAWS]: find the group by the running sums, then read it again."""
+    wanted = scaled(total, bits, UNIFORM_BITS, False)  # [DRAWS]
+    behind = running[None, :] <= wanted[:, None]  # [DRAWS, GROUPS]
+    before = tl.max(tl.where(behind, running[None, :], 0), 1)  # [DRAWS]
+    group = tl.minimum(tl.sum(behind.to(tl.int32), 1), GROUPS - 1)  # [DRAWS]
+    columns = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [DRAWS, GROUP_SIZE]
+    x = load_logits(row, columns)
+    kept = kept_weights(x, columns, fixed_weights(x, shift), threshold, tie)
+    inner = before[:, None] + tl.cumsum(kept, 1)
+    place = tl.sum((inner <= wanted[:, None]).to(tl.int32), 1)  # [DRAWS]
+    drawn = tl.where(total > 0, group * GROUP_SIZE + place, 0)
+    logit = tl.sum(tl.where(columns == drawn[:, None], x, 0.0), 1)
+    return drawn, logit
+
+
+@triton.jit
+def _sample_row(
+    row, tokens_of_columns_ptr, raw_totals_ptr, place, outputs, top_k, nucleus,
+    FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """Filter one row, draw, and store. The columns of a shortlist stand for the tokens at ``tokens_of_columns_ptr``."""
+    image, position, length, num_candidates, scale, seed = place
+    tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr = outputs
+    columns = tile_columns(0, GROUPS if RESIDENT else 1, GROUP_SIZE)  # [GROUPS or 1, GROUP_SIZE]
+    x = load_logits(row, columns)
+    low, largest = extremes(row, x, -LARGEST, INFINITY, GROUPS, GROUP_SIZE, RESIDENT)
+    shift = tl.where(largest == -INFINITY, 0.0, largest)
+    weights = fixed_weights(x, shift)
+    threshold, tie = filter_row(
+        row, x, columns, weights, shift, low, next_above(largest), top_k, nucleus,
+        FILTER_TOP_K, FILTER_NUCLEUS, GROUPS, GROUP_SIZE, RESIDENT,
+    )  # fmt: skip
+    running, total = _running_sums(row, x, columns, weights, shift, threshold, tie, GROUPS, GROUP_SIZE, RESIDENT)
+
+    if num_kept_ptr is not None:
+        num_kept = _count_kept(row, x, columns, threshold, tie, GROUPS, GROUP_SIZE, RESIDENT)
+        tl.store(num_kept_ptr + image * length + position, num_kept)
+        if raw_totals_ptr is None:
+            raw_total = measure_from(row, x, weights, shift, low, False, GROUPS, GROUP_SIZE, RESIDENT)
+        else:
+            raw_total = tl.load(raw_totals_ptr)
+    for first in range(0, num_candidates, DRAWS):
+        candidates = first + tl.arange(0, DRAWS)  # [DRAWS]
+        inside = candidates < num_candidates
+        bits = philox_uniform_bits(seed, position, candidates, scale, TOKENS)
+        tokens, logit = _draw(row, shift, threshold, tie, running, total, bits, GROUPS, GROUP_SIZE, DRAWS)
+        if tokens_of_columns_ptr is not None:
+            tokens = tl.load(tokens_of_columns_ptr + tokens, mask=tokens < row[4], other=0).to(tl.int32)
+        places = (image.to(tl.int64) * num_candidates + candidates) * length + position
+        tl.store(tokens_ptr + places, tokens.to(tl.int64), mask=inside)
+        if num_kept_ptr is not None:
+            tl.store(log_prob_ptr + places, logit - shift - log_of(total), mask=inside)
+            tl.store(raw_log_prob_ptr + places, logit - shift - log_of(raw_total), mask=inside)
+
+
+@triton.jit
+def _row_start(pointer, stride_image, stride_position, image, position):
+    return pointer + image.to(tl.int64) * stride_image + position.to(tl.int64) * stride_position
+
+
+UNSPECIALISED = ["length", "vocabulary", "num_candidates", "scale", "top_k", "nucleus"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def sample_kernel(
+    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr,
+    tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr,
+    stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
+    length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
+    FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """One program a row, ``image * length + position``. FULL: GROUPS * GROUP_SIZE is the vocabulary, not more."""
+    image = tl.program_id(0) // length
+    position = tl.program_id(0) % length
+    cond_ptr = _row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position)
+    strength = guidance
+    if uncond_ptr is not None:
+        uncond_ptr = _row_start(uncond_ptr, stride_uncond_image, stride_uncond_position, image, position)
+        if strengths_ptr is not None:
+            strength = tl.load(strengths_ptr + image)
+    row = (cond_ptr, uncond_ptr, strength, inverse_temperature, None if FULL else vocabulary)
+    place = (image, position, length, num_candidates, scale, tl.load(seeds_ptr + image))
+    outputs = (tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr)
+    _sample_row(
+        row, None, None, place, outputs, top_k, nucleus,
+        FILTER_TOP_K, FILTER_NUCLEUS, GROUPS, GROUP_SIZE, RESIDENT, DRAWS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def shortlist_kernel(
+    cond_ptr, uncond_ptr, strengths_ptr, values_ptr, columns_ptr, counts_ptr, raw_totals_ptr,
+    stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
+    length, vocabulary, guidance, inverse_temperature, top_k, deviations,
+    FULL: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Write the largest logits of a row and their columns, in order: at least top_k of them, at most CAPACITY.
+
+    ``counts_ptr`` takes how many; more than CAPACITY (ties allow no fewer) says that nothing was written. The first
+    guess is right if logits are normal: ``deviations`` standard deviations above the mean.
+    """
+    index = tl.program_id(0)
+    image = index // length
+    position = index % length
+    cond_ptr = _row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position)
+    strength = guidance
+    if uncond_ptr is not None:
+        uncond_ptr = _row_start(uncond_ptr, stride_uncond_image, stride_uncond_position, image, position)
+        if strengths_ptr is not None:
+            strength = tl.load(strengths_ptr + image)
+    row = (cond_ptr, uncond_ptr, strength, inverse_temperature, None if FULL else vocabulary)
+    columns = tile_columns(0, GROUPS, GROUP_SIZE)  # [GROUPS, GROUP_SIZE]
+    x = load_logits(row, columns)
+    largest = tl.max(x)
+    if FULL:
+        low = tl.min(x)
+        inner = x
+    else:
+        low = tl.min(tl.where(columns < vocabulary, x, INFINITY))
+        inner = tl.where(columns < vocabulary, x, 0.0)
+    count = vocabulary
+    if low == -INFINITY:
+        low, _ = extremes(row, x, -LARGEST, INFINITY, GROUPS, GROUP_SIZE, True)
+        count = measure_from(row, x, None, 0.0, low, True, GROUPS, GROUP_SIZE, True)
+    if count > CAPACITY:
+        mean = tl.sum(inner) / vocabulary
+        variance = tl.sum(inner * inner) / vocabulary - mean * mean
+        guess = mean + deviations * tl.sqrt(tl.maximum(variance, 0.0))
+        low, count, _, _ = search(
+            row, x, None, 0.0, low, count, next_above(largest), top_k, CAPACITY - top_k, guess,
+            True, GROUPS, GROUP_SIZE, True,
+        )  # fmt: skip
+    tl.store(counts_ptr + index, count)
+    if count <= CAPACITY:
+        chosen = x >= low  # [GROUPS, GROUP_SIZE]
+        in_group = tl.cumsum(chosen.to(tl.int32), 1)
+        of_group = tl.sum(chosen.to(tl.int32), 1)  # [GROUPS]
+        slots = (tl.cumsum(of_group, 0) - of_group)[:, None] + in_group - 1
+        start = index.to(tl.int64) * CAPACITY
+        tl.store(values_ptr + start + slots, x, mask=chosen)
+        tl.store(columns_ptr + start + slots, columns.to(tl.int16), mask=chosen)
+    if raw_totals_ptr is not None:
+        tl.store(raw_totals_ptr + index, tl.sum(fixed_weights(x, tl.where(largest == -INFINITY, 0.0, largest))))
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def sample_shortlist_kernel(
+    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr, values_ptr, columns_ptr, counts_ptr, raw_totals_ptr,
+    tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr,
+    stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
+    length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
+    FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr, CAPACITY: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    DRAWS: tl.constexpr, FULL_GROUPS: tl.constexpr, FULL_GROUP_SIZE: tl.constexpr,
+):  # fmt: skip
+    """What ``shortlist_kernel`` left, filtered and drawn from: one program a row, again."""
+    index = tl.program_id(0)
+    image = index // length
+    position = index % length
+    place = (image, position, length, num_candidates, scale, tl.load(seeds_ptr + image))
+    outputs = (tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr)
+    count = tl.load(counts_ptr + index)
+    if raw_totals_ptr is not None:
+        raw_totals_ptr += index
+    if count <= CAPACITY:
+        start = index.to(tl.int64) * CAPACITY
+        short_row = (values_ptr + start, None, guidance, 1.0, count)
+        _sample_row(
+            short_row, columns_ptr + start, raw_totals_ptr, place, outputs, top_k, nucleus,
+            True, FILTER_NUCLEUS, CAPACITY // GROUP_SIZE, GROUP_SIZE, True, DRAWS,
+        )  # fmt: skip
+    else:
+        cond_ptr = _row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position)
+        strength = guidance
+        if uncond_ptr is not None:
+            uncond_ptr = _row_start(uncond_ptr, stride_uncond_image, stride_uncond_position, image, position)
+            if strengths_ptr is not None:
+                strength = tl.load(strengths_ptr + image)
+        row = (cond_ptr, uncond_ptr, strength, inverse_temperature, None if FULL else vocabulary)
+        _sample_row(
+            row, None, raw_totals_ptr, place, outputs, top_k, nucleus,
+            True, FILTER_NUCLEUS, FULL_GROUPS, FULL_GROUP_SIZE, False, 1,
+        )  # fmt: skip
+
+
+@functools.cache
+def plan(vocabulary: int, num_candidates: int, top_k: int) -> dict:
+    """How a problem is launched: which kernels, and their compile-time sizes.
+
+    "small": all pairs compared, up to V=32. "row": one program a row. "shortlist": two kernels, if a power of two from
+    17/16 of top_k up is at most half the (padded) row. A thread holds 32 logits where a kernel holds the logits alone,
+    16 where it holds their 64-bit weights too.
+    """
+    draws = 1 if num_candidates == 1 else 4 if num_candidates <= 4 else 16
+    block = triton.next_power_of_2(vocabulary)
+    if vocabulary <= LARGEST_SMALL:
+        return {"kind": "small", "sample": {"ROWS": max(1, 2048 // (block * block)), "BLOCK": block, "num_warps": 4}}
+    full = {"FULL": vocabulary == block}
+    capacity = max(64, triton.next_power_of_2(top_k + max(top_k // 16, 8)))
+    if 0 < top_k < vocabulary <= LARGEST_SHORTLISTED and 2 * capacity <= block:
+        groups = {"GROUPS": block // 32, "GROUP_SIZE": 32, "num_warps": max(1, block // 1024)}
+        again = {"FULL_GROUPS": max(1, block // 256), "FULL_GROUP_SIZE": min(block, 256)}
+        warps = max(1, capacity // 1024)
+        sizes = {"CAPACITY": capacity, "GROUP_SIZE": 32, "DRAWS": min(draws, 8 * warps), "num_warps": warps}
+        return {
+            "kind": "shortlist",
+            "shortlist": {**full, "CAPACITY": capacity, **groups},
+            "sample": {**full, **sizes, **again},
+            "deviations": statistics.NormalDist().inv_cdf(1 - (top_k + capacity) / 2 / vocabulary),
+        }
+    if vocabulary <= LARGEST_RESIDENT:
+        group_size = 32 if block <= 4096 else 64
+        sizes = {"GROUPS": block // group_size, "GROUP_SIZE": group_size, "RESIDENT": True, "DRAWS": draws}
+        return {"kind": "row", "sample": {**full, **sizes, "num_warps": max(1, min(16, block // 512))}}
+    groups = triton.next_power_of_2(triton.cdiv(vocabulary, 4096))
+    sizes = {"GROUPS": groups, "GROUP_SIZE": 4096, "RESIDENT": False, "DRAWS": 1, "num_warps": 8}
+    return {"kind": "row", "sample": {"FULL": groups * 4096 == vocabulary, **sizes}}
+
+
+def sample(
+    logits: torch.Tensor,
+    uncond_logits: torch.Tensor | None,
+    strengths: torch.Tensor | None,
+    seeds: torch.Tensor,
+    num_candidates: int,
+    guidance: float,
+    inverse_temperature: float,
+    top_k: int,
+    top_p: float,
+    scale: int,
+    return_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch. Arguments and results as ``varkern.ops.sampling.sample_in_torch``; the op has checked them."""
+    batch_size, length, vocabulary = logits.shape
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
+    strides = [logits.stride(0), logits.stride(1), 0, 0]
+    if uncond_logits is not None:
+        uncond_logits = uncond_logits if uncond_logits.stride(2) == 1 else uncond_logits.contiguous()
+        strides[2:] = uncond_logits.stride(0), uncond_logits.stride(1)
+    num_rows = batch_size * length
+
+    def empty(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    maps = (batch_size, num_candidates, length)
+    tokens = empty(maps, torch.int64)
+    kinds = ((maps, torch.float32), (maps, torch.float32), (maps[::2], torch.int64))
+    stats = [empty(shape if return_stats else 0, dtype) for shape, dtype in kinds]
+    if num_rows == 0:
+        return tokens, *stats
+    outputs = (tokens, *(stats if return_stats else (None, None, None)))
+    inputs = (logits, uncond_logits, strengths)
+    nucleus = int(top_p * 2**TOP_P_BITS.value)
+    sizes = (length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus)
+    chosen = plan(vocabulary, num_candidates, top_k)
+    # Fused multiply-adds would round otherwise than the PyTorch form does.
+    options = {**chosen["sample"], "FILTER_NUCLEUS": 0 < top_p < 1, "enable_fp_fusion": False}
+    if chosen["kind"] == "shortlist":
+        capacity = options["CAPACITY"]
+        values, columns = empty((num_rows, capacity), torch.float32), empty((num_rows, capacity), torch.int16)
+        counts = empty(num_rows, torch.int32)
+        shortlist = (values, columns, counts, empty(num_rows, torch.int64) if return_stats else None)
+        shortlist_kernel[(num_rows,)](
+            *inputs, *shortlist, *strides,
+            length, vocabulary, guidance, inverse_temperature, top_k, chosen["deviations"],
+            **chosen["shortlist"], enable_fp_fusion=False,
+        )  # fmt: skip
+        sample_shortlist_kernel[(num_rows,)](*inputs, seeds, *shortlist, *outputs, *strides, *sizes, **options)
+        return tokens, *stats
+    options["FILTER_TOP_K"] = 0 < top_k < vocabulary
+    if chosen["kind"] == "small":
+        grid = (triton.cdiv(num_rows, options["ROWS"]),)
+        sample_small_kernel[grid](*inputs, seeds, *outputs, *strides, num_rows, *sizes, **options)
+    else:
+        sample_kernel[(num_rows,)](*inputs, seeds, *outputs, *strides, *sizes, **options)
+    return tokens, *stats
