@@ -6,12 +6,13 @@ from varkern.models import load_vae, load_var
 from varkern.ops import image_seeds, use_backend
 from varkern.patching import patch, patched, unpatch
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.search import BestOfM
+from varkern.search import BestOfM, Combined
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BestOfM",
+    "Combined",
     "Generation",
     "Scorer",
     "ScorerConfig",

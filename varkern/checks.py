@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varkern.families import Family
-from varkern.search import Search
+from varkern.search import Search, as_search
 from varkern.spec import ModelSpec, Request, is_int
 
 SAMPLERS = ("philox", "multinomial")
@@ -23,13 +23,9 @@ def check_sampler(sampler: str) -> None:
 
 def check_search(search: Search | None, spec: ModelSpec) -> None:
     """Raise ``TypeError`` if ``search`` is none, ``ValueError`` if it does not fit the model."""
-    if search is None:
-        return
-    if not all(callable(getattr(search, name, None)) for name in ("check", "check_labels", "num_candidates", "choose")):
-        raise TypeError(
-            f"search must be a search such as varkern.BestOfM(scorer), or None, got {type(search).__name__}"
-        )
-    search.check(spec)
+    search = as_search(search)
+    if search is not None:
+        search.check(spec)
 
 
 def check_request(

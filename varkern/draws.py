@@ -40,9 +40,9 @@ class PhiloxDraws:
             scale=scale,
         )
 
-    def picks(self, scale: int, num_candidates: int) -> Tensor:
-        """Uniform numbers in [0, 1) for a search, one a candidate, ``[B, M]`` float32."""
-        return philox.uniforms(self.seeds, num_candidates, 1, scale, stream=philox.PICKS)[:, :, 0]
+    def picks(self, scale: int, num_candidates: int, draw: int = 0) -> Tensor:
+        """Uniform numbers in [0, 1) for a search, one a candidate, ``[B, M]`` float32; others for each ``draw``."""
+        return philox.uniforms(self.seeds, num_candidates, draw + 1, scale, stream=philox.PICKS)[:, :, draw]
 
     def smoothed(self, logits: Logits, request: Request, scale: int, sharpen: float, temperature: float) -> Tensor:
         """Weights over the codebook, ``[B, l, V]``: a softmax of filtered, sharpened logits plus Gumbel noise."""
@@ -71,7 +71,7 @@ class MultinomialDraws:
         filtered = filter_logits(logits.guided(), request.top_k, request.top_p)
         return sample_multinomial(filtered, num_candidates, self.generator)
 
-    def picks(self, scale: int, num_candidates: int) -> Tensor:
+    def picks(self, scale: int, num_candidates: int, draw: int = 0) -> Tensor:
         return torch.rand(self.batch_size, num_candidates, device=self.device, generator=self.generator)
 
     def smoothed(self, logits: Logits, request: Request, scale: int, sharpen: float, temperature: float) -> Tensor:

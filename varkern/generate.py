@@ -14,7 +14,7 @@ from torch import Tensor
 from varkern.checks import check_request
 from varkern.draws import make_draws
 from varkern.families import Family, recognise
-from varkern.search import Candidates, Search
+from varkern.search import Candidates, Search, as_search
 from varkern.spec import ModelSpec, Request
 
 
@@ -53,8 +53,8 @@ def run(
             candidates = draws.tokens(logits, request, scale, m)  # [B, M, l]
             kept, choice = candidates[:, 0], None
             if m > 1:
-                choice = search.choose(offer(session, scale, labels, candidates, draws))
-                kept = candidates.gather(1, choice.index.view(-1, 1, 1).expand(-1, 1, candidates.shape[2]))[:, 0]
+                choice = search.choose(offer(session, scale, spec.num_scales, labels, candidates, draws))
+                kept = candidates[torch.arange(len(candidates), device=device), choice.index]
             session.commit(scale, kept, logits, draws, hard=m > 1)
             tokens.append(kept)
             scores.append(choice and choice.scores)
@@ -67,13 +67,14 @@ def run(
     return Generation(images, tokens, scores, choices, clock.seconds())
 
 
-def offer(session, scale: int, labels: Tensor, tokens: Tensor, draws) -> Candidates:
+def offer(session, scale: int, num_scales: int, labels: Tensor, tokens: Tensor, draws) -> Candidates:
     """The candidates of one scale as a search sees them: features are made when, and as many as, it asks."""
 
     def fuse(start: int, stop: int, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return session.fuse(scale, tokens[:, start:stop], dtype, channels_last)
 
-    return Candidates(scale, labels, tokens, fuse, partial(draws.picks, scale, tokens.shape[1]), session.codebook)
+    uniforms = partial(draws.picks, scale, tokens.shape[1])
+    return Candidates(scale, num_scales, labels, tokens, fuse, uniforms, session.codebook, session.code_scale)
 
 
 def as_labels(request: Request, spec: ModelSpec, device: torch.device) -> Tensor | None:
@@ -115,7 +116,7 @@ def generate(
     model: Any,
     labels: int | Sequence[int] | Tensor | None,
     *,
-    search: Search | None = None,
+    search: Search | Sequence[Search] | None = None,
     seeds: int | Tensor | None = None,
     batch_size: int | None = None,
     cfg: float | Tensor = 1.5,
@@ -129,7 +130,8 @@ def generate(
     Args:
         model: a model of any supported family; it need not be patched, and is not changed.
         labels: classes, ``[B]``; an int for all (negative: no class); None: drawn at random.
-        search: which candidate is kept; None: one candidate a scale.
+        search: which candidate is kept; several in a list: the first that wants a scale has it; None: one candidate a
+            scale.
         seeds: an int, from which :func:`varkern.image_seeds` makes one seed an image; ``[B]`` int64 image seeds; None:
             a fresh one from PyTorch's default generator.
         batch_size: B; needed only if neither ``labels`` nor ``seeds`` tell it.
@@ -144,7 +146,7 @@ def generate(
         UnsupportedModelError: if the model fits no family.
         ValueError, TypeError: if an argument is wrong, before any work.
     """
-    family = recognise(model)
+    family, search = recognise(model), as_search(search)
     if isinstance(labels, Sequence | np.ndarray):
         labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64)
     sizes = {len(x) for x in (labels, seeds) if isinstance(x, Tensor) and x.dim()}

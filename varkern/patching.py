@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from varkern.checks import check_sampler, check_search
 from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
 from varkern.generate import run
-from varkern.search import Search
+from varkern.search import Search, as_search
 
 Model = TypeVar("Model")
 ABSENT = object()
@@ -58,7 +58,7 @@ def identity(x: Any) -> Any:
     return x
 
 
-def patch(model: Model, search: Search | None = None, *, sampler: str = "philox") -> Model:
+def patch(model: Model, search: Search | Sequence[Search] | None = None, *, sampler: str = "philox") -> Model:
     """Give a model's own generation method a search, in place.
 
     One attribute of this one instance changes: the published method (``autoregressive_infer_cfg``), whose signature and
@@ -68,8 +68,8 @@ def patch(model: Model, search: Search | None = None, *, sampler: str = "philox"
 
     Args:
         model: a VAR model: the published class, a fork of it, or :class:`varkern.models.VAR`.
-        search: which candidate is kept at each scale, such as :class:`varkern.BestOfM`; None: one candidate a scale
-            through the fused ops, the model's own distribution.
+        search: which candidate is kept at each scale, such as :class:`varkern.BestOfM`; several in a list: the first
+            that wants a scale has it; None: one candidate a scale through the fused ops, the model's own distribution.
         sampler: ``"philox"``: an image depends on its own seed alone, in any batch, on any backend. The method's
             ``g_seed`` may also be a tensor of B image seeds. ``"multinomial"``: ``torch.multinomial`` with the model's
             own generator; with one candidate a scale it gives the unpatched model's images bit for bit.
@@ -82,7 +82,7 @@ def patch(model: Model, search: Search | None = None, *, sampler: str = "philox"
         ValueError: if the search does not fit the model (scales, classes, channels), or ``sampler`` is unknown.
     """
     check_sampler(sampler)
-    family = recognise(model)
+    family, search = recognise(model), as_search(search)
     taken = inspect.signature(getattr(model, family.method)).parameters
     lacking = [name for name in family.required if name not in taken]
     if lacking:
@@ -111,7 +111,9 @@ def unpatch(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model, search: Search | None = None, *, sampler: str = "philox") -> Iterator[Model]:
+def patched(
+    model: Model, search: Search | Sequence[Search] | None = None, *, sampler: str = "philox"
+) -> Iterator[Model]:
     """:func:`patch` inside a ``with`` block; afterwards the model is as it was before, patched or not."""
     name = recognise(model).method
     before = vars(model).get(name, ABSENT)

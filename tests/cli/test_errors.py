@@ -142,7 +142,7 @@ class TestWrongInput:
         def fail(*args, **kwargs):
             raise ValueError("first\n\tsecond " + "x" * 10_000)
 
-        monkeypatch.setattr(cli, "load_var", fail)
+        monkeypatch.setattr(cli.sample, "load_var", fail)
         assert command() == 2
         line = one_line()
         assert line.startswith("varkern: first second x") and len(line) < 1000

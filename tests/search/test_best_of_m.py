@@ -22,10 +22,11 @@ def offered(scores, seeds=None, scale=1):
     seeds = torch.arange(batch) if seeds is None else seeds
     return Candidates(
         scale,
+        5,
         torch.zeros(batch, dtype=torch.int64),
         torch.zeros(batch, count, 4, dtype=torch.int64),
         lambda start, stop, dtype=None, channels_last=False: scores[:, start:stop, None, None, None],
-        lambda: uniforms(seeds, count, 1, scale, PICKS)[:, :, 0],
+        lambda draw=0: uniforms(seeds, count, draw + 1, scale, PICKS)[:, :, draw],
         torch.zeros(64, 8),
     )
 

@@ -26,7 +26,8 @@ class Draws(Protocol):
 class Session(Protocol):
     """One generation on one model, scale by scale: ``logits``, ``fuse`` and ``commit`` in turn, then ``decode``."""
 
-    codebook: Tensor  # [V, C]
+    codebook: Tensor | None  # [V, C]; None for binary codes
+    code_scale: float | None  # of binary codes: a bit stands for plus or minus this
 
     def logits(self, scale: int) -> Logits:
         """Run the transformer on the scale's input."""

@@ -120,6 +120,8 @@ class VARFamily:
 class VARSession:
     """One generation on one VAR model; see :class:`.base.Session`."""
 
+    code_scale = None
+
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
         self.model, self.request = model, request
         self.vae, self.quantizer = model.vae_proxy[0], model.vae_quant_proxy[0]

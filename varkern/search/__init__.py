@@ -2,5 +2,6 @@
 
 from .base import Candidates, Choice, Search
 from .best_of_m import BestOfM
+from .combined import Combined, as_search
 
-__all__ = ["BestOfM", "Candidates", "Choice", "Search"]
+__all__ = ["BestOfM", "Candidates", "Choice", "Combined", "Search", "as_search"]

@@ -17,20 +17,25 @@ class Candidates:
 
     Args:
         scale: k, from 0.
+        num_scales: K.
         labels: ``[B]`` int64; the number of classes itself means "no class".
-        tokens: ``[B, M, l]`` int64.
+        tokens: ``[B, M, l]`` int64; of a model with binary codes the bits of every position, ``[B, M, l, d]`` uint8.
         fuse: ``fuse(start, stop, dtype=None, channels_last=False)`` gives the fused features of candidates
             ``start..stop`` as ``[B, stop - start, C, H, W]``, so that a search decides how many exist at a time.
-        uniforms: gives uniform numbers in [0, 1), one a candidate, ``[B, M]`` float32, fixed by the images' seeds.
-        codebook: ``[V, C]``.
+        uniforms: ``uniforms(draw=0)`` gives uniform numbers in [0, 1), one a candidate, ``[B, M]`` float32, fixed by the
+            images' seeds; each ``draw`` gives others.
+        codebook: ``[V, C]``; None for binary codes.
+        code_scale: of binary codes: a bit stands for plus or minus this.
     """
 
     scale: int
+    num_scales: int
     labels: Tensor
     tokens: Tensor
     fuse: Callable[..., Tensor]
-    uniforms: Callable[[], Tensor]
-    codebook: Tensor
+    uniforms: Callable[..., Tensor]
+    codebook: Tensor | None
+    code_scale: float | None = None
 
 
 class Choice(NamedTuple):

@@ -1,0 +1,88 @@
+"""The command ``varkern``.
+
+Wrong input gets one line on stderr and exit code 2; an interrupted run gets one line and exit code 130. ``varkern
+--traceback COMMAND`` shows where an error came from instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import torch
+import typer
+
+import varkern
+
+from . import demo, sample
+from .options import Device, pick_device
+
+WRONG_INPUT, INTERRUPTED, OUT_OF_MEMORY = 2, 130, 1
+LONGEST_MESSAGE = 600
+# Typer raises this class's kin for wrong options; where it lives differs between Typer's releases.
+UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    name="varkern",
+    help="Best-of-M sampling for visual autoregressive (VAR) image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(demo.app, name="demo", help="The digits model that ships with varkern: see, retrain or measure it.")
+app.command()(sample.sample)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    traceback = arguments[:1] == ["--traceback"]
+    try:
+        code = app(arguments, prog_name="varkern", standalone_mode=False)
+        code = code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except UsageError as error:
+        # `varkern` alone raises one whose message is the help that was printed already.
+        return complain(error.format_message()) if error.format_message() else WRONG_INPUT
+    except torch.OutOfMemoryError as error:
+        if traceback:
+            raise
+        return complain(f"out of memory, try a smaller --batch-size: {error}", OUT_OF_MEMORY)
+    except (ValueError, OSError, ImportError, varkern.UnsupportedModelError) as error:
+        if traceback:
+            raise
+        return complain(str(error) or type(error).__name__)
+    return complain("interrupted", INTERRUPTED) if code == INTERRUPTED else code
+
+
+def complain(message: str, code: int = WRONG_INPUT) -> int:
+    """Print ``message`` on stderr as one line; returns ``code``."""
+    line = " ".join(message.split())
+    if len(line) > LONGEST_MESSAGE:
+        line = line[:LONGEST_MESSAGE] + " ..."
+    print(f"varkern: {line}", file=sys.stderr)
+    return code
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"varkern {varkern.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show it")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def env(device: Device = "auto") -> None:
+    """Versions, device, backend in use and why, extras: what a bug report should hold."""
+    from varkern.environment import describe
+
+    for name, value in describe(pick_device(device)).items():
+        print(f"{name + ':':<12} {value}")

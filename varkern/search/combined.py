@@ -1,0 +1,77 @@
+"""Several searches in one generation, each at its own scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from varkern.spec import ModelSpec
+
+from .base import Candidates, Choice, Search
+
+
+class Combined:
+    """The first of its searches that wants several candidates at a scale has that scale.
+
+    ``Combined(DensitySearch(scales=(1,)), BestOfM(scorer, m=4))`` searches scale 1 by density and the scales after it by
+    score. Wherever a search is taken, a list or tuple of searches is taken as their combination.
+
+    Args:
+        searches: any number of searches, the ones that go first standing first.
+
+    Raises:
+        TypeError: if one of them is no search.
+    """
+
+    def __init__(self, *searches: Search):
+        for search in searches:
+            if not is_search(search):
+                raise TypeError(f"searches must be searches such as varkern.BestOfM, got {type(search).__name__}")
+        self.searches = searches
+
+    def __repr__(self) -> str:
+        return f"Combined({', '.join(map(repr, self.searches))})"
+
+    def check(self, spec: ModelSpec) -> None:
+        """See :class:`.base.Search`."""
+        for search in self.searches:
+            search.check(spec)
+
+    def check_labels(self, highest: int, spec: ModelSpec) -> None:
+        """See :class:`.base.Search`."""
+        for search in self.searches:
+            search.check_labels(highest, spec)
+
+    def num_candidates(self, scale: int, num_scales: int) -> int:
+        """See :class:`.base.Search`."""
+        search = self.at(scale, num_scales)
+        return 1 if search is None else search.num_candidates(scale, num_scales)
+
+    def choose(self, candidates: Candidates) -> Choice:
+        """See :class:`.base.Search`."""
+        return self.at(candidates.scale, candidates.num_scales).choose(candidates)
+
+    def at(self, scale: int, num_scales: int) -> Search | None:
+        """The search that has ``scale``; None: one candidate is drawn there."""
+        return next((s for s in self.searches if s.num_candidates(scale, num_scales) > 1), None)
+
+
+def is_search(search: object) -> bool:
+    """True for what has the four methods of :class:`.base.Search`."""
+    names = ("check", "check_labels", "num_candidates", "choose")
+    return all(callable(getattr(search, name, None)) for name in names)
+
+
+def as_search(search: Search | Iterable[Search] | None) -> Search | None:
+    """``search`` itself; a list or tuple of searches as their combination.
+
+    Raises:
+        TypeError: if it is neither a search, nor several, nor None.
+    """
+    if isinstance(search, list | tuple):
+        return Combined(*search)
+    if search is not None and not is_search(search):
+        raise TypeError(
+            f"search must be a search such as varkern.BestOfM(scorer), several in a list, or None, "
+            f"got {type(search).__name__}"
+        )
+    return search
