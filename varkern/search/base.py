@@ -22,8 +22,8 @@ class Candidates:
         tokens: ``[B, M, l]`` int64; of a model with binary codes the bits of every position, ``[B, M, l, d]`` uint8.
         fuse: ``fuse(start, stop, dtype=None, channels_last=False)`` gives the fused features of candidates
             ``start..stop`` as ``[B, stop - start, C, H, W]``, so that a search decides how many exist at a time.
-        uniforms: ``uniforms(draw=0)`` gives uniform numbers in [0, 1), one a candidate, ``[B, M]`` float32, fixed by the
-            images' seeds; each ``draw`` gives others.
+        uniforms: ``uniforms(draw=0)`` gives uniform numbers in [0, 1), one a candidate, ``[B, M]`` float32, fixed by
+            the images' seeds; each ``draw`` gives others.
         codebook: ``[V, C]``; None for binary codes.
         code_scale: of binary codes: a bit stands for plus or minus this.
     """

@@ -12,8 +12,8 @@ from .base import Candidates, Choice, Search
 class Combined:
     """The first of its searches that wants several candidates at a scale has that scale.
 
-    ``Combined(DensitySearch(scales=(1,)), BestOfM(scorer, m=4))`` searches scale 1 by density and the scales after it by
-    score. Wherever a search is taken, a list or tuple of searches is taken as their combination.
+    ``Combined(DensitySearch(scales=(1,)), BestOfM(scorer, m=4))`` searches scale 1 by density and the scales after it
+    by score. Wherever a search is taken, a list or tuple of searches is taken as their combination.
 
     Args:
         searches: any number of searches, the ones that go first standing first.
