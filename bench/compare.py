@@ -1,0 +1,100 @@
+"""Compare two files that pytest-benchmark wrote: is anything slower, beyond noise?
+
+    python -m bench.compare BASE.json NEW.json [--threshold 0.1]
+
+Where both files hold ``test_calibration``, a fixed piece of work that is none of ours, every time is first divided by
+its median in the same file, so that files of two machines, or of a busy and an idle hour, compare as far as they can.
+A benchmark has regressed if its median grew by more than the threshold and its lower quartile lies above the former
+upper quartile: then the two runs' middle halves do not even touch. Exit code 1: something regressed; 2: bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+CALIBRATION = "test_calibration"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quartiles of one benchmark's rounds, in seconds or in calibrations."""
+
+    q1: float
+    median: float
+    q3: float
+
+    def over(self, unit: float) -> Timing:
+        return Timing(self.q1 / unit, self.median / unit, self.q3 / unit)
+
+
+def read(path: Path) -> dict[str, Timing]:
+    """Every benchmark's timing by its name.
+
+    Raises:
+        ValueError: if ``path`` is no such file.
+    """
+    try:
+        benchmarks = json.loads(path.read_text())["benchmarks"]
+        return {b["fullname"]: Timing(*(b["stats"][key] for key in ("q1", "median", "q3"))) for b in benchmarks}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of pytest --benchmark-json: {error!r}") from error
+
+
+def calibrated(timings: dict[str, Timing], calibration: str) -> dict[str, Timing]:
+    return {name: timing.over(timings[calibration].median) for name, timing in timings.items() if name != calibration}
+
+
+def verdict(base: Timing, new: Timing, threshold: float) -> str:
+    """``slower``, ``faster`` or ``same``."""
+    if new.median > base.median * (1 + threshold) and new.q1 > base.q3:
+        return "slower"
+    if new.median * (1 + threshold) < base.median and new.q3 < base.q1:
+        return "faster"
+    return "same"
+
+
+def compare(base: dict[str, Timing], new: dict[str, Timing], threshold: float) -> tuple[str, int]:
+    """The report, and how many benchmarks regressed."""
+    calibration = next((n for n in base if n.endswith(f"::{CALIBRATION}") and n in new), None)
+    if calibration:
+        base, new = calibrated(base, calibration), calibrated(new, calibration)
+    unit, factor = ("calibrations", 1.0) if calibration else ("ms", 1e3)
+    lines = [f"{'new/base':>8}  {'base':>10}  {'new':>10}  {unit}"]
+    slower = 0
+    for name in sorted(base.keys() & new.keys()):
+        found = verdict(base[name], new[name], threshold)
+        slower += found == "slower"
+        ratio = new[name].median / base[name].median
+        times = f"{base[name].median * factor:10.4g}  {new[name].median * factor:10.4g}"
+        lines.append(f"{ratio:8.3f}  {times}  {found:<6}  {name}")
+    for word, names in (("gone", base.keys() - new.keys()), ("new", new.keys() - base.keys())):
+        lines += [f"{word}: {name}" for name in sorted(names)]
+    count = len(base.keys() & new.keys())
+    lines.append(f"{slower} of {count} slower by more than {threshold:.0%} and beyond noise")
+    return "\n".join(lines), slower
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--threshold", type=float, default=0.1, help="least growth of the median, default %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        base, new = read(options.base), read(options.new)
+        if not base.keys() & new.keys():
+            raise ValueError(f"{options.base} and {options.new} share no benchmark")
+    except ValueError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    report, slower = compare(base, new, options.threshold)
+    print(report)
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
