@@ -11,7 +11,7 @@ from varkern import generate, image_seeds
 from varkern.draws import MultinomialDraws, PhiloxDraws
 from varkern.ops import sample_tokens
 from varkern.ops.philox import NOISE, gumbel, uniforms
-from varkern.spec import Logits, Request
+from varkern.spec import Logits
 
 SEEDS = torch.tensor([11, -4, 2**62, 11, 0])
 
@@ -25,11 +25,11 @@ def test_drawn_labels_are_even():
 
 def test_tokens_are_drawn_at_the_address_of_their_scale():
     logits = torch.randn(5, 9, 64, generator=torch.Generator().manual_seed(0))
-    draws, request = PhiloxDraws(SEEDS), Request(5, None, top_k=20, top_p=0.9)
+    draws, said = PhiloxDraws(SEEDS), Logits(logits, None, 0.0, top_k=20, top_p=0.9)
     for scale in (0, 3):
         wanted = sample_tokens(logits, 2, top_k=20, top_p=0.9, seeds=SEEDS, scale=scale)
-        assert torch.equal(draws.tokens(Logits(logits, None, 0.0), request, scale, 2), wanted)
-    assert not torch.equal(draws.tokens(Logits(logits, None, 0.0), request, 0, 2), wanted)
+        assert torch.equal(draws.tokens(said, scale, 2), wanted)
+    assert not torch.equal(draws.tokens(said, 0, 2), wanted)
 
 
 def test_first_tokens_are_drawn_by_probability():
@@ -39,7 +39,7 @@ def test_first_tokens_are_drawn_by_probability():
     with recorded(model.head) as outputs:
         generate(model, 2, seeds=0, cfg=0)
     logits = outputs[0].expand(count, -1, -1)
-    tokens = draws.tokens(Logits(logits, None, 0.0), Request(count, None), 0, 1)
+    tokens = draws.tokens(Logits(logits, None, 0.0), 0, 1)
     wanted = outputs[0][0, 0].double().softmax(-1) * count
     counts = torch.bincount(tokens.flatten(), minlength=64).double()
     rare = wanted < 20
@@ -52,8 +52,8 @@ def test_first_tokens_are_drawn_by_probability():
 
 def test_smoothed_weights_equal_float64():
     logits = torch.randn(2, 9, 33, generator=torch.Generator().manual_seed(0)) * 2
-    request, seeds = Request(2, None, top_k=20, top_p=0.9), torch.tensor([5, 6])
-    weights = PhiloxDraws(seeds).smoothed(Logits(logits, None, 0.0), request, 3, sharpen=1.5, temperature=0.1)
+    said, seeds = Logits(logits, None, 0.0, top_k=20, top_p=0.9), torch.tensor([5, 6])
+    weights = PhiloxDraws(seeds).smoothed(said, 3, sharpen=1.5, temperature=0.1)
     u = uniforms(seeds, 33, 9, 3, NOISE).transpose(1, 2).double()
     noise = -(-(u + 2.0**-25).log()).log()
     wanted = ((reference.filtered(logits.double(), 20, 0.9) * 1.5 + noise) / 0.1).softmax(-1)
@@ -70,7 +70,7 @@ def test_multinomial_candidates_are_independent_draws():
     # 20,000 rows of one distribution, 3 draws each: every pair agrees with probability sum p^2; 5.5 deviations.
     p = torch.tensor([0.5, 0.3, 0.2])
     draws = MultinomialDraws(torch.Generator().manual_seed(0), 1, torch.device("cpu"))
-    tokens = draws.tokens(Logits(p.log().expand(1, 20_000, 3), None, 0.0), Request(1, None), 0, 3)
+    tokens = draws.tokens(Logits(p.log().expand(1, 20_000, 3), None, 0.0), 0, 3)
     assert tokens.shape == (1, 3, 20_000)
     agree = p.square().sum().item()
     for a, b in ((0, 1), (0, 2), (1, 2)):

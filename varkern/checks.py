@@ -21,10 +21,10 @@ def check_sampler(sampler: str) -> None:
         raise ValueError(f"sampler must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
 
 
-def check_search(search: Search | None, spec: ModelSpec) -> None:
-    """Raise ``TypeError`` if ``search`` is none, ``ValueError`` if it does not fit the model."""
+def check_search(search: Search | None, spec: ModelSpec | None) -> None:
+    """Raise ``TypeError`` if ``search`` is none, ``ValueError`` if it does not fit the model's sizes, where known."""
     search = as_search(search)
-    if search is not None:
+    if search is not None and spec is not None:
         search.check(spec)
 
 
@@ -32,6 +32,8 @@ def check_request(
     family: Family, model: Any, spec: ModelSpec, request: Request, search: Search | None, sampler: str
 ) -> None:
     """Raise for anything wrong with a request. Labels on a GPU are looked at once, which waits for the device.
+
+    Texts, of a family without classes, are the family's own to check.
 
     Raises:
         ValueError, TypeError: naming the argument (in the published method's word and in ``generate``'s, where they
@@ -47,7 +49,9 @@ def check_request(
     check_seed(sampler, request)
     family.check(model, request)
     check_search(search, spec)
-    check_labels(request, spec)
+    if not family.has_classes:
+        return
+    check_labels(request)
     bounds = label_range(request, spec)
     if bounds is None:
         return
@@ -58,7 +62,7 @@ def check_request(
         search.check_labels(high, spec)
 
 
-def check_labels(request: Request, spec: ModelSpec) -> None:
+def check_labels(request: Request) -> None:
     """Raise for labels of a wrong kind or shape; their values are :func:`label_range`'s."""
     labels = request.labels
     if isinstance(labels, Tensor):

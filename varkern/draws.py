@@ -27,15 +27,15 @@ class PhiloxDraws:
         uniform = philox.uniforms(self.seeds, 1, 1, 0, stream=philox.LABELS)[:, 0, 0]
         return (uniform.double() * num_classes).long()
 
-    def tokens(self, logits: Logits, request: Request, scale: int, num_candidates: int) -> Tensor:
+    def tokens(self, logits: Logits, scale: int, num_candidates: int) -> Tensor:
         """M independent draws a position, ``[B, M, l]`` int64."""
         return sample_tokens(
             logits.cond,
             num_candidates,
             uncond_logits=logits.uncond,
             guidance=logits.guidance,
-            top_k=request.top_k,
-            top_p=request.top_p,
+            top_k=logits.top_k,
+            top_p=logits.top_p,
             seeds=self.seeds,
             scale=scale,
         )
@@ -44,9 +44,9 @@ class PhiloxDraws:
         """Uniform numbers in [0, 1) for a search, one a candidate, ``[B, M]`` float32; others for each ``draw``."""
         return philox.uniforms(self.seeds, num_candidates, draw + 1, scale, stream=philox.PICKS)[:, :, draw]
 
-    def smoothed(self, logits: Logits, request: Request, scale: int, sharpen: float, temperature: float) -> Tensor:
+    def smoothed(self, logits: Logits, scale: int, sharpen: float, temperature: float) -> Tensor:
         """Weights over the codebook, ``[B, l, V]``: a softmax of filtered, sharpened logits plus Gumbel noise."""
-        weights = filter_logits(logits.guided(), request.top_k, request.top_p) * sharpen
+        weights = filter_logits(logits.guided(logits.cond.dtype), logits.top_k, logits.top_p) * sharpen
         length, vocabulary = weights.shape[1:]
         # Image by image, because the words of Philox take many times the memory of the noise.
         for image, seed in zip(weights, self.seeds.split(1), strict=True):
@@ -67,15 +67,15 @@ class MultinomialDraws:
         uniform = torch.full((1, num_classes), 1.0 / num_classes, device=self.device)
         return torch.multinomial(uniform, self.batch_size, replacement=True, generator=self.generator).view(-1)
 
-    def tokens(self, logits: Logits, request: Request, scale: int, num_candidates: int) -> Tensor:
-        filtered = filter_logits(logits.guided(), request.top_k, request.top_p)
+    def tokens(self, logits: Logits, scale: int, num_candidates: int) -> Tensor:
+        filtered = filter_logits(logits.guided(), logits.top_k, logits.top_p)
         return sample_multinomial(filtered, num_candidates, self.generator)
 
     def picks(self, scale: int, num_candidates: int, draw: int = 0) -> Tensor:
         return torch.rand(self.batch_size, num_candidates, device=self.device, generator=self.generator)
 
-    def smoothed(self, logits: Logits, request: Request, scale: int, sharpen: float, temperature: float) -> Tensor:
-        filtered = filter_logits(logits.guided(), request.top_k, request.top_p)
+    def smoothed(self, logits: Logits, scale: int, sharpen: float, temperature: float) -> Tensor:
+        filtered = filter_logits(logits.guided(), logits.top_k, logits.top_p)
         return gumbel_softmax(filtered * sharpen, temperature, self.generator)
 
 
@@ -88,10 +88,15 @@ def make_draws(
     """
     if sampler == "multinomial":
         return MultinomialDraws(generator, request.batch_size, device)
+    return PhiloxDraws(as_image_seeds(request, device))
+
+
+def as_image_seeds(request: Request, device: torch.device) -> Tensor:
+    """The images' seeds that a request's ``seed`` stands for, ``[B]`` int64 on ``device``."""
     seed = request.seed
     if isinstance(seed, Tensor):
-        return PhiloxDraws(seed.to(device=device, dtype=torch.int64))
+        return seed.to(device=device, dtype=torch.int64)
     if seed is None:
         # From the default generator, so that torch.manual_seed still governs.
         seed = int(torch.randint(2**63 - 1, ()).item())
-    return PhiloxDraws(philox.image_seeds(int(seed), request.batch_size, device))
+    return philox.image_seeds(int(seed), request.batch_size, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varkern.checks import check_request
 from varkern.draws import make_draws
+from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
 from varkern.search import Candidates, Search, as_search
 from varkern.spec import ModelSpec, Request
@@ -24,7 +25,7 @@ class Generation(NamedTuple):
     images: Tensor
     """``[B, 3, H, W]`` in [0, 1]."""
     tokens: list[Tensor]
-    """The kept token map of every scale, ``[B, l]`` int64."""
+    """The kept token map of every scale, ``[B, l]`` int64; of binary codes ``[B, l, d]`` uint8."""
     scores: list[Tensor | None]
     """What the search thought of every candidate, ``[B, M]`` float32; None where it did not search."""
     choices: list[Tensor | None]
@@ -36,21 +37,19 @@ class Generation(NamedTuple):
 def run(
     family: Family, model: Any, request: Request, search: Search | None, sampler: str, timed: bool = False
 ) -> Generation:
-    """Generate images scale by scale, keeping one candidate a scale."""
-    spec, device = family.spec(model), family.device(model)
+    """Generate scale by scale, keeping one candidate a scale; ``images`` is what the published method returns."""
+    spec, device = family.spec(model, request), family.device(model)
     check_request(family, model, spec, request, search, sampler)
     draws = make_draws(sampler, request, device, family.generator(model, request.seed) if sampler != "philox" else None)
-    labels = as_labels(request, spec, device)
-    if labels is None:
-        labels = draws.labels(spec.num_classes)
+    labels = as_labels(request, spec, device, draws) if family.has_classes else request.labels
     clock = Clock(device, timed)
     tokens, scores, choices = [], [], []
     session = family.open(model, labels, request, draws)
     try:
         for scale in range(spec.num_scales):
-            m = 1 if search is None else search.num_candidates(scale, spec.num_scales)
             logits = session.logits(scale)
-            candidates = draws.tokens(logits, request, scale, m)  # [B, M, l]
+            m = search.num_candidates(scale, spec.num_scales) if search is not None and logits.free else 1
+            candidates = session.maps(scale, draws.tokens(logits, scale, m))  # [B, M, l], or bits [B, M, l, d]
             kept, choice = candidates[:, 0], None
             if m > 1:
                 choice = search.choose(offer(session, scale, spec.num_scales, labels, candidates, draws))
@@ -67,7 +66,7 @@ def run(
     return Generation(images, tokens, scores, choices, clock.seconds())
 
 
-def offer(session, scale: int, num_scales: int, labels: Tensor, tokens: Tensor, draws) -> Candidates:
+def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, draws) -> Candidates:
     """The candidates of one scale as a search sees them: features are made when, and as many as, it asks."""
 
     def fuse(start: int, stop: int, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
@@ -77,11 +76,11 @@ def offer(session, scale: int, num_scales: int, labels: Tensor, tokens: Tensor, 
     return Candidates(scale, num_scales, labels, tokens, fuse, uniforms, session.codebook, session.code_scale)
 
 
-def as_labels(request: Request, spec: ModelSpec, device: torch.device) -> Tensor | None:
-    """The request's labels as ``[B]`` int64 on ``device``; None: to be drawn."""
+def as_labels(request: Request, spec: ModelSpec, device: torch.device, draws) -> Tensor:
+    """The request's labels as ``[B]`` int64 on ``device``, drawn if there are none."""
     labels = request.labels
     if labels is None:
-        return None
+        return draws.labels(spec.num_classes)
     if not isinstance(labels, Tensor):
         return torch.full((request.batch_size,), spec.num_classes if labels < 0 else int(labels), device=device)
     return labels.to(device=device, dtype=torch.int64)
@@ -128,7 +127,7 @@ def generate(
     """Generate images and tell all: token maps, every candidate's score, the time each scale took.
 
     Args:
-        model: a model of any supported family; it need not be patched, and is not changed.
+        model: a class-conditional model, VAR or FlexVAR; it need not be patched, and is not changed.
         labels: classes, ``[B]``; an int for all (negative: no class); None: drawn at random.
         search: which candidate is kept; several in a list: the first that wants a scale has it; None: one candidate a
             scale.
@@ -140,13 +139,20 @@ def generate(
         top_p: then keep the most probable ones up to this mass; 0: all.
         sampler: ``"philox"``: random numbers by image, the same in any batch and on any backend; ``"multinomial"``:
             the model's own generator, as the published method draws.
-        options: further arguments of the family's published method, such as ``more_smooth``.
+        options: further arguments of the family's published method: ``more_smooth`` of VAR; ``vqvae`` and
+            ``infer_patch_nums``, which FlexVAR needs, and ``max_pn``, ``used_llamagen_cfg``, ``invalid_ids``.
 
     Raises:
-        UnsupportedModelError: if the model fits no family.
+        UnsupportedModelError: if the model fits no family, or is one of texts (Infinity): those are served by
+            :func:`varkern.patch` alone, because what a text is made into is its method's own affair.
         ValueError, TypeError: if an argument is wrong, before any work.
     """
     family, search = recognise(model), as_search(search)
+    if not family.has_classes:
+        raise UnsupportedModelError(
+            f"generate serves models of classes, and {type(model).__name__} is an {family.name} model, one of texts: "
+            f"use varkern.patch(model, search) and call its own {family.method}"
+        )
     if isinstance(labels, Sequence | np.ndarray):
         labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64)
     sizes = {len(x) for x in (labels, seeds) if isinstance(x, Tensor) and x.dim()}
@@ -157,4 +163,5 @@ def generate(
         raise ValueError("batch_size must be given when labels is None and seeds is no tensor")
     count = sizes.pop() if sizes else 1
     request = Request(count, labels, seeds, top_k, top_p, {"cfg": cfg, **options})
-    return run(family, model, request, search, sampler, timed=True)
+    told = run(family, model, request, search, sampler, timed=True)
+    return told._replace(images=family.images(told.images))

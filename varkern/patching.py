@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from varkern.checks import check_sampler, check_search
 from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
 from varkern.generate import run
+from varkern.graphs import GenerationGraphs
 from varkern.search import Search, as_search
 
 Model = TypeVar("Model")
@@ -28,21 +28,31 @@ class PatchedMethod:
     """
 
     def __init__(
-        self, model: Any, family: Family, search: Search | None, sampler: str, former: Any, original: Callable[..., Any]
+        self,
+        model: Any,
+        family: Family,
+        search: Search | None,
+        sampler: str,
+        cuda_graph: bool,
+        former: Any,
+        original: Callable[..., Any],
     ):
         self.model, self.family, self.search, self.sampler, self.former = model, family, search, sampler, former
+        self.graphs = GenerationGraphs(family, model, search) if cuda_graph else None
         self.__wrapped__ = original
         self.__signature__ = inspect.signature(original)
         self.__name__, self.__doc__ = family.method, original.__doc__
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
         # A fork may take more arguments than its family; at their defaults they ask for nothing.
         known = given | set(self.family.arguments)
         request = self.family.request({name: value for name, value in bound.arguments.items() if name in known})
+        if self.graphs is not None:
+            return self.graphs.run(request).images
         return run(self.family, self.model, request, self.search, self.sampler).images
 
     def __reduce__(self):
@@ -58,7 +68,13 @@ def identity(x: Any) -> Any:
     return x
 
 
-def patch(model: Model, search: Search | Sequence[Search] | None = None, *, sampler: str = "philox") -> Model:
+def patch(
+    model: Model,
+    search: Search | Sequence[Search] | None = None,
+    *,
+    sampler: str = "philox",
+    cuda_graph: bool = False,
+) -> Model:
     """Give a model's own generation method a search, in place.
 
     One attribute of this one instance changes: the published method (``autoregressive_infer_cfg``), whose signature and
@@ -67,21 +83,33 @@ def patch(model: Model, search: Search | Sequence[Search] | None = None, *, samp
     hold each other: :func:`unpatch` before dropping a model whose memory is wanted back at once.
 
     Args:
-        model: a VAR model: the published class, a fork of it, or :class:`varkern.models.VAR`.
+        model: a VAR, FlexVAR or Infinity model: the published class, a fork of it, or :class:`varkern.models.VAR`.
+            What FlexVAR and Infinity are told with each call (VAE, schedule) is checked then, before any work. A scorer
+            for Infinity is given the text condition, as the method was given it, in place of labels.
         search: which candidate is kept at each scale, such as :class:`varkern.BestOfM`; several in a list: the first
             that wants a scale has it; None: one candidate a scale through the fused ops, the model's own distribution.
         sampler: ``"philox"``: an image depends on its own seed alone, in any batch, on any backend. The method's
             ``g_seed`` may also be a tensor of B image seeds. ``"multinomial"``: ``torch.multinomial`` with the model's
             own generator; with one candidate a scale it gives the unpatched model's images bit for bit.
+        cuda_graph: capture a whole generation as one CUDA graph for each batch size and set of settings, the latest
+            four of them, and replay it with the next calls' labels, seeds and strengths of guidance: the same images
+            without the time of launching. The first call with new settings captures, and says so; each graph keeps the
+            memory of one generation until :func:`unpatch`. On a CPU, for Infinity, or with a scorer that waits for the
+            device it warns once and generates without. Labels on a GPU are still looked at once a call.
 
     Returns:
         ``model``.
 
     Raises:
         UnsupportedModelError: if the model fits no family; it lists what was looked for and not found.
-        ValueError: if the search does not fit the model (scales, classes, channels), or ``sampler`` is unknown.
+        ValueError: if the search does not fit the model (scales, classes, channels) as far as its sizes are known, or
+            ``sampler`` is unknown, or ``cuda_graph`` goes with another than ``"philox"``.
     """
     check_sampler(sampler)
+    if cuda_graph and sampler != "philox":
+        raise ValueError(
+            f"cuda_graph=True needs sampler='philox', whose draws are a function of seeds, got {sampler!r}"
+        )
     family, search = recognise(model), as_search(search)
     taken = inspect.signature(getattr(model, family.method)).parameters
     lacking = [name for name in family.required if name not in taken]
@@ -95,7 +123,7 @@ def patch(model: Model, search: Search | Sequence[Search] | None = None, *, samp
         former, original = current.former, current.__wrapped__
     else:
         former, original = current, getattr(model, family.method)
-    vars(model)[family.method] = PatchedMethod(model, family, search, sampler, former, original)
+    vars(model)[family.method] = PatchedMethod(model, family, search, sampler, cuda_graph, former, original)
     return model
 
 
@@ -112,12 +140,16 @@ def unpatch(model: Model) -> Model:
 
 @contextlib.contextmanager
 def patched(
-    model: Model, search: Search | Sequence[Search] | None = None, *, sampler: str = "philox"
+    model: Model,
+    search: Search | Sequence[Search] | None = None,
+    *,
+    sampler: str = "philox",
+    cuda_graph: bool = False,
 ) -> Iterator[Model]:
     """:func:`patch` inside a ``with`` block; afterwards the model is as it was before, patched or not."""
     name = recognise(model).method
     before = vars(model).get(name, ABSENT)
-    patch(model, search, sampler=sampler)
+    patch(model, search, sampler=sampler, cuda_graph=cuda_graph)
     try:
         yield model
     finally:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from varkern.errors import UnsupportedModelError
 
 from .base import Family, Session
+from .flexvar import FlexVARFamily
+from .infinity import InfinityFamily
 from .var import VARFamily
 
-FAMILIES: tuple[Family, ...] = (VARFamily(),)
+FAMILIES: tuple[Family, ...] = (VARFamily(), FlexVARFamily(), InfinityFamily())
 
 __all__ = ["FAMILIES", "Family", "Session", "recognise"]
 

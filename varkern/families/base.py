@@ -6,7 +6,9 @@ that lives from the first scale to the image. Neither knows what a search is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +22,11 @@ class Draws(Protocol):
 
     reproduces_upstream: bool
 
-    def smoothed(self, logits: Logits, request: Request, scale: int, sharpen: float, temperature: float) -> Tensor: ...
+    def smoothed(self, logits: Logits, scale: int, sharpen: float, temperature: float) -> Tensor: ...
 
 
 class Session(Protocol):
-    """One generation on one model, scale by scale: ``logits``, ``fuse`` and ``commit`` in turn, then ``decode``."""
+    """One generation on one model, scale by scale: ``logits``, ``maps``, ``fuse`` and ``commit``, then ``decode``."""
 
     codebook: Tensor | None  # [V, C]; None for binary codes
     code_scale: float | None  # of binary codes: a bit stands for plus or minus this
@@ -33,16 +35,20 @@ class Session(Protocol):
         """Run the transformer on the scale's input."""
         ...
 
+    def maps(self, scale: int, drawn: Tensor) -> Tensor:
+        """Draws ``[B, M, l]`` int64 as token maps: as they are, as bits ``[B, M, l, d]`` uint8, or the map given."""
+        ...
+
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
-        """F(.): candidates ``[B, M, l]`` to fused features ``[B, M, C, H, W]``; changes nothing."""
+        """F(.): candidates ``[B, M, l]`` (or bits) to fused features ``[B, M, C, H, W]``; changes nothing."""
         ...
 
     def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
-        """Keep token maps ``[B, l]`` and prepare the next scale's input; ``hard`` forbids any smoothing."""
+        """Keep token maps ``[B, l]`` (or bits) and prepare the next scale's input; ``hard`` forbids any smoothing."""
         ...
 
-    def decode(self) -> Tensor:
-        """The images, as the published method returns them."""
+    def decode(self) -> Any:
+        """What the published method returns."""
         ...
 
     def close(self) -> None:
@@ -57,12 +63,19 @@ class Family(Protocol):
     method: str  # the attribute that patching replaces
     arguments: tuple[str, ...]  # the names of the published method's arguments
     required: tuple[str, ...]  # those without which it is another method
+    has_classes: bool  # labels are classes; False: texts, in the published method's own form
 
     def missing(self, model: object) -> list[str]:
         """What a model of this family has and ``model`` lacks; empty: it is one."""
         ...
 
-    def spec(self, model: Any) -> ModelSpec: ...
+    def spec(self, model: Any, request: Request | None = None) -> ModelSpec | None:
+        """The model's sizes for a request; None where they are the request's to say and there is none yet.
+
+        Raises:
+            ValueError: if the request's sizes cannot be.
+        """
+        ...
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
         """The published method's arguments, by name, as a request."""
@@ -74,10 +87,55 @@ class Family(Protocol):
 
     def device(self, model: Any) -> torch.device: ...
 
-    def open(self, model: Any, labels: Tensor, request: Request, draws: Draws) -> Session:
-        """Begin a generation for ``labels`` ``[B]``."""
+    def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> Session:
+        """Begin a generation for ``labels`` ``[B]``, or for the request's texts."""
+        ...
+
+    def images(self, published: Any) -> Tensor:
+        """What the published method returns as images ``[B, 3, H, W]`` in [0, 1]; asked of models of classes alone."""
         ...
 
     def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
         """The model's own generator seeded as the published method does, or None for PyTorch's default."""
         ...
+
+
+def missing_caches(blocks: Any) -> list[str]:
+    """What ``model.blocks`` lacks of a list of modules that each have ``.attn.kv_caching``."""
+    if not isinstance(blocks, Iterable):
+        return ["blocks (as a list of modules)"]
+    for i, block in enumerate(blocks):
+        if not hasattr(getattr(block, "attn", None), "kv_caching"):
+            return [f"blocks[{i}].attn.kv_caching"]
+    return []
+
+
+def seeded(model: Any, seed: int | None, device: torch.device) -> torch.Generator | None:
+    """``model.rng`` with ``seed``; None without one."""
+    if seed is None:
+        return None
+    if model.rng.device != device:  # a model that was moved after it was built
+        model.rng = torch.Generator(device)
+    return model.rng.manual_seed(int(seed))
+
+
+def check_options(family: Family, request: Request, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` for an option that the family's published method does not take."""
+    names = tuple(names)
+    unknown = set(request.options) - set(names)
+    if unknown:
+        article = "an" if family.name[0] in "AEIOU" else "a"
+        raise ValueError(
+            f"{article} {family.name} model has no option {', '.join(map(repr, sorted(unknown)))}: "
+            f"it takes {', '.join(names)}"
+        )
+
+
+def check_cfg(cfg: Any, batch_size: int) -> None:
+    """Raise ``ValueError`` if ``cfg`` is neither a finite number nor one strength an image."""
+    if isinstance(cfg, Tensor):
+        fits, came = cfg.shape in ((), (batch_size, 1, 1)), f"shape {list(cfg.shape)}"
+    else:
+        fits, came = isinstance(cfg, Real) and math.isfinite(cfg), repr(cfg)
+    if not fits:
+        raise ValueError(f"cfg must be a finite number or a tensor of shape [{batch_size}, 1, 1], got {came}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from numbers import Real
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from varkern.multinomial import smoothing_temperature
 from varkern.ops import commit_tokens, fuse_tokens, resize_features
 from varkern.spec import Logits, ModelSpec, Request
 
-from .base import Draws
+from .base import Draws, check_cfg, check_options, missing_caches, seeded
 
 MODEL_ATTRIBUTES = (
     "autoregressive_infer_cfg",
@@ -43,16 +41,11 @@ class VARFamily:
     method = "autoregressive_infer_cfg"
     arguments = ("B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth")
     required = ("B", "label_B")
+    has_classes = True
 
     def missing(self, model: object) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
-        blocks = getattr(model, "blocks", ())
-        if not isinstance(blocks, Iterable):
-            return [*names, "blocks (as a list of modules)"]
-        for i, block in enumerate(blocks):
-            if not hasattr(getattr(block, "attn", None), "kv_caching"):
-                names.append(f"blocks[{i}].attn.kv_caching")
-                break
+        names += missing_caches(getattr(model, "blocks", ()))
         vae, quantizer = _only(model, "vae_proxy"), _only(model, "vae_quant_proxy")
         names += [
             f"{name}[0]"
@@ -70,7 +63,7 @@ class VARFamily:
             names += [f"vae_quant_proxy[0].{name}" for name in lacking]
         return names
 
-    def spec(self, model: Any) -> ModelSpec:
+    def spec(self, model: Any, request: Request | None = None) -> ModelSpec:
         vocabulary, channels = model.vae_quant_proxy[0].embedding.weight.shape
         sides = tuple(model.patch_nums)
         return ModelSpec(model.num_classes, sides, (sides[-1], sides[-1]), channels, vocabulary, self.device(model))
@@ -87,31 +80,17 @@ class VARFamily:
         )
 
     def check(self, model: Any, request: Request) -> None:
-        unknown = set(request.options) - {"cfg", "more_smooth"}
-        if unknown:
-            raise ValueError(
-                f"a VAR model has no option {', '.join(map(repr, sorted(unknown)))}: it takes cfg, more_smooth"
-            )
-        cfg = request.options.get("cfg", 1.5)
-        if isinstance(cfg, Tensor):
-            fits, came = cfg.shape in ((), (request.batch_size, 1, 1)), f"shape {list(cfg.shape)}"
-        else:
-            fits, came = isinstance(cfg, Real) and math.isfinite(cfg), repr(cfg)
-        if not fits:
-            raise ValueError(
-                f"cfg must be a finite number or a tensor of shape [{request.batch_size}, 1, 1], got {came}"
-            )
+        check_options(self, request, ("cfg", "more_smooth"))
+        check_cfg(request.options.get("cfg", 1.5), request.batch_size)
 
     def device(self, model: Any) -> torch.device:
         return model.lvl_1L.device
 
     def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
-        if seed is None:
-            return None
-        device = self.device(model)
-        if model.rng.device != device:  # a model that was moved after it was built
-            model.rng = torch.Generator(device)
-        return model.rng.manual_seed(int(seed))
+        return seeded(model, seed, self.device(model))
+
+    def images(self, published: Tensor) -> Tensor:
+        return published
 
     def open(self, model: Any, labels: Tensor, request: Request, draws: Draws) -> VARSession:
         return VARSession(model, labels, request, draws)
@@ -154,10 +133,14 @@ class VARSession:
         for block in self.model.blocks:
             x = block(x=x, cond_BD=self.modulation, attn_bias=None)
         logits = self.model.get_logits(x, self.cond)
+        filters = (self.request.top_k, self.request.top_p)
         if not self.guided:
-            return Logits(logits, None, 0.0)
+            return Logits(logits, None, 0.0, *filters)
         batch = self.f_hat.shape[0]
-        return Logits(logits[:batch], logits[batch:], self.cfg * self._ratio(scale))
+        return Logits(logits[:batch], logits[batch:], self.cfg * self._ratio(scale), *filters)
+
+    def maps(self, scale: int, drawn: Tensor) -> Tensor:
+        return drawn
 
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return fuse_tokens(
@@ -175,7 +158,7 @@ class VARSession:
         codebook = self.quantizer.embedding
         if self.request.options.get("more_smooth", False) and not hard:
             ratio = self._ratio(scale)
-            weights = draws.smoothed(logits, self.request, scale, 1 + ratio, smoothing_temperature(ratio))
+            weights = draws.smoothed(logits, scale, 1 + ratio, smoothing_temperature(ratio))
             pooled = self._add_as_upstream(scale, weights.to(codebook.weight.dtype) @ codebook.weight.unsqueeze(0))
         elif self.reproduces_upstream:
             pooled = self._add_as_upstream(scale, codebook(tokens))

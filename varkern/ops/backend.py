@@ -45,6 +45,11 @@ class use_backend:
         _chosen.set(self._former)
 
 
+def chosen_backend() -> str:
+    """What :class:`use_backend` chose last: ``"auto"``, ``"torch"`` or ``"triton"``."""
+    return _chosen.get()
+
+
 def interpreting() -> bool:
     """True if Triton runs kernels in its interpreter on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -1,0 +1,246 @@
+"""FlexVAR (jiaosiyu1999/FlexVAR): class-conditional, no residuals: every scale's map is an image of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varkern.ops import fuse_tokens
+from varkern.spec import Logits, ModelSpec, Request, is_int
+
+from .base import Draws, check_cfg, check_options, missing_caches, seeded
+
+MODEL_ATTRIBUTES = (
+    "autoregressive_infer_cfg",
+    "num_classes",
+    "Cvae",
+    "V",
+    "rng",
+    "class_emb",
+    "pos_start",
+    "pos_1LC",
+    "word_embed",
+    "blocks",
+    "shared_ada_lin",
+    "get_logits",
+)
+OPTIONS = ("vqvae", "infer_patch_nums", "cfg", "more_smooth", "max_pn", "used_llamagen_cfg", "invalid_ids")
+# At any other side, and beyond max_pn, the published method samples greedily.
+SAMPLED_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)
+INVALID_LOGIT = -100.0
+
+
+class FlexVARFamily:
+    """See :class:`.base.Family`. The VQ-VAE and the schedule come with each call, so no sizes are known before it.
+
+    Where the published method fails, this one does not: ``label_B`` may be an int, and the schedule one scale, whose
+    guidance is then that of a first scale. ``more_smooth`` is refused, as there.
+    """
+
+    name = "FlexVAR"
+    method = "autoregressive_infer_cfg"
+    arguments = ("B", "label_B", "g_seed", "top_k", "top_p", *OPTIONS)
+    required = ("vqvae", "B", "label_B", "infer_patch_nums")
+    has_classes = True
+
+    def missing(self, model: object) -> list[str]:
+        names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
+        # VAR has an attribute of this name too, of shape [1, L, C].
+        if "pos_1LC" not in names and getattr(model.pos_1LC, "ndim", None) != 4:
+            names.append("pos_1LC of shape [1, C, h, w]")
+        return names + missing_caches(getattr(model, "blocks", ()))
+
+    def spec(self, model: Any, request: Request | None = None) -> ModelSpec | None:
+        if request is None:
+            return None
+        sides = sides_of(request)
+        return ModelSpec(model.num_classes, sides, (sides[-1],) * 2, model.Cvae, model.V, self.device(model))
+
+    def request(self, arguments: Mapping[str, Any]) -> Request:
+        arguments = dict(arguments)
+        return Request(
+            batch_size=arguments.pop("B"),
+            labels=arguments.pop("label_B"),
+            seed=arguments.pop("g_seed", None),
+            top_k=arguments.pop("top_k", 0),
+            top_p=arguments.pop("top_p", 0.0),
+            options=arguments,
+        )
+
+    def check(self, model: Any, request: Request) -> None:
+        check_options(self, request, OPTIONS)
+        options, sides = request.options, sides_of(request)
+        check_cfg(options.get("cfg", 1.5), request.batch_size)
+        if options.get("more_smooth", False):
+            raise ValueError("more_smooth must be False for a FlexVAR model, whose method refuses it, got True")
+        if not isinstance(options.get("max_pn", 16), Real):
+            raise ValueError(f"max_pn must be a number, got {options['max_pn']!r}")
+        first = model.pos_start.shape[1]
+        if sides[0] ** 2 != first:
+            raise ValueError(f"infer_patch_nums must begin with a side of {first} tokens, the model's, got {sides[0]}")
+        check_vqvae(options.get("vqvae"), model)
+        check_invalid_ids(options.get("invalid_ids"), model.V)
+
+    def device(self, model: Any) -> torch.device:
+        return model.pos_1LC.device
+
+    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+        return seeded(model, seed, self.device(model))
+
+    def open(self, model: Any, labels: Tensor, request: Request, draws: Draws) -> FlexVARSession:
+        return FlexVARSession(model, labels, request, draws)
+
+    def images(self, published: Tensor) -> Tensor:
+        return published.add(1).mul(0.5).clamp(0, 1)
+
+
+class FlexVARSession:
+    """One generation on one FlexVAR model; see :class:`.base.Session`.
+
+    F(.) of a candidate is its own codes resized to the last scale's side, nothing summed: what the scorer is given
+    (LSRS, appendix A), by the resizing that makes the next scale's input.
+    """
+
+    code_scale = None
+
+    def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
+        options = request.options
+        self.model, self.request, self.vqvae = model, request, options["vqvae"]
+        self.sides, self.max_pn = sides_of(request), options.get("max_pn", 16)
+        self.cfg, self.balanced = options.get("cfg", 1.5), options.get("used_llamagen_cfg", False)
+        self.reproduces_upstream = draws.reproduces_upstream
+        self.batch = labels.shape[0]
+        if isinstance(self.cfg, Tensor) and not draws.reproduces_upstream:
+            self.cfg = self.cfg.to(labels.device).expand(self.batch, 1, 1)
+        # Without guidance the unconditional half changes nothing; bit parity needs it run, see VARSession.
+        unguided = 1 if self.balanced else 0
+        self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != unguided
+        if self.guided:
+            labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+        self.cond = model.class_emb(labels)
+        self.modulation = model.shared_ada_lin(self.cond)
+        self.codebook = F.normalize(self.vqvae.quantize.embedding.weight.detach(), p=2, dim=-1)
+        ids = options.get("invalid_ids")
+        self.invalid_ids = None if ids is None else torch.as_tensor(ids, device=labels.device)
+        self.x = self.cond.unsqueeze(1) + model.pos_start + self._positions(0)
+        for block in model.blocks:
+            block.attn.kv_caching(True)
+
+    def logits(self, scale: int) -> Logits:
+        x = self.x
+        for block in self.model.blocks:
+            x = block(x=x, cond_BD=self.modulation, attn_bias=None)
+        logits = self.model.get_logits(x, self.cond)
+        if self.invalid_ids is not None:
+            forbid(logits, self.invalid_ids)
+        sampled = self.sides[scale] <= self.max_pn and self.sides[scale] in SAMPLED_SIDES
+        sampling = (self.request.top_k if sampled else 1, self.request.top_p, sampled)
+        if not self.guided:
+            return Logits(logits, None, 0.0, *sampling)
+        cond, uncond = logits[: self.batch], logits[self.batch :]
+        if self.balanced and self.reproduces_upstream:
+            return Logits(uncond + (cond - uncond) * self.cfg, None, 0.0, *sampling)
+        return Logits(cond, uncond, self._strength(scale), *sampling)
+
+    def maps(self, scale: int, drawn: Tensor) -> Tensor:
+        return drawn
+
+    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        return fuse_tokens(
+            tokens,
+            self.codebook,
+            side=self.sides[scale],
+            size=self.sides[-1],
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+    def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
+        self.tokens = tokens
+        if scale + 1 == len(self.sides):
+            return
+        side, following = self.sides[scale], self.sides[scale + 1]
+        if self.reproduces_upstream:
+            codes = self.codebook[tokens].view(self.batch, side, side, -1).permute(0, 3, 1, 2)
+            features = F.interpolate(codes, size=(following, following), mode="bicubic")
+        else:
+            maps = tokens.unsqueeze(1)
+            features = fuse_tokens(maps, self.codebook, side=side, size=following, channels_last=True).squeeze(1)
+        words = self.model.word_embed
+        x = features.flatten(2).transpose(1, 2).to(getattr(words, "weight", features).dtype)
+        x = words(x) + self._positions(scale + 1)
+        self.x = x.repeat(2, 1, 1) if self.guided else x
+
+    def decode(self) -> Tensor:
+        shape = [self.batch, self.codebook.shape[1], self.sides[-1], self.sides[-1]]
+        return self.vqvae.decode_code(self.tokens, shape=shape)
+
+    def close(self) -> None:
+        for block in self.model.blocks:
+            block.attn.kv_caching(False)
+
+    def _positions(self, scale: int) -> Tensor:
+        """``[1, l, C]``"""
+        table = F.interpolate(self.model.pos_1LC, size=(self.sides[scale],) * 2, mode="area")
+        return table.flatten(2).transpose(1, 2)
+
+    def _strength(self, scale: int) -> float | Tensor:
+        if self.balanced:
+            return self.cfg - 1
+        ratio = scale / max(min(len(self.sides) - 1, 9), 1)
+        return self.cfg * ratio if self.sides[scale] <= self.max_pn else self.cfg
+
+
+def sides_of(request: Request) -> tuple[int, ...]:
+    """The request's schedule.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    given = request.options.get("infer_patch_nums")
+    sides = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+    if not sides or not all(is_int(side) and side >= 1 for side in sides):
+        raise ValueError(f"infer_patch_nums must be a sequence of sides >= 1, got {given!r}")
+    return tuple(int(side) for side in sides)
+
+
+def check_vqvae(vqvae: Any, model: Any) -> None:
+    """Raise ``ValueError`` if ``vqvae`` cannot be the one of ``model``."""
+    embedding = getattr(getattr(vqvae, "quantize", None), "embedding", None)
+    if not hasattr(vqvae, "decode_code") or not hasattr(embedding, "weight"):
+        raise ValueError(f"vqvae must have decode_code and quantize.embedding, got {type(vqvae).__name__}")
+    rows, width = embedding.weight.shape
+    if width != model.Cvae or rows < model.V:
+        raise ValueError(f"vqvae must have the model's {model.V} codes of width {model.Cvae}, got {rows} of {width}")
+
+
+def check_invalid_ids(ids: Any, vocabulary: int) -> None:
+    """Raise ``ValueError`` for what names no tokens; the values of a tensor on a GPU go unchecked."""
+    if ids is None:
+        return
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"invalid_ids must be token ids or a mask of the vocabulary, got {ids!r}") from error
+    wanted = f"invalid_ids must be token ids in 0..{vocabulary - 1}, or a mask of shape [{vocabulary}]"
+    if ids.dtype == torch.bool:
+        fits = ids.shape == (vocabulary,)
+    else:
+        fits = not ids.is_floating_point() or ids.numel() == 0
+        if fits and ids.device.type == "cpu" and ids.numel():
+            fits = bool(-vocabulary <= ids.min() and ids.max() < vocabulary)
+    if not fits:
+        raise ValueError(f"{wanted}, got {ids.dtype} of shape {list(ids.shape)}")
+
+
+def forbid(logits: Tensor, ids: Tensor) -> None:
+    """Give some tokens the published logit of the forbidden, in place; ``ids``: their ids, or a mask ``[V]``."""
+    if ids.dtype == torch.bool:
+        logits.masked_fill_(ids, INVALID_LOGIT)
+    else:
+        logits.index_fill_(2, ids.reshape(-1).long() % logits.shape[2], INVALID_LOGIT)

@@ -1,0 +1,228 @@
+"""Infinity (FoundationVision/Infinity): text to image, binary spherical quantization, one running sum of codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varkern.spec import ModelSpec, Request, is_int
+
+from .base import Draws, check_options, seeded
+from .infinity_session import BitSession, IndexSession, Settings
+
+MODEL_ATTRIBUTES = (
+    "autoregressive_infer_cfg",
+    "rng",
+    "block_chunks",
+    "unregistered_blocks",
+    "text_norm",
+    "text_proj_for_sos",
+    "text_proj_for_ca",
+    "cfg_uncond",
+    "pos_start",
+    "lvl_embed",
+    "add_lvl_embeding",
+    "add_lvl_embeding_only_first_block",
+    "norm0_ve",
+    "word_embed",
+    "shared_ada_lin",
+    "get_logits",
+    "rope2d_freqs_grid",
+    "use_bit_label",
+    "apply_spatial_patchify",
+    "d_vae",
+    "V",
+)
+# Of the published method's further arguments it reads these; the others change nothing there, and nothing here.
+READ = (
+    "vae",
+    "scale_schedule",
+    "negative_label_B_or_BLT",
+    "cfg_list",
+    "tau_list",
+    "returns_vemb",
+    "cfg_insertion_layer",
+    "vae_type",
+    "ret_img",
+    "trunk_scale",
+    "gt_leak",
+    "gt_ls_Bl",
+)
+UNREAD = (
+    "force_gt_Bhw",
+    "cfg_sc",
+    "ratio_Bl1",
+    "gumbel",
+    "norm_cfg",
+    "cfg_exp_k",
+    "softmax_merge_topk",
+    "inference_mode",
+    "save_img_path",
+    "sampling_per_bits",
+)
+
+
+class InfinityFamily:
+    """See :class:`.base.Family`. The VAE and the schedule come with each call, so no sizes are known before it.
+
+    A text condition is the published method's own tuple: features of all texts one after the other ``[sum of lengths,
+    Ct5]``, the lengths, their running sum ``[B + 1]`` int32, the longest. It goes to a scorer as it was given, in place
+    of labels.
+
+    ``vae_type`` other than 0 samples bits, and 0 indices of a quantizer's own table, as published; the two need a model
+    of ``use_bit_label`` 1 and 0. ``inference_mode=False`` looks for the blocks elsewhere in the published method; here
+    it changes nothing.
+    """
+
+    name = "Infinity"
+    method = "autoregressive_infer_cfg"
+    arguments = ("B", "label_B_or_BLT", "g_seed", "top_k", "top_p", *READ, *UNREAD)
+    required = ("vae", "scale_schedule", "label_B_or_BLT", "cfg_list", "tau_list")
+    has_classes = False
+
+    def missing(self, model: object) -> list[str]:
+        names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
+        for name in ("unregistered_blocks", "block_chunks"):
+            if name not in names and not isinstance(getattr(model, name), Iterable):
+                names.append(f"{name} (as a list)")
+        if "unregistered_blocks" in " ".join(names):
+            return names
+        for i, block in enumerate(model.unregistered_blocks):
+            if not hasattr(getattr(block, "sa", getattr(block, "attn", None)), "kv_caching"):
+                return [*names, f"unregistered_blocks[{i}].sa.kv_caching"]
+        return names
+
+    def spec(self, model: Any, request: Request | None = None) -> ModelSpec | None:
+        if request is None:
+            return None
+        told = Settings(model, request, check_schedule(request))
+        channels, vocabulary = (told.width, None) if told.bits else (model.d_vae, model.V)
+        return ModelSpec(None, told.sides[: told.num_scales], told.sides[-1], channels, vocabulary, self.device(model))
+
+    def request(self, arguments: Mapping[str, Any]) -> Request:
+        arguments = dict(arguments)
+        return Request(
+            batch_size=arguments.pop("B", 1),
+            labels=arguments.pop("label_B_or_BLT", None),
+            seed=arguments.pop("g_seed", None),
+            top_k=arguments.pop("top_k", 0),
+            top_p=arguments.pop("top_p", 0.0),
+            options=arguments,
+        )
+
+    def check(self, model: Any, request: Request) -> None:
+        check_options(self, request, (*READ, *UNREAD))
+        told = Settings(model, request, check_schedule(request))
+        check_text("label_B_or_BLT", request.labels, request.batch_size)
+        if told.negative:
+            check_text("negative_label_B_or_BLT", told.negative, request.batch_size)
+        for name, values in (("cfg_list", told.cfg), ("tau_list", told.tau)):
+            check_numbers(name, values, len(told.schedule))
+        if not all(told.tau):
+            raise ValueError(f"tau_list must hold no 0, got {list(told.tau)}")
+        depth, layers = len(model.unregistered_blocks), told.insertion_layers
+        if not isinstance(layers, Iterable) or not all(is_int(layer) and -depth < layer <= 1 for layer in layers):
+            raise ValueError(f"cfg_insertion_layer must be a list of ints in {1 - depth}..1, got {layers!r}")
+        check_codes(model, told)
+        check_leak(told, request.batch_size)
+
+    def device(self, model: Any) -> torch.device:
+        return model.pos_start.device
+
+    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+        return seeded(model, seed, self.device(model))
+
+    def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> BitSession | IndexSession:
+        told = Settings(model, request, check_schedule(request))
+        return (BitSession if told.bits else IndexSession)(model, labels, told, request, draws)
+
+
+def check_schedule(request: Request) -> Sequence[tuple[int, int, int]]:
+    """The request's schedule, as it was given.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    schedule = request.options.get("scale_schedule")
+    fits = isinstance(schedule, Sequence) and not isinstance(schedule, str) and len(schedule) > 0
+    for scale in schedule if fits else ():
+        fits = fits and isinstance(scale, Sequence) and len(scale) == 3 and all(is_int(n) and n >= 1 for n in scale)
+        fits = fits and scale[0] == 1
+    if not fits:
+        raise ValueError(f"scale_schedule must be a sequence of (1, height, width), one a scale, got {schedule!r}")
+    trunk = request.options.get("trunk_scale", 1000)
+    if not is_int(trunk) or trunk < 1:
+        raise ValueError(f"trunk_scale must be an int >= 1, got {trunk!r}")
+    return schedule
+
+
+def check_numbers(name: str, values: Any, count: int) -> None:
+    """Raise ``ValueError`` if ``values`` is no list of a finite number for each of ``count`` scales."""
+    came = len(values) if hasattr(values, "__len__") else repr(values)
+    if not isinstance(came, int) or came < count:
+        raise ValueError(f"{name} must be a list with a number for each of {count} scales, got {came}")
+    if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+        raise ValueError(f"{name} must hold finite numbers, got {list(values)}")
+
+
+def check_text(name: str, text: Any, batch_size: int) -> None:
+    """Raise ``ValueError`` if ``text`` is no condition for ``batch_size`` images."""
+    wanted = f"{name} must be (features, lengths, running sum of the lengths, longest)"
+    if not isinstance(text, tuple | list) or len(text) != 4:
+        raise ValueError(f"{wanted}, got {type(text).__name__}")
+    features, lengths, sums, _ = text
+    if not isinstance(features, Tensor) or features.dim() != 2 or not isinstance(sums, Tensor):
+        raise ValueError(f"{wanted}, the first and third tensors, got {type(features).__name__}, {type(sums).__name__}")
+    if isinstance(lengths, list | tuple) and sum(lengths) != len(features):
+        raise ValueError(f"{name} must have features of {sum(lengths)} words in all, got {len(features)}")
+    if len(lengths) != batch_size or sums.shape != (batch_size + 1,):
+        raise ValueError(f"{name} must be of B={batch_size} texts, got {len(lengths)} and sums {list(sums.shape)}")
+
+
+def check_codes(model: Any, told: Settings) -> None:
+    """Raise ``ValueError`` if the VAE, or the model's quantizer, lacks what the published method calls."""
+    if told.bits != bool(model.use_bit_label):
+        kind, label = ("bits", "index") if told.bits else ("indices", "bit")
+        raise ValueError(
+            f"vae_type must be {0 if told.bits else 'other than 0'} for a model of {label} labels: "
+            f"{told.vae_type!r} asks for {kind}, which its published method cannot sample"
+        )
+    if told.bits and not told.returns_vemb:
+        raise ValueError(f"returns_vemb must be 1 where vae_type is not 0, got {told.returns_vemb!r}")
+    quantizer = getattr(told.vae, "quantizer", None) if told.bits else first(model, "quant_only_used_in_inference")
+    where = "vae.quantizer" if told.bits else "quant_only_used_in_inference[0]"
+    needed = ("lfq", "z_interplote_up") if told.bits else ("embedding", "one_step_fuse")
+    lacking = [f"{where}.{name}" for name in needed if not hasattr(quantizer, name)]
+    decoder = "decode" if told.bits else "viz_from_ms_h_BChw"
+    if told.returns_images and not hasattr(told.vae, decoder):
+        lacking.append(f"vae.{decoder}")
+    if lacking:
+        raise ValueError(f"vae must come with all that the published method calls, got none of {', '.join(lacking)}")
+
+
+def check_leak(told: Settings, batch_size: int) -> None:
+    """Raise ``ValueError`` if the given maps do not fit the scales they are given for."""
+    if not is_int(told.num_given):
+        raise ValueError(f"gt_leak must be an int, got {told.num_given!r}")
+    count = min(max(told.num_given, 0), told.num_scales)
+    given = told.given or ()
+    if len(given) < count:
+        raise ValueError(f"gt_ls_Bl must have a map for each of gt_leak={count} scales, got {len(given)}")
+    for scale in range(count):
+        h, w = told.sides[scale]
+        wanted = (batch_size, 1, h, w, told.width) if told.bits else (batch_size, h * w)
+        tokens = given[scale]
+        if not isinstance(tokens, Tensor) or tokens.shape != wanted or tokens.is_floating_point():
+            came = f"{tokens.dtype} of shape {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+            raise ValueError(f"gt_ls_Bl[{scale}] must be integers of shape {list(wanted)}, got {came}")
+
+
+def first(model: Any, name: str) -> Any:
+    """The first of ``model``'s sequence of that name, or None."""
+    held = getattr(model, name, None)
+    return held[0] if isinstance(held, Sequence) and held else None
