@@ -1,1 +1,26 @@
-"""Token-map datasets: the real and the generated maps that a scorer is trained on."""
+"""Token-map datasets: the real and the generated maps that a scorer is trained on.
+
+A dataset is a folder: ``manifest.json`` and shards, each a ``.npy`` file of uint16 token ids ``[n, L]`` and one of
+int32 labels ``[n]``. ``varkern tokens`` makes it from a model's samples or from images.
+"""
+
+from .encoding import encode_token_maps
+from .generation import DATASET_SEED, generate_token_maps
+from .images import ImageFolder
+from .manifest import Manifest, Shard, file_sha256
+from .token_maps import TokenMaps
+from .writer import Batch, BatchSource, write_token_maps
+
+__all__ = [
+    "DATASET_SEED",
+    "Batch",
+    "BatchSource",
+    "ImageFolder",
+    "Manifest",
+    "Shard",
+    "TokenMaps",
+    "encode_token_maps",
+    "file_sha256",
+    "generate_token_maps",
+    "write_token_maps",
+]

@@ -1,0 +1,251 @@
+"""``varkern tokens``: what its options reach, what it says, and that it goes on where it stopped."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import varkern
+from varkern import cli
+from varkern.data import DATASET_SEED, TokenMaps, file_sha256, writer
+
+
+@pytest.fixture
+def generate(weights, tmp_path):
+    """``varkern tokens generate`` on the small model, with options changed by keyword (None: left out)."""
+
+    def run(out: Path = tmp_path / "out", **options) -> int:
+        settings = {
+            "var": weights / "var.safetensors",
+            "vae": weights / "vae.safetensors",
+            "per_class": 1,
+            "batch_size": 5,
+            "shard_size": 5,
+            "device": "cpu",
+            "out": out,
+        }
+        return command("generate", settings | options)
+
+    return run
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Two classes of two images each, and one image that is broken."""
+    for number, name in enumerate(["ant/0.png", "ant/1.jpg", "bee/0.png", "bee/1.png", "bee/2.png"]):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").rotate(50 * number).resize((12, 10 + number)).save(path)
+    path.write_bytes(b"broken")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def encode(weights, images, tmp_path):
+    """``varkern tokens encode`` on these images, with options changed by keyword (None: left out)."""
+
+    def run(out: Path = tmp_path / "out", **options) -> int:
+        settings = {"vae": weights / "vae.safetensors", "images": images, "device": "cpu", "out": out}
+        return command("encode", settings | options)
+
+    return run
+
+
+def command(name: str, settings: dict) -> int:
+    arguments = ["tokens", name]
+    for option, value in settings.items():
+        if value is not None:
+            arguments += [f"--{option.replace('_', '-')}", str(value)]
+    return cli.main(arguments)
+
+
+class TestGenerate:
+    def test_options_reach_the_model(self, generate, weights, tmp_path, capsys):
+        assert generate(per_class=2, classes="3,5-6", seed=9, cfg=2.0, top_k=20, top_p=0.8) == 0
+        assert "6 images in" in capsys.readouterr().out
+        maps = TokenMaps.open(tmp_path / "out", verify=True)
+        assert maps.labels.tolist() == [3, 5, 6] * 2
+        model = varkern.load_var(weights / "var.safetensors", vae=weights / "vae.safetensors")
+        labels, seeds = torch.tensor([3, 5, 6, 3, 5]), varkern.image_seeds(9, 6)[:5]
+        wanted = varkern.generate(model, labels, seeds=seeds, cfg=2.0, top_k=20, top_p=0.8).tokens
+        assert torch.equal(maps.gather(range(5)), torch.cat(wanted, 1))
+
+    def test_manifest(self, generate, weights, tmp_path):
+        assert generate(autocast="bfloat16", dtype="float32") == 0
+        told = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        assert (told["patch_nums"], told["vocabulary"], told["num_classes"], told["total"]) == ([1, 2, 4], 64, 12, 12)
+        for name in ("var", "vae"):
+            sha256 = file_sha256(weights / f"{name}.safetensors")
+            assert told["source"][name] == {"file": f"{name}.safetensors", "sha256": sha256}
+        assert told["source"]["seed"] == DATASET_SEED and told["source"]["autocast"] == "bfloat16"
+        assert told["source"]["varkern"] == varkern.__version__ and told["source"]["torch"] == torch.__version__
+
+    def test_short_name(self, generate, tmp_path):
+        assert generate(var="demo", vae=None, cfg=0.0, top_k=0) == 0
+        assert TokenMaps.open(tmp_path / "out").manifest.patch_nums == (1, 2, 3, 4, 6)
+
+    def test_goes_on_where_it_stopped(self, generate, tmp_path, monkeypatch, one_line, capsys):
+        generate(tmp_path / "whole")
+        written = writer.write_shard
+
+        def interrupted(folder, number, manifest, rows):
+            if number == 1:
+                raise KeyboardInterrupt
+            written(folder, number, manifest, rows)
+
+        monkeypatch.setattr(writer, "write_shard", interrupted)
+        capsys.readouterr()
+        assert generate() == 130
+        assert one_line() == "varkern: interrupted"
+        monkeypatch.setattr(writer, "write_shard", written)
+        assert generate() == 0
+        for path in (tmp_path / "whole").iterdir():
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+    def test_other_settings(self, generate, one_line, capsys):
+        generate()
+        capsys.readouterr()
+        assert generate(cfg=2.0) == 2
+        line = one_line()
+        assert "source.cfg 1.5 there, 2.0 now" in line and "choose another folder" in line
+
+    def test_a_rank_that_is_not_the_last(self, generate, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert generate() == 0
+        assert "others are still at work" in capsys.readouterr().out
+        monkeypatch.setenv("RANK", "1")
+        assert generate() == 0
+        assert "12 images in" in capsys.readouterr().out
+
+
+class TestEncode:
+    def test_broken_image(self, encode, tmp_path, capsys):
+        """Skipped, counted and named; the others are there."""
+        assert encode() == 0
+        printed = capsys.readouterr()
+        assert "skipped 1 unreadable images: bee/2.png" in printed.err and "4 images in" in printed.out
+        maps = TokenMaps.open(tmp_path / "out", verify=True)
+        assert maps.labels.tolist() == [0, 0, 1, 1] and maps.manifest.skipped == ["bee/2.png"]
+
+    def test_many_broken_images(self, encode, images, capsys):
+        for number in range(30):
+            (images / "bee" / f"x{number}.png").touch()
+        assert encode() == 0
+        assert "skipped 31 unreadable images: " in (error := capsys.readouterr().err)
+        assert "and 11 more, see the manifest" in error
+
+    def test_manifest(self, encode, weights, tmp_path):
+        assert encode(resize=1.5, batch_size=2, shard_size=3) == 0
+        manifest = TokenMaps.open(tmp_path / "out").manifest
+        assert manifest.source["vae"]["sha256"] == file_sha256(weights / "vae.safetensors")
+        assert (manifest.source["resize"], manifest.batch_size, manifest.shard_size) == (1.5, 2, 3)
+        assert manifest.source["size"] == 8 and manifest.num_classes == 2
+
+    def test_class_names(self, encode, tmp_path):
+        (tmp_path / "names").write_text("wasp\nbee\n\nant\n")
+        assert encode(class_names=tmp_path / "names") == 0
+        maps = TokenMaps.open(tmp_path / "out")
+        assert maps.labels.tolist() == [2, 2, 1, 1] and maps.manifest.num_classes == 3
+
+    def test_patch_nums(self, encode, tmp_path):
+        assert encode(patch_nums="1,3") == 0
+        manifest = TokenMaps.open(tmp_path / "out").manifest
+        assert manifest.patch_nums == (1, 3) and manifest.source["size"] == 6
+
+    def test_demo(self, encode, tmp_path):
+        assert encode(vae="demo") == 0
+        assert TokenMaps.open(tmp_path / "out").manifest.source["size"] == 24
+
+
+class TestInfo:
+    def test_facts(self, encode, tmp_path, capsys):
+        encode()
+        assert cli.main(["tokens", "info", str(tmp_path / "out")]) == 0
+        out = capsys.readouterr().out
+        for fact in ("4 of 2 classes, 1 skipped", "1,2,4", "21 an image, of 64", "1.125", "as its checksum says"):
+            assert fact in out
+
+    @pytest.mark.parametrize(
+        "damage, said",
+        [
+            (lambda content: content[:-1], "tokens-00000.npy is truncated"),
+            (lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:], "tokens-00000.npy is altered"),
+        ],
+        ids=["truncated", "altered"],
+    )
+    def test_damage(self, encode, tmp_path, capsys, damage, said):
+        encode()
+        path = tmp_path / "out" / "tokens-00000.npy"
+        path.write_bytes(damage(path.read_bytes()))
+        capsys.readouterr()
+        assert cli.main(["tokens", "info", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_no_dataset(self, tmp_path, one_line):
+        assert cli.main(["tokens", "info", str(tmp_path)]) == 2
+        assert "is not a token-map dataset" in one_line()
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        "options, said",
+        [
+            ({"per_class": 0}, "per_class must be >= 1, got 0"),
+            ({"classes": "dog"}, "classes must be numbers and ranges"),
+            ({"classes": "0-12"}, "classes must be in 0..11, got 12"),
+            ({"vae": None}, "vae must be given"),
+            ({"var": "/nowhere/var.pth"}, "no checkpoint at /nowhere/var.pth"),
+            ({"cfg": "nan"}, "cfg must be a finite number"),
+            ({"top_p": 2}, "top_p must be in [0, 1]"),
+            ({"batch_size": 0}, "batch_size must be an int >= 1, got 0"),
+            ({"shard_size": 0}, "shard_size must be an int >= 1, got 0"),
+            ({"seed": 2**64}, "seed must be < 2**64"),
+            ({"device": "cuda:99"}, "device 'cuda:99' is not here"),
+        ],
+        ids=str,
+    )
+    def test_generate(self, generate, tmp_path, options, said, one_line):
+        assert generate(**options) == 2
+        assert said in one_line()
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "options, said",
+        [
+            ({"images": "/nowhere"}, "images must be a folder, got /nowhere"),
+            ({"vae": "/nowhere/vae.pth"}, "no checkpoint at /nowhere/vae.pth"),
+            ({"patch_nums": "1,x"}, "patch_nums must be sides such as 1,2,3,4, got '1,x'"),
+            ({"patch_nums": "1,0"}, "patch_nums must be sides"),
+            ({"class_names": "/nowhere/names"}, "/nowhere/names"),
+            ({"class_names": "{names}"}, "class 'bee', a folder of"),
+            ({"resize": 0.5}, "resize must be a finite number >= 1, got 0.5"),
+            ({"workers": 0}, "workers must be an int >= 1, got 0"),
+        ],
+        ids=str,
+    )
+    def test_encode(self, encode, tmp_path, options, said, one_line):
+        (tmp_path / "names").write_text("ant")
+        options = {name: str(value).format(names=tmp_path / "names") for name, value in options.items()}
+        assert encode(**options) == 2
+        assert said in one_line()
+        assert not (tmp_path / "out").exists()
+
+    def test_missing_pillow(self, encode, monkeypatch, one_line):
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        assert encode() == 2
+        assert "pip install 'varkern[demo]'" in one_line()
+
+    @pytest.mark.parametrize("local, wanted", [("1", "cuda:1"), (None, "cuda"), ("x", "cuda")])
+    @pytest.mark.parametrize("name", ["auto", "cuda"])
+    def test_each_rank_has_its_own_gpu(self, monkeypatch, local, wanted, name):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local is not None:
+            monkeypatch.setenv("LOCAL_RANK", local)
+        assert cli.tokens.pick_local_device(name) == torch.device(wanted)
+        assert cli.tokens.pick_local_device("cpu") == torch.device("cpu")
