@@ -1,0 +1,81 @@
+"""The models that whole generations are timed with: random weights of the published sizes, and the published loop."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varkern.models import VAR, VQVAE
+from varkern.models.transformer import SelfAttention
+from varkern.scorer import Scorer, ScorerConfig
+
+LOGITS_SPREAD = (
+    2.5  # about that of a trained VAR; freshly initialised weights give flat logits, which sample unlike them
+)
+
+
+class ConcatenatingAttention(SelfAttention):
+    """Attention whose cache grows by concatenation at every scale, as the published class keeps it."""
+
+    def _append(self, cache: Tensor | None, x: Tensor, end: int) -> Tensor:
+        return x if cache is None else torch.cat((cache, x), dim=2)
+
+
+@contextmanager
+def as_published(var: VAR) -> Iterator[VAR]:
+    """``var`` with the published loop's cost: per-scale eager sampling, which is its own method, on growing caches."""
+    for block in var.blocks:
+        block.attn.__class__ = ConcatenatingAttention
+    try:
+        yield var
+    finally:
+        for block in var.blocks:
+            block.attn.__class__ = SelfAttention
+
+
+def random_models(depth: int, device: torch.device, small: bool = False) -> tuple[VAR, Scorer]:
+    """VAR of the published sizes (``small``: sizes for a rehearsal) and its scorer, as users load them: float32."""
+    torch.manual_seed(depth)
+    if small:
+        sides = (1, 2, 4)
+        vae = VQVAE(64, 8, 8, ch_mult=(1, 1), num_res_blocks=1, norm_groups=4, v_patch_nums=sides)
+        var = VAR(vae, num_classes=10, depth=depth, embed_dim=32, num_heads=2, patch_nums=sides)
+        scorer = Scorer(ScorerConfig(10, 3, 8, 4, widths=(8, 16), embedding=8, hidden=8))
+    else:
+        with torch.device(device):
+            vae = VQVAE()
+            var, scorer = VAR(vae, depth=depth), Scorer()
+    with torch.no_grad():
+        torch.nn.init.normal_(var.head.weight, std=LOGITS_SPREAD / math.sqrt(var.C))
+    vae.to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return var.to(device).eval().requires_grad_(False), scorer.to(device, dtype).eval().requires_grad_(False)
+
+
+def upstream_model(folder: Path, ours: VAR) -> Any:
+    """The published class from a checkout at ``folder``, with the weights of ``ours``.
+
+    Raises:
+        ValueError: if there is no such checkout.
+    """
+    if not (folder / "models" / "var.py").is_file():
+        raise ValueError(f"--upstream must be a checkout of FoundationVision/VAR, got {folder}")
+    sys.path.insert(0, str(folder))
+    try:
+        from models import build_vae_var
+    finally:
+        sys.path.remove(str(folder))
+    device = ours.lvl_1L.device
+    vae, var = build_vae_var(
+        device, ours.patch_nums, V=ours.V, Cvae=ours.Cvae, num_classes=ours.num_classes, depth=ours.depth
+    )
+    vae.load_state_dict(ours.vae_proxy[0].state_dict(), strict=True)
+    var.load_state_dict(ours.state_dict(), strict=True)
+    return var.eval().requires_grad_(False)
