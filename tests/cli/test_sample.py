@@ -104,6 +104,61 @@ class TestSample:
         assert [json.loads((tmp_path / name / "settings.json").read_text())["m"] for name in "ab"] == [4, 1]
 
 
+class TestArray:
+    """``--npz``: the published suite's form."""
+
+    def test_holds_the_images(self, command, tmp_path, capsys):
+        assert command(npz=tmp_path / "below" / "all.npz") == 0
+        found = np.load(tmp_path / "below" / "all.npz", allow_pickle=False)
+        assert found.files == ["arr_0"] and found["arr_0"].dtype == np.uint8
+        assert np.array_equal(found["arr_0"], np.stack(list(pixels(tmp_path / "out").values())))
+        error = capsys.readouterr().err
+        assert "varkern: warning:" in error and "6 images: published figures are of 50,000" in error
+
+    def test_batches_keep_their_order(self, command, tmp_path):
+        assert command() == 0
+        paths = sorted((tmp_path / "out").glob("0*.png"))
+        sampling.pack(paths, tmp_path / "all.npz", batch_size=4)
+        assert np.array_equal(np.load(tmp_path / "all.npz")["arr_0"], np.stack([Image.open(path) for path in paths]))
+
+    def test_a_killed_packing_is_made_up_for(self, command, tmp_path, monkeypatch):
+        """No file of that name before it is whole; started again, no image is generated again."""
+        whole = sampling.write_array
+
+        def killed(path, count, size, batches):
+            next(batches)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sampling, "write_array", killed)
+        assert command(npz=tmp_path / "all.npz") == 130
+        assert not (tmp_path / "all.npz").exists() and len(pixels(tmp_path / "out")) == 6
+        monkeypatch.setattr(sampling, "write_array", whole)
+        monkeypatch.setattr(sampling, "generate", None)
+        assert command(npz=tmp_path / "all.npz") == 0
+        assert len(np.load(tmp_path / "all.npz")["arr_0"]) == 6
+
+    def test_may_be_asked_for_later(self, command, tmp_path):
+        assert command() == 0
+        assert command(npz=tmp_path / "all.npz") == 0
+        assert (tmp_path / "all.npz").exists()
+
+    def test_repeated_images_are_told(self, command, tmp_path, monkeypatch, capsys):
+        whole = sampling.generate
+        monkeypatch.setattr(
+            sampling, "generate", lambda model, labels, **options: whole(model, labels * 0, **options | {"seeds": 1})
+        )
+        assert command(npz=tmp_path / "all.npz", batch_size=3, m=1, scorer=None) == 0
+        error = capsys.readouterr().err
+        assert "3 of the 6 images" in error and "000003-class0007-seed5.png of 000000-class0003-seed5.png" in error
+
+    @pytest.mark.parametrize("name, named", [("all.npy", "npz must end in .npz"), ("folder.npz", "is a folder")])
+    def test_wrong_place(self, command, tmp_path, one_line, name, named):
+        (tmp_path / "folder.npz").mkdir()
+        assert command(npz=tmp_path / name) == 2
+        assert named in one_line()
+        assert not (tmp_path / "out").exists()
+
+
 class TestResume:
     @pytest.fixture
     def interrupt(self, monkeypatch):

@@ -67,6 +67,76 @@ class TestPanels:
             pictures.draw_panels([pictures.Panel("a", torch.zeros(1, 1, 3, 4, 4))], ["x"], enlarge=0)
 
 
+def coloured(value: int, side: int = 4) -> torch.Tensor:
+    """An image of one colour that no rim of a letter has."""
+    return (torch.tensor(colour(value)) / 255).view(3, 1, 1).expand(3, side, side)
+
+
+def colour(value: int) -> tuple[int, int, int]:
+    return value, 0, 255
+
+
+def box(picture: np.ndarray, wanted: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of the pixels of one colour."""
+    ys, xs = np.nonzero((picture == wanted).all(-1))
+    return int(ys.min()), int(ys.max()), int(xs.min()), int(xs.max())
+
+
+class TestRows:
+    def test_images_are_in_their_places(self):
+        tiles = [[pictures.Tile(coloured(40 + 10 * (3 * row + column))) for column in range(3)] for row in range(2)]
+        tiles[0][1] = None
+        rows = [pictures.Row([f"row {number}"], row) for number, row in enumerate(tiles)]
+        picture = np.asarray(pictures.draw_rows(rows, ["a", "b", "c"], tile=12, title="title"))
+        boxes = {
+            (row, column): box(picture, colour(40 + 10 * (3 * row + column)))
+            for row in range(2)
+            for column in range(3)
+            if tiles[row][column] is not None
+        }
+        assert {(bottom - top, right - left) for top, bottom, left, right in boxes.values()} == {(11, 11)}
+        assert boxes[0, 0][:2] == boxes[0, 2][:2] and boxes[0, 0][2:] == boxes[1, 0][2:]
+        assert boxes[0, 0][1] < boxes[1, 0][0] and boxes[1, 0][3] < boxes[1, 1][2] < boxes[1, 2][2]
+
+    def test_frame(self):
+        """Around the framed image alone, on all four sides, and covering nothing of it."""
+        tiles = [pictures.Tile(coloured(60), "1", True), pictures.Tile(coloured(90), "2")]
+        picture = np.asarray(pictures.draw_rows([pictures.Row(["row"], tiles)], ["", ""], tile=8))
+        top, bottom, left, right = box(picture, colour(60))
+        assert (bottom - top, right - left) == (7, 7)
+        around = box(picture, pictures.FRAME)
+        width = pictures.FRAME_WIDTH
+        assert around == (top - width, bottom + width, left - width, right + width)
+        assert (picture == pictures.FRAME).all(-1).sum() == (8 + 2 * width) ** 2 - 64
+
+    def test_orientation(self):
+        image = coloured(60).clone()[:, :, :2].repeat(1, 1, 3)  # 4 high, 6 wide
+        image[:, 0, 5] = torch.tensor(colour(90)) / 255  # the upper right corner
+        picture = np.asarray(pictures.draw_rows([pictures.Row([""], [pictures.Tile(image)])], [""], tile=12))
+        whole, corner = box(picture, colour(60)), box(picture, colour(90))
+        assert (whole[1] - whole[0], whole[3] - whole[2]) == (7, 11)
+        assert corner == (whole[0], whole[0] + 1, whole[3] - 1, whole[3])
+
+    @pytest.mark.parametrize("caption", ["+1.23", "a caption that is wider than the image is"])
+    def test_words_neither_overlap_nor_leave_the_picture(self, caption):
+        """Every caption stands clear of its neighbours: between columns there is a strip of paper."""
+        tiles = [pictures.Tile(coloured(60), caption) for _ in range(3)]
+        rows = [pictures.Row(["a long label", "of two lines"], tiles) for _ in range(2)]
+        title = "a title that is much longer than all of the columns taken together, or nearly so"
+        picture = np.asarray(pictures.draw_rows(rows, ["one", "two", "three"], tile=8, title=title))
+        body = (picture[2 * pictures.TITLE_SIZE :] != 255).any((0, 2))
+        strips = [len(run) for run in "".join("x" if ink else " " for ink in body).split("x") if run]
+        assert sum(strip >= pictures.GAP for strip in strips) >= 4  # label, three columns and the right edge
+        ink = (picture != 255).any(-1)
+        assert not ink[:, -1].any() and not ink[-1].any() and not ink[:, 0].any() and not ink[0].any()
+
+    def test_wrong_rows(self):
+        with pytest.raises(ValueError, match="a row must have 2 tiles, one a column, got 1"):
+            pictures.draw_rows([pictures.Row(["a"], [None])], ["x", "y"])
+        with pytest.raises(ValueError, match="at least one tile, got none"):
+            pictures.draw_rows([pictures.Row(["a"], [None])], ["x"])
+
+
 class TestContactSheet:
     @pytest.fixture
     def paths(self, tmp_path):

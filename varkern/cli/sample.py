@@ -16,6 +16,7 @@ from varkern.models import load_var
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
 
+from .evaluate import warn
 from .options import DTYPES, Device, Dtype, Seed, parse_classes, pick_device, require
 
 
@@ -42,6 +43,9 @@ def sample(
     sampler: Annotated[
         Literal["philox", "multinomial"], typer.Option(help="Random numbers: by image, or the model's own generator")
     ] = "philox",
+    npz: Annotated[
+        Path | None, typer.Option(help="Write the images to this .npz too, for the published evaluation suite")
+    ] = None,
 ) -> None:
     """Sample images to a folder: PNG files and a contact sheet. A killed run goes on where it stopped."""
     require("num_per_class", num_per_class, 1)
@@ -60,6 +64,8 @@ def sample(
         "temperature": temperature,
     }
     sampling.require_pillow()
+    if npz is not None:
+        sampling.check_array_path(npz)
     sampling.open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
     # Built for one candidate too, so that a wrong pick or scale is told even there.
@@ -85,6 +91,9 @@ def sample(
     paths = sampling.fill(out, model, search, order, batch_size)
     sheet = sampling.write_sheet(out, paths, order, num_per_class)
     print(f"{len(paths)} images in {out}, contact sheet {sheet}")
+    if npz is not None:
+        warn(sampling.pack(paths, npz))
+        print(f"wrote {npz}")
 
 
 def parse_m(text: str | None, scorer: Path | None) -> int | list[int]:

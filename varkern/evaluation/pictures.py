@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 TEXT = (20, 20, 20)
 PAPER = (255, 255, 255)
+FRAME = (214, 39, 40)
 GAP = 4  # pixels between images
 TITLE_SIZE, LABEL_SIZE = 17, 14  # of the type, in pixels
+LINE = LABEL_SIZE + GAP
+FRAME_WIDTH = 3
 
 
 def require_pillow() -> None:
@@ -95,6 +98,117 @@ def draw_panels(panels: Sequence[Panel], columns: Sequence[str], enlarge: int = 
     return picture
 
 
+class Tile(NamedTuple):
+    """One image of a :class:`Row` with the words under it."""
+
+    image: Tensor
+    """``[3, H, W]`` in [0, 1]."""
+    caption: str = ""
+    framed: bool = False
+
+
+class Row(NamedTuple):
+    """One row of a figure: lines of words at its left, then tiles; None leaves a place empty."""
+
+    label: Sequence[str]
+    tiles: Sequence[Tile | None]
+
+
+def draw_rows(
+    rows: Sequence[Row], columns: Sequence[str], tile: int = 96, title: str = "", rules: int = 0
+) -> Image.Image:
+    """Rows of captioned images, one below the other, under column headings; a framed image stands out.
+
+    Args:
+        rows: at least one; all with as many tiles as there are ``columns``.
+        columns: a heading each.
+        tile: the most pixels that an image's longer side takes; smaller images are enlarged by a whole number.
+        title: above all.
+        rules: a vertical rule sets off the last so many columns; 0: none.
+
+    Raises:
+        ValueError: if a row has another number of tiles, or there is no image at all.
+    """
+    for row in rows:
+        if len(row.tiles) != len(columns):
+            raise ValueError(f"a row must have {len(columns)} tiles, one a column, got {len(row.tiles)}")
+    lay = layout(rows, columns, tile, title)
+    picture, draw = blank(lay.width, lay.header + lay.step * len(rows) + GAP)
+    if title:
+        write(draw, GAP, GAP + TITLE_SIZE // 2, title, TITLE_SIZE, "lm")
+    for column, heading in enumerate(columns):
+        write(draw, lay.center(column), lay.header - LINE // 2 - GAP // 2, heading, LABEL_SIZE, "mm")
+    if rules:
+        x = lay.margin + (len(columns) - rules) * lay.wide
+        draw.line((x, lay.header - LINE, x, lay.header + lay.step * len(rows)), fill=TEXT)
+    for number, row in enumerate(rows):
+        top = lay.header + number * lay.step
+        for place, text in enumerate(row.label):
+            middle = top + lay.high // 2 + round((place - (len(row.label) - 1) / 2) * LINE)
+            write(draw, GAP, middle, text, LABEL_SIZE, "lm")
+        for column, entry in enumerate(row.tiles):
+            if entry is not None:
+                draw_tile(picture, draw, entry, (lay.center(column), top, lay.high), tile)
+    return picture
+
+
+class Layout(NamedTuple):
+    """Where the parts of :func:`draw_rows` stand, in pixels."""
+
+    width: int  # of the whole
+    header: int  # height of the title and the headings
+    margin: int  # width of the row labels
+    wide: int  # of a column
+    high: int  # of the images of a row, frames included
+    step: int  # from row to row
+
+    def center(self, column: int) -> int:
+        return self.margin + column * self.wide + self.wide // 2
+
+
+def layout(rows: Sequence[Row], columns: Sequence[str], tile: int, title: str) -> Layout:
+    """Columns wide enough for the widest of images, captions and headings; rows high enough for the highest image."""
+    tiles = [entry for row in rows for entry in row.tiles if entry is not None]
+    if not tiles:
+        raise ValueError("rows must have at least one tile, got none")
+    sizes = [fitted(to_pixels(entry.image), tile).size for entry in tiles]
+    captions = [entry.caption for entry in tiles]
+    wide = max(max(width for width, _ in sizes), widest([*captions, *columns])) + 2 * GAP + 2 * FRAME_WIDTH
+    high = max(height for _, height in sizes) + 2 * FRAME_WIDTH
+    margin = widest([text for row in rows for text in row.label]) + 3 * GAP
+    header = LINE + GAP + (TITLE_SIZE + 2 * GAP if title else 0)
+    width = max(margin + wide * len(columns), widest([title], TITLE_SIZE) + GAP) + GAP
+    return Layout(width, header, margin, wide, high, high + (LINE if any(captions) else 0) + 2 * GAP)
+
+
+def widest(texts: Sequence[str], size: int = LABEL_SIZE) -> int:
+    """Pixels that the longest of ``texts`` takes."""
+    draw = blank(1, 1)[1]
+    return max((int(draw.textlength(text, font=font(size))) + 1 for text in texts), default=0)
+
+
+def draw_tile(
+    picture: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, place: tuple[int, int, int], longest: int
+) -> None:
+    """One tile in its ``place``: the middle of its column, the top and the height of its row's images."""
+    center, top, high = place
+    image = fitted(to_pixels(tile.image), longest)
+    left, upper = center - image.width // 2, top + (high - image.height) // 2
+    if tile.framed:
+        corner = (left - FRAME_WIDTH, upper - FRAME_WIDTH)
+        opposite = (left + image.width + FRAME_WIDTH - 1, upper + image.height + FRAME_WIDTH - 1)
+        draw.rectangle((*corner, *opposite), fill=FRAME)
+    picture.paste(image, (left, upper))
+    write(draw, center, top + high + LINE // 2, tile.caption, LABEL_SIZE, "mm")
+
+
+def fitted(pixels: np.ndarray, longest: int) -> Image.Image:
+    """Pixels ``[H, W, 3]`` as an image whose longer side is about ``longest``; see :func:`read_thumbnail`."""
+    from PIL import Image
+
+    return resized(Image.fromarray(pixels), longest)
+
+
 def contact_sheet(
     paths: Sequence[str | os.PathLike], captions: Sequence[str], columns: int, thumbnail: int = 128
 ) -> Image.Image:
@@ -134,7 +248,13 @@ def read_thumbnail(path: str | os.PathLike, longest: int) -> Image.Image:
     from PIL import Image
 
     with Image.open(path) as file:
-        image = file.convert("RGB")
+        return resized(file.convert("RGB"), longest)
+
+
+def resized(image: Image.Image, longest: int) -> Image.Image:
+    """An image shrunk until no side is above ``longest``, or enlarged by the largest whole number that fits."""
+    from PIL import Image
+
     factor = longest // max(image.size)
     if factor > 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -25,10 +25,11 @@ from varkern.progress import progress_bar
 from varkern.search import Search
 from varkern.spec import Request
 
+from .arrays import write_array
+from .evaluate import PUBLISHED_IMAGES
+from .images import SETTINGS, SHEET, ImageFiles, PixelFacts
 from .pictures import contact_sheet, require_pillow, save_png, to_pixels
 
-SETTINGS = "settings.json"
-SHEET = "sheet.png"
 SHEET_IMAGES = 200  # a sheet shows no more; a larger one would be no use to the eye
 
 
@@ -183,3 +184,50 @@ def write_sheet(folder: Path, paths: Sequence[Path], order: Order, per_class: in
     columns = per_class if 1 < per_class <= 16 else 10
     save_png(contact_sheet(shown, captions[: len(shown)], columns), folder / SHEET)
     return folder / SHEET
+
+
+def check_array_path(path: Path) -> None:
+    """See that an ``.npz`` can be written at ``path``.
+
+    Raises:
+        ValueError: if it is no name of one.
+        OSError: if it cannot be written.
+    """
+    if path.suffix.lower() != ".npz":
+        raise ValueError(f"npz must end in .npz, got {path}")
+    if path.is_dir():
+        raise ValueError(f"npz must be a file, but {path} is a folder")
+    open_folder(path.parent)
+
+
+def pack(paths: Sequence[Path], out: Path, batch_size: int = 64) -> list[str]:
+    """Write finished images, in the order of their numbers, to one ``.npz`` for the published evaluation suite.
+
+    The images are read back from their files, so that a run killed meanwhile loses nothing but the packing.
+
+    Args:
+        paths: what :func:`fill` returned.
+        out: a ``.npz`` file; a former one is replaced when the new one is whole.
+        batch_size: images in memory.
+
+    Returns:
+        what is wrong with such a set of images, each with its consequence; empty: nothing.
+    """
+    images, facts = ImageFiles(paths), PixelFacts()
+    with progress_bar() as progress:
+        task = progress.add_task("packing", total=len(images), note="")
+
+        def seen() -> Iterator[torch.Tensor]:
+            for batch in images.batches(batch_size):
+                facts.add(batch)
+                yield batch
+                progress.advance(task, len(batch))
+
+        write_array(out, len(images), images.size, seen())
+    warnings = facts.warnings(images)
+    if len(images) < PUBLISHED_IMAGES:
+        warnings.append(
+            f"{out} holds {len(images)} images: published figures are of {PUBLISHED_IMAGES:,} (50 of each of 1,000 "
+            "classes), and FID of fewer is biased upwards"
+        )
+    return warnings

@@ -1,0 +1,172 @@
+"""``varkern evaluate``: how good is a set of generated images, measured against a reference."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from varkern.demo import run as demo_run
+from varkern.evaluation import evaluate as evaluation
+from varkern.evaluation import features as extractors
+from varkern.evaluation.explain import save_json
+from varkern.evaluation.images import ImageSet, open_images
+from varkern.evaluation.statistics import StoredStatistics, load_statistics, save_statistics
+
+from .options import Device, pick_device, require
+
+TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception score",
+    "precision": "precision",
+    "recall": "recall",
+}
+PARTS = {
+    "mean_difference": "of it |mean_r - mean_g|²",
+    "trace_term": "of it the traces",
+    "trace_reference": "  Tr Σ_r",
+    "trace_generated": "  Tr Σ_g",
+    "cross_term": "  2 Tr (Σ_r Σ_g)^½",
+}
+
+
+def evaluate(
+    generated: Annotated[Path, typer.Option(help="Generated images: a folder, or an .npz with arr_0")],
+    reference: Annotated[
+        Path, typer.Option(help="Real images: a folder, an .npz with arr_0, or one with statistics (mu, sigma)")
+    ],
+    features: Annotated[
+        str, typer.Option(help="inception, demo (the digits' classifier) or your own, module:function")
+    ] = "inception",
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's file of Inception weights  [downloaded]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this .json too")] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(help="Keep the reference's statistics in this .npz, to be a --reference later")
+    ] = None,
+    neighbors: Annotated[
+        int, typer.Option(help="Images of either set that precision and recall look at; 0: leave them out")
+    ] = evaluation.PUBLISHED_IMAGES,
+    batch_size: Annotated[int, typer.Option(help="Images at a time")] = 64,
+    device: Device = "auto",
+) -> None:
+    """FID and its parts, sFID, Inception score, precision and recall of generated images against a reference."""
+    require("batch_size", batch_size, 1)
+    require("neighbors", neighbors, 0)
+    for name, path, suffix in (("out", out, ".json"), ("save_reference", save_reference, ".npz")):
+        check_place(name, path, suffix)
+    if save_reference is not None and save_reference.resolve() == reference.resolve():
+        raise ValueError(f"save_reference must be another file than reference, got {save_reference}")
+    where = pick_device(device)
+    images = open_images(generated)
+    real, stored = open_reference(reference)
+    extractor = find_extractor(features, where, inception_weights)
+    keep = None if save_reference is None else partial(save_statistics, save_reference)
+    report = evaluation.evaluate(images, real, stored, extractor, batch_size, neighbors, keep)
+    if out is not None:
+        settings = {"generated": str(generated), "reference": str(reference)}
+        save_json({"settings": settings, **report.as_json()}, out)
+    against = "stored statistics" if report.reference is None else f"{report.reference:,} reference images"
+    print(f"{report.generated:,} generated images against {against}, features {report.features}")
+    Console().print(as_table(report))
+    for reason in dict.fromkeys(report.missing.values()):
+        names = [TITLES[name] for name, why in report.missing.items() if why == reason]
+        print(f"not taken: {' and '.join(names)}: {reason}")
+    warn(report.warnings)
+
+
+def check_place(name: str, path: Path | None, suffix: str) -> None:
+    """See that a file can be written at ``path``; None is fine.
+
+    Raises:
+        ValueError: if it has another suffix, or is a folder.
+        OSError: if its folder cannot be made.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{name} must end in {suffix}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, but {path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def open_reference(path: Path) -> tuple[ImageSet | None, StoredStatistics | None]:
+    """The reference's images and its statistics; the published suite's files hold both.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    names: set[str] = set()
+    if path.is_file() and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    stored = load_statistics(path) if names & {"mu", "sigma"} else None
+    images = open_images(path) if stored is None or "arr_0" in names else None
+    return images, stored
+
+
+def find_extractor(name: str, device: torch.device, inception_weights: Path | None) -> extractors.Extractor:
+    """The feature extractor that ``--features`` names.
+
+    Raises:
+        ValueError, ImportError, OSError: if there is none such.
+    """
+    if name == "inception":
+        return extractors.inception(device, inception_weights)
+    if inception_weights is not None:
+        raise ValueError(f"inception_weights are for features inception, not {name}")
+    return demo_extractor(device) if name == "demo" else extractors.from_name(name, device)
+
+
+def demo_extractor(device: torch.device) -> extractors.Extractor:
+    """The classifier of the digits demo: 64 features and 10 logits of images of 24x24 pixels."""
+    from varkern.demo.digits import SIDE
+    from varkern.demo.train import load_classifier
+
+    classifier = load_classifier(demo_run.WEIGHTS, device)
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.shape[-2:] != (SIDE, SIDE):
+            raise ValueError(
+                f"features demo are of digits of {SIDE}x{SIDE} pixels, got {images.shape[-1]}x{images.shape[-2]}"
+            )
+        features = classifier.features(images.float() / 127.5 - 1)
+        return features, classifier.head(features)
+
+    return extractors.Extractor("demo", extract, device)
+
+
+def as_table(report: evaluation.Report) -> Table:
+    """The figures, to be printed."""
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+
+    def add(name: str, value: float | None) -> None:
+        table.add_row(name, "-" if value is None else f"{value:.4f}")
+
+    add(TITLES["fid"], report.fid)
+    if report.fid_parts is not None:
+        for name, title in PARTS.items():
+            add(f"  {title}", getattr(report.fid_parts, name))
+    for name in ("sfid", "inception_score", "precision", "recall"):
+        add(TITLES[name], getattr(report, name))
+    return table
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Print each message on stderr, as one line."""
+    for message in messages:
+        print(f"varkern: warning: {' '.join(message.split())}", file=sys.stderr)

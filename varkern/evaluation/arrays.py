@@ -1,0 +1,120 @@
+"""The published suite's form of a set of images: ``arr_0``, ``[N, H, W, 3]`` uint8, in an ``.npz``.
+
+Read and written batch by batch: 50,000 images of 256 pixels are 9.8 GB.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varkern.files import atomically
+
+ARRAY = "arr_0"
+
+
+class ImageArray:
+    """The published suite's form: ``arr_0``, ``[N, H, W, 3]`` uint8, in an ``.npz``, read without holding it whole.
+
+    Raises:
+        ValueError: if the file is none such.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.name = str(path)
+        with self._open() as (shape, _):
+            self.count, self.size = shape[0], (shape[1], shape[2])
+
+    def _open(self) -> _Member:
+        return _Member(self.name)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        height, width = self.size
+        with self._open() as (_, file):
+            for start in range(0, self.count, batch_size):
+                count = min(batch_size, self.count - start)
+                try:
+                    data = file.read(count * height * width * 3)
+                except (zipfile.BadZipFile, EOFError) as error:
+                    raise ValueError(f"{self.name} is damaged: {error}") from error
+                if len(data) < count * height * width * 3:
+                    raise ValueError(f"{self.name} is cut short: {ARRAY} has fewer than {self.count} images")
+                pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, height, width, 3)
+                yield torch.from_numpy(pixels).movedim(-1, 1).contiguous()
+
+    def describe(self, number: int) -> str:
+        return f"{ARRAY}[{number}]"
+
+    def warnings(self) -> list[str]:
+        return []
+
+
+class _Member:
+    """``arr_0`` of an ``.npz``, opened behind its header; a context manager that gives its shape and the open file."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __enter__(self) -> tuple[tuple[int, ...], IO[bytes]]:
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self.path} is damaged or no .npz file: {error}") from error
+        try:
+            return self._read_header()
+        except BaseException:
+            self.archive.close()
+            raise
+
+    def _read_header(self) -> tuple[tuple[int, ...], IO[bytes]]:
+        names = self.archive.namelist()
+        if f"{ARRAY}.npy" not in names:
+            found = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
+            raise ValueError(f"{self.path} has no {ARRAY}, the images [N, H, W, 3] uint8; it has {found}")
+        file = self.archive.open(f"{ARRAY}.npy")
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.path}: {ARRAY} is damaged: {error}") from error
+        if dtype != np.uint8:
+            raise ValueError(
+                f"{self.path}: {ARRAY} must be uint8 in 0..255, got {dtype}: images in [0, 1] are to be multiplied by "
+                "255 and rounded first"
+            )
+        if len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] == 0:
+            raise ValueError(f"{self.path}: {ARRAY} must have shape [N, H, W, 3] in C order, got {list(shape)}")
+        return shape, file
+
+    def __exit__(self, *exception: object) -> None:
+        self.archive.close()
+
+
+def write_array(path: str | os.PathLike, count: int, size: tuple[int, int], batches: Iterable[Tensor]) -> None:
+    """Write images as the published suite wants them: an ``.npz`` with ``arr_0``, ``[N, H, W, 3]`` uint8.
+
+    Memory holds one batch alone, and the file has a temporary name until it is whole.
+
+    Args:
+        path: where to.
+        count: N.
+        size: H and W.
+        batches: ``[n, 3, H, W]`` uint8 each, N in all.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
+    with atomically(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+        # The suite's reader goes through the member from front to end, so it is stored as np.savez stores it.
+        with file.open(f"{ARRAY}.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for batch in batches:
+                member.write(np.ascontiguousarray(batch.movedim(1, -1).numpy()).data)

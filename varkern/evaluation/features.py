@@ -1,0 +1,148 @@
+"""Feature extractors: Inception of the published suite, or a user's own function."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SPATIAL_CHANNELS = 7  # of the layer that the published suite takes sFID from
+
+
+class Extracted(NamedTuple):
+    """What an extractor says of N images."""
+
+    features: Tensor
+    """``[N, D]``: FID, precision and recall are taken in them."""
+    logits: Tensor | None
+    """``[N, classes]`` before the softmax, for the Inception score; None: there is none."""
+    spatial: Tensor | None = None
+    """``[N, S]``, where in the image matters: sFID is taken in them; None: there is none."""
+
+
+class Extractor(NamedTuple):
+    """A function of images ``[N, 3, H, W]`` uint8 on ``device``, with the name that its statistics carry."""
+
+    name: str
+    function: Callable[[Tensor], Extracted | tuple[Tensor, Tensor | None]]
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Extracted:
+        """Features of images ``[N, 3, H, W]`` uint8.
+
+        Raises:
+            ValueError: if the function returns something else than :class:`Extracted` or ``(features, logits)``.
+        """
+        returned = self.function(images.to(self.device))
+        if not isinstance(returned, tuple) or not 2 <= len(returned) <= 3:
+            raise ValueError(f"features {self.name} must return (features, logits), got {type(returned).__name__}")
+        extracted = Extracted(*returned)
+        for name, part in zip(Extracted._fields, extracted, strict=True):
+            if part is None and name != "features":
+                continue
+            if not isinstance(part, Tensor) or part.dim() != 2 or len(part) != len(images):
+                came = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"features {self.name} must return {name} of shape [{len(images)}, D], got {came}")
+            if not part.is_floating_point():
+                raise ValueError(f"features {self.name} must return {name} as floats, got {part.dtype}")
+        return extracted
+
+
+def from_name(name: str, device: torch.device) -> Extractor:
+    """A user's function by ``module:function``, the module found as in a Python started here.
+
+    The function takes images ``[N, 3, H, W]`` uint8 on ``device`` and returns ``(features [N, D], logits [N, classes]
+    or None)``; an :class:`Extracted` may add spatial features.
+
+    Raises:
+        ValueError: if there is no such module or function.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"features must be inception, demo or module:function, got {name!r}")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"features {name}: there is no module {error.name!r}") from error
+    finally:
+        sys.path.remove(here)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"features {name}: {module_name} has no function {function_name!r}")
+    return Extractor(name, function, device)
+
+
+def inception(device: torch.device, weights: Path | None = None) -> Extractor:
+    """The Inception network of the published suites (2015-12-05), as torch-fidelity converted it.
+
+    Features are the 2,048 of ``pool_3``; logits the 1,008 without their bias, as the published score takes them;
+    spatial features the first 7 channels of ``mixed_6/conv``, 17x17, in the order rows, columns, channels. Images of
+    any size are resized to 299x299 inside, as the published network resizes them.
+
+    Args:
+        device: where it runs.
+        weights: torch-fidelity's file of weights (``weights-inception-2015-12-05-6726825d.pth``); None: downloaded.
+
+    Raises:
+        ImportError: without torch-fidelity, or if it does not import.
+        ValueError: if ``weights`` are none.
+        OSError: if they can neither be found nor downloaded.
+
+    Source:
+        Layers: ``evaluations/evaluator.py`` of openai/guided-diffusion.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ImportError(f"Inception features need torch-fidelity ({error}): pip install 'varkern[eval]'") from error
+    except RuntimeError as error:  # what torchvision, which torch-fidelity imports, raises beside another torch
+        raise ImportError(f"torch-fidelity does not import, torchvision must be of torch's build: {error}") from error
+    path = weights or download(URL_INCEPTION_V3)
+    # torch-fidelity unpickles the file; one that loads without unpickling holds nothing but numbers.
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} holds no Inception weights: {error}") from error
+    network = network.to(device).eval()
+    spatial: list[Tensor] = []
+    # mixed_6 is torchvision's Mixed_6d; its conv is the 1x1 branch, after the ReLU.
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: spatial.append(call[-1]))
+
+    def extract(images: Tensor) -> Extracted:
+        spatial.clear()
+        features, logits = network(images)
+        maps = spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)
+        return Extracted(features, logits, maps.flatten(1))
+
+    return Extractor("inception", extract, device)
+
+
+def download(url: str) -> Path:
+    """The file at ``url``, in PyTorch's hub folder; its name's hash is checked.
+
+    Raises:
+        OSError: if it is not there and cannot be downloaded.
+    """
+    name = url.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=Path(name).stem.rsplit("-", 1)[-1])
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"the Inception weights could not be downloaded ({error}): fetch {url} and give it as --inception-weights"
+        ) from error
+    return path
