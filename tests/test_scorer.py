@@ -1,5 +1,6 @@
-"""The scorer against a float64 form, and its files."""
+"""The scorer against a float64 form, in every precision, in training, and its files."""
 
+import copy
 import json
 
 import pytest
@@ -8,9 +9,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import varkern.scorer
 from tests.helpers import randomise, relative_error
+from tests.references.norm import eager_scores
 from tests.references.vqvae import weights_of
-from varkern import Scorer, ScorerConfig
+from varkern import BestOfM, Scorer, ScorerConfig, generate, use_backend
+from varkern.demo import run
+from varkern.demo.train import SAMPLING
 
 SMALL = ScorerConfig(num_classes=5, num_scales=4, channels=6, size=7, widths=(8, 12, 16), embedding=10, hidden=9)
 LABELS = torch.tensor([4, 0, 2])
@@ -111,10 +116,177 @@ def test_any_memory_format_and_precision(scorer, features):
             assert torch.allclose(scorer(LABELS, features, 1), whole, atol=near)
 
 
+def test_equals_the_scorer_without_kernels(features):
+    """The shipped weights and float32 on a CPU: what PyTorch's own layers give, to rounding."""
+    scorer = Scorer.from_pretrained(run.WEIGHTS / "scorer.safetensors")
+    maps = torch.randn(12, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 10
+    plain = eager_scores(scorer, labels, maps, 3)
+    assert relative_error(scorer(labels, maps.unsqueeze(1), 3).squeeze(1), plain) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_as_it_runs_on_a_gpu(scorer, features, device, backend, monkeypatch):
+    """A GPU's convolutions leave their bias to the norm."""
+    monkeypatch.setattr(varkern.scorer, "bias_costs_a_pass", lambda x: True)
+    scorer, labels, features = copy.deepcopy(scorer).to(device), LABELS[:2].to(device), features[:2, :2].to(device)
+    with use_backend(backend):
+        scores = scorer(labels, features, 2)
+    scales = torch.full((4,), 2, device=device)
+    wanted = in_float64(scorer, labels.repeat_interleave(2), features.flatten(0, 1), scales)
+    assert relative_error(scores.flatten(), wanted) < 1e-5
+
+
+def test_no_worse_in_half_precision_than_pytorchs_layers(scorer, features):
+    """Against float64 of the same rounded weights and features."""
+    lowered = copy.deepcopy(scorer).bfloat16()
+    maps, labels = features.flatten(0, 1).bfloat16(), LABELS.repeat_interleave(4)
+    exact = in_float64(lowered, labels, maps, torch.full((12,), 1))
+    plain = eager_scores(lowered, labels, maps, 1) - exact
+    ours = lowered(labels, maps.unsqueeze(1), 1).squeeze(1) - exact
+    assert ours.square().mean() < 0.7 * plain.square().mean()
+    assert ours.abs().max() < 0.02 * exact.abs().max()
+
+
+class Remembering(BestOfM):
+    """Keeps what it scored."""
+
+    def score(self, candidates):
+        features = candidates.fuse(0, candidates.tokens.shape[1])
+        self.seen = [*getattr(self, "seen", []), (candidates.labels, features, candidates.scale)]
+        return super().score(candidates)
+
+
+def test_bfloat16_changes_few_choices(device, quick_backend):
+    """On the shipped model, M=16: how far scores fall from float64's, and how often another candidate is the best."""
+    model, scorer = run.load_demo(device)
+    exact, lowered = copy.deepcopy(scorer).double(), copy.deepcopy(scorer).bfloat16()
+    search = Remembering(scorer, 16)
+    with use_backend(quick_backend):
+        generate(model, torch.arange(15) % 10, seeds=0, search=search, **SAMPLING)
+        pairs = [(exact(*given).double(), lowered(*given).double()) for given in search.seen]
+    wanted, found = (torch.cat(scores) for scores in zip(*pairs, strict=True))
+    spread = wanted.std(1).mean()
+    error = (found - wanted) - (found - wanted).mean(1, keepdim=True)  # what is common to an image decides nothing
+    error = (error.square().mean().sqrt() / spread).item()
+    changed = (found.argmax(1) != wanted.argmax(1)).double().mean().item()
+    lost = ((wanted.amax(1) - wanted.gather(1, found.argmax(1, keepdim=True))[:, 0]).mean() / spread).item()
+    print(
+        f"\nbfloat16, {len(wanted)} greedy choices of 16: error {error:.3f} of the scores' spread within an image, "
+        f"{changed:.1%} of choices change, which costs {lost:.4f} of the spread"
+    )
+    assert error < 0.04 and changed < 0.12 and lost < 0.005
+    assert len(found.unique()) > 0.99 * len(wanted.unique())  # scores themselves are not rounded to bfloat16
+
+
+def test_the_weights_dtype_decides_and_autocast_lowers_float32_only(scorer, features):
+    halves = {dtype: copy.deepcopy(scorer).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)}
+    plain = {dtype: lowered(LABELS, features, 1) for dtype, lowered in halves.items()}
+    whole = scorer(LABELS, features, 1)
+    assert scorer.input_dtype == torch.float32 and scorer.channels_last
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scorer.input_dtype == torch.bfloat16
+        for dtype, lowered in halves.items():
+            assert lowered.input_dtype == (torch.float32 if dtype == torch.float64 else dtype)
+            assert torch.equal(lowered(LABELS, features, 1), plain[dtype])
+        scores = scorer(LABELS, features, 1)
+        assert torch.equal(scores, scorer(LABELS, features.bfloat16(), 1))
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+    assert 1e-4 < relative_error(scores, whole) < 0.05
+    assert plain[torch.float64].dtype == torch.float64 and relative_error(whole, plain[torch.float64]) < 1e-5
+
+
+def test_without_data(scorer):
+    """On the meta device, where work is counted and none is done."""
+    scorer = copy.deepcopy(scorer).bfloat16().to("meta")
+    assert scorer(LABELS.to("meta"), torch.empty(3, 4, 6, 7, 7, device="meta"), 1).shape == (3, 4)
+
+
+def test_features_that_are_as_wanted_are_not_copied(scorer, features):
+    lowered, read = copy.deepcopy(scorer).bfloat16(), []
+    lowered.visual[0].register_forward_pre_hook(lambda _, given: read.append(given[0].data_ptr()))
+    last = features.bfloat16().permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    lowered(LABELS, last, 1)
+    lowered(LABELS, features.bfloat16(), 1)
+    assert read[0] == last.data_ptr() and read[1] != features.data_ptr()
+
+
+def test_weights_are_channels_last(scorer, tmp_path):
+    scorer.save_pretrained(tmp_path / "s.safetensors")
+    loaded = Scorer.from_pretrained(tmp_path / "s.safetensors", dtype=torch.bfloat16)
+    for one in (Scorer(SMALL), loaded, copy.deepcopy(scorer), copy.deepcopy(scorer).double()):
+        kernels = [p for p in one.parameters() if p.dim() == 4]
+        assert len(kernels) == 12
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+def test_starting_weights_are_drawn_before_the_memory_format_is_chosen(monkeypatch):
+    torch.manual_seed(5)
+    wanted = Scorer(SMALL).state_dict()
+    monkeypatch.setattr(Scorer, "to", lambda self, **_: self)
+    torch.manual_seed(5)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in Scorer(SMALL).state_dict().items())
+
+
 def test_gradients_reach_every_parameter(features):
     scorer = randomise(Scorer(SMALL), 0)
     scorer(LABELS, features, torch.arange(4)).square().sum().backward()
     assert [n for n, p in scorer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_trains_under_autocast(features, device, backend, monkeypatch):
+    """Gradients of float32 weights, near those without autocast; as a GPU would compute them too."""
+    monkeypatch.setattr(varkern.scorer, "bias_costs_a_pass", lambda x: backend == "triton")
+    scorer = randomise(Scorer(SMALL), 0).to(device)
+    labels, features = LABELS[:2].to(device), features[:2, :2].to(device)
+
+    def gradients():
+        loss = F.softplus(scorer(labels, features, 1)).mean()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, scorer.parameters())])
+
+    with use_backend("torch"):
+        wanted = gradients()
+    with use_backend(backend), torch.autocast(device.type, torch.bfloat16):
+        found = gradients()
+    assert found.dtype == torch.float32
+    assert F.cosine_similarity(found, wanted, dim=0) > 0.99
+
+
+def test_gradcheck():
+    config = ScorerConfig(num_classes=2, num_scales=2, channels=2, size=3, widths=(2, 3), embedding=2, hidden=2)
+    scorer = randomise(Scorer(config), 0).double()
+    maps = torch.randn(2, 1, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    names = ["visual.2.branch.6.bias", "visual.3.weight", "visual.4.weight"]
+    parameters = [scorer.get_parameter(name) for name in names]
+
+    def scores(maps, *values):
+        given = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(scorer, given, (torch.tensor([1, 0]), maps, 1))
+
+    assert torch.autograd.gradcheck(scores, (maps, *parameters), fast_mode=True)
+
+
+def test_compiles_as_one_graph(scorer, features):
+    for one in (scorer, copy.deepcopy(scorer).bfloat16()):
+        compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+        eager = one(LABELS, features, 1)
+        assert torch.allclose(compiled(LABELS, features, 1), eager, rtol=0, atol=1e-2 * eager.abs().max().item())
+
+
+def test_distributed_data_parallel(features, tmp_path, recwarn):
+    """Gradients lie as their weights do, so that buckets need no copies, of which PyTorch would warn."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain = randomise(Scorer(SMALL), 0)
+        wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+        for scorer in (plain, wrapped):
+            scorer(LABELS, features, torch.arange(4)).square().mean().backward()
+        for one, other in zip(plain.parameters(), wrapped.module.parameters(), strict=True):
+            assert torch.allclose(one.grad, other.grad, rtol=1e-5) and one.grad.stride() == one.stride()
+        assert not [warning for warning in recwarn if "strides" in str(warning.message)]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_imagenet_size():

@@ -6,13 +6,14 @@ from varkern.models import load_vae, load_var
 from varkern.ops import image_seeds, use_backend
 from varkern.patching import patch, patched, unpatch
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.search import BestOfM, Combined
+from varkern.search import BestOfM, Combined, DensitySearch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BestOfM",
     "Combined",
+    "DensitySearch",
     "Generation",
     "Scorer",
     "ScorerConfig",

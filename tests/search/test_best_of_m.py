@@ -193,6 +193,48 @@ def test_the_scorer_sees_what_the_scale_would_become():
         assert torch.equal(told.scores[k], mean_feature(labels, features, scale))
 
 
+class Reading:
+    """A scorer that tells what features it wants, and remembers what it got."""
+
+    def __init__(self, **wishes):
+        self.__dict__.update(wishes)
+        self.got = []
+
+    def __call__(self, labels, features, scale):
+        last = features.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        self.got.append((features.dtype, "NHWC" if last and not features.is_contiguous() else "NCHW"))
+        return mean_feature(labels, features, scale)
+
+
+@pytest.mark.parametrize(
+    "wishes, wanted",
+    [
+        ({}, (torch.float32, "NCHW")),
+        ({"input_dtype": torch.bfloat16}, (torch.bfloat16, "NCHW")),
+        ({"channels_last": True}, (torch.float32, "NHWC")),
+        ({"input_dtype": torch.float16, "channels_last": True}, (torch.float16, "NHWC")),
+        ({"input_dtype": None, "channels_last": False}, (torch.float32, "NCHW")),
+    ],
+    ids=["nothing", "bfloat16", "channels_last", "float16 channels_last", "none"],
+)
+def test_a_scorer_gets_the_features_it_asks_for(wishes, wanted):
+    scorer = Reading(**wishes)
+    told = generate(small_var(), LABELS, seeds=0, search=BestOfM(scorer, m=3, maps_at_once=4))
+    assert set(scorer.got) == {wanted} and len(scorer.got) == 4 * 3
+    plain = generate(small_var(), LABELS, seeds=0, search=BestOfM(mean_feature, m=3))
+    assert torch.allclose(told.scores[1], plain.scores[1], atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_our_scorer_is_read_from_without_a_copy(dtype):
+    scorer, read = small_scorer().to(dtype), []
+    scorer.register_forward_pre_hook(lambda _, given: read.append(given[1]))
+    told = generate(small_var(), LABELS, seeds=0, search=BestOfM(scorer, m=4))
+    assert {features.dtype for features in read} == {torch.float32 if dtype == torch.float64 else dtype}
+    assert all(features.flatten(0, 1).is_contiguous(memory_format=torch.channels_last) for features in read)
+    assert told.scores[1].dtype == torch.float32
+
+
 def test_which_scales_are_searched():
     def counts(**options):
         search = BestOfM(mean_feature, **options)

@@ -1,16 +1,24 @@
 """One file an operation: its contract, its checks, its plain PyTorch form, its dispatch."""
 
 from .backend import use_backend
+from .density import bit_density, kernel_density, log_density, silverman_bandwidth, token_density
 from .fusion import commit_tokens, fuse_tokens, resize_features
+from .norm import channel_norm
 from .philox import image_seeds
 from .sampling import SampleStats, sample_tokens
 
 __all__ = [
     "SampleStats",
+    "bit_density",
+    "channel_norm",
     "commit_tokens",
     "fuse_tokens",
     "image_seeds",
+    "kernel_density",
+    "log_density",
     "resize_features",
     "sample_tokens",
+    "silverman_bandwidth",
+    "token_density",
     "use_backend",
 ]

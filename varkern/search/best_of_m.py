@@ -141,12 +141,20 @@ class BestOfM:
         return Choice((weights + gumbel(candidates.uniforms())).argmax(-1), scores)
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Scores ``[B, M]`` float32, computed ``maps_at_once`` feature maps at a time; NaN counts as the lowest."""
+        """Scores ``[B, M]`` float32, computed ``maps_at_once`` feature maps at a time; NaN counts as the lowest.
+
+        Features come in the scorer's ``input_dtype`` and, if its ``channels_last`` is true, in that memory format; a
+        scorer without these attributes gets contiguous float32.
+        """
         batch, count = candidates.tokens.shape[:2]
         step = max(self.maps_at_once // max(batch, 1), 1)
+        wanted = {
+            "dtype": getattr(self.scorer, "input_dtype", None),
+            "channels_last": getattr(self.scorer, "channels_last", False),
+        }
         parts = []
         for start in range(0, count, step):
-            features = candidates.fuse(start, min(start + step, count))
+            features = candidates.fuse(start, min(start + step, count), **wanted)
             part = self.scorer(candidates.labels, features, candidates.scale)
             if not isinstance(part, Tensor):
                 raise TypeError(f"scorer must return a tensor, got {type(part).__name__}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from varkern.spec import ModelSpec
 
@@ -25,7 +25,7 @@ class Combined:
     def __init__(self, *searches: Search):
         for search in searches:
             if not is_search(search):
-                raise TypeError(f"searches must be searches such as varkern.BestOfM, got {type(search).__name__}")
+                raise TypeError(f"searches must be searches such as varkern.BestOfM(scorer), got {named(search)}")
         self.searches = searches
 
     def __repr__(self) -> str:
@@ -56,12 +56,17 @@ class Combined:
 
 
 def is_search(search: object) -> bool:
-    """True for what has the four methods of :class:`.base.Search`."""
+    """True for what has the four methods of :class:`.base.Search`; a class of searches is none itself."""
     names = ("check", "check_labels", "num_candidates", "choose")
-    return all(callable(getattr(search, name, None)) for name in names)
+    return not isinstance(search, type) and all(callable(getattr(search, name, None)) for name in names)
 
 
-def as_search(search: Search | Iterable[Search] | None) -> Search | None:
+def named(search: object) -> str:
+    """What is no search, as an error says it."""
+    return f"the class {search.__name__}" if isinstance(search, type) else type(search).__name__
+
+
+def as_search(search: Search | Sequence[Search] | None) -> Search | None:
     """``search`` itself; a list or tuple of searches as their combination.
 
     Raises:
@@ -71,7 +76,6 @@ def as_search(search: Search | Iterable[Search] | None) -> Search | None:
         return Combined(*search)
     if search is not None and not is_search(search):
         raise TypeError(
-            f"search must be a search such as varkern.BestOfM(scorer), several in a list, or None, "
-            f"got {type(search).__name__}"
+            f"search must be a search such as varkern.BestOfM(scorer), several in a list, or None, got {named(search)}"
         )
     return search

@@ -1,0 +1,371 @@
+"""Kernel density of samples among themselves: VAR-Scaling's measure of how representative a candidate is.
+
+The paper (arXiv 2601.07293, eq. 2 and 3) takes a candidate's density to be a sum of Gaussian kernels over all N
+candidates, with Silverman's bandwidth; the released code (WD7ang/VAR-Scaling) does so at every position of a token map
+and adds the densities up. Both are here, for samples held in a tensor, for token maps and for binary codes. What the
+released chain of ``cdist``, ``exp`` and ``sum`` keeps in memory, N x N numbers several times over, never exists here.
+
+Every op is deterministic and batch-invariant: the sums of one group of samples are taken in an order that its own
+sizes fix, so they come out the same, to the last bit, alone or in a batch (``bandwidth="batch"`` excepted, which is
+defined over the batch).
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from varkern.ops import density_torch
+from varkern.ops.backend import backend_for
+from varkern.ops.resizing import refuse_gradients
+
+__all__ = ["bit_density", "kernel_density", "log_density", "silverman_bandwidth", "token_density"]
+
+METRICS = ("euclidean", "cosine")
+PER = ("position", "map")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: str = "euclidean") -> Tensor:
+    """Sums of Gaussian kernels over all pairs of a group's samples, each with itself included.
+
+    ``sums[i] = sum_j exp(-distance(i, j)^2 / (2 h^2))``: between 1 and N, eq. 2 without its constant.
+
+    Args:
+        x: ``[..., N, D]``, float32, bfloat16 or float16 (computed in float32), any strides; N, D >= 1. Every leading
+            axis counts groups of samples that know nothing of one another. Values should be finite; with bandwidths
+            below 2^-64 also below 2^63 in magnitude.
+        bandwidth: h, a number > 0, or a float tensor that broadcasts to the leading axes of ``x`` (not looked at: 0
+            is the limit, 1 a coincident pair and 0 any other). None: ``silverman_bandwidth`` of each group.
+        metric: ``"euclidean"``, or ``"cosine"``: distance 1 - cos, computed as half the squared distance of the
+            samples at unit length, so that near ones do not cancel. A vector of zeros is at distance 1 from every
+            other vector and at 0 from another of zeros.
+
+    Returns:
+        float32 ``[..., N]``. Equal samples are at distance 0 exactly; a group of nothing but equal samples has N
+        everywhere.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any work.
+        RuntimeError: a gradient is asked for; none is defined.
+
+    Source: VAR-Scaling, eq. 2.
+    """
+    _check_samples("kernel_density", x)
+    cosine = _check_choice("metric", metric, METRICS) == "cosine"
+    lead = x.shape[:-2]
+    groups = x.reshape(math.prod(lead), *x.shape[-2:])
+    width, tensor = _check_bandwidth("kernel_density", bandwidth, x.device)
+    if tensor is not None:
+        tensor = _broadcast(tensor, lead, "the leading axes of x").reshape(math.prod(lead))
+    return _kernel_op(groups, tensor, width, cosine).reshape(*lead, x.shape[-2])
+
+
+def log_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: str = "euclidean") -> Tensor:
+    """The logarithm of the density estimate of eq. 2 at each sample, normalised.
+
+    ``log f(x_i) = log sums[i] - log N - D/2 log(2 pi) - D log h`` with the sums of ``kernel_density``. A sample's own
+    kernel is 1, the largest of its terms, so the sum needs no shift; the constant, which at D=128 no float32 holds,
+    is only ever taken as a logarithm. With ``metric="cosine"`` the same formula, which is then not a density.
+
+    Args:
+        x, bandwidth, metric: as ``kernel_density``. Here a bandwidth below 2^-126, such as Silverman's of equal
+            samples, counts as 2^-126, so that the result is finite.
+
+    Returns:
+        float32 ``[..., N]``.
+
+    Raises:
+        as ``kernel_density``.
+
+    Source: VAR-Scaling, eq. 2.
+    """
+    _check_samples("log_density", x)
+    _check_choice("metric", metric, METRICS)
+    count, dims = x.shape[-2:]
+    if bandwidth is None:
+        bandwidth = silverman_bandwidth(x, metric)
+    sums = kernel_density(x, bandwidth, metric)
+    smallest = torch.finfo(torch.float32).tiny
+    if isinstance(bandwidth, Tensor):
+        log_width = bandwidth.detach().double().clamp(min=smallest).log()[..., None]
+    else:
+        log_width = math.log(max(bandwidth, smallest))
+    constant = math.log(count) + dims * (log_width + 0.5 * math.log(2 * math.pi))
+    return (sums.double().log() - constant).float()
+
+
+def silverman_bandwidth(x: Tensor, metric: str = "euclidean") -> Tensor:
+    """Silverman's rule for samples in D dimensions: ``h = sigma (N (D + 2) / 4)^(-1 / (D + 4))``.
+
+    sigma is the mean over the dimensions of the standard deviation, divided by N and not by N - 1: the paper does not
+    say which, the released code does. That code also adds 1e-6 to h, which would make the rule depend on the samples'
+    unit; here h is 0 for equal samples, and the densities take it as a limit. With ``metric="cosine"`` the deviations
+    are those of the samples at unit length, since the distance knows no other.
+
+    Args:
+        x: as ``kernel_density``.
+        metric: ``"euclidean"`` or ``"cosine"``.
+
+    Returns:
+        float32 ``[...]``, the leading axes of ``x``.
+
+    Raises:
+        as ``kernel_density``.
+
+    Source: VAR-Scaling, eq. 3.
+    """
+    _check_samples("silverman_bandwidth", x)
+    cosine = _check_choice("metric", metric, METRICS) == "cosine"
+    lead = x.shape[:-2]
+    return _silverman_op(x.reshape(math.prod(lead), *x.shape[-2:]), cosine).reshape(lead)
+
+
+def token_density(
+    tokens: Tensor,
+    codebook: Tensor,
+    per: str = "position",
+    bandwidth: str | float | Tensor = "image",
+    metric: str = "euclidean",
+) -> Tensor:
+    """The density of each of an image's N candidate token maps among them, from codes looked up on the way.
+
+    ``per="position"`` (the released code): at every position the N codes are samples in C dimensions; a candidate's
+    density is the sum over the positions. ``per="map"`` (the paper): a whole map is one sample in l * C dimensions.
+
+    Args:
+        tokens: int64 ``[B, N, l]``, N, l >= 1. Ids must lie in ``[0, V)``, which is not looked at; the kernel clamps
+            them, the PyTorch form raises ``IndexError`` on a CPU.
+        codebook: ``[V, C]``, float32, bfloat16 or float16 (computed in float32).
+        per: ``"position"`` or ``"map"``.
+        bandwidth: ``"image"``: Silverman's (``silverman_bandwidth``) of each image alone; per position, one for each
+            position, as the released code has it where B=1. ``"batch"``: the mean over the batch of these, one for
+            each position, which is what the released code takes at any B (but for the 1e-6 it adds). A number > 0;
+            or a float tensor, ``[]``, ``[B]``, or per position ``[B, l]``.
+        metric: ``"euclidean"`` or ``"cosine"``, as ``kernel_density``.
+
+    Returns:
+        float32 ``[B, N]``: between l and l * N per position, between 1 and N per map.
+
+    Raises:
+        as ``kernel_density``.
+
+    Source: VAR-Scaling, section 3.3; ``autoregressive_infer_cfg`` of the released code.
+    """
+    _check_tokens(tokens, codebook)
+    joined = _check_choice("per", per, PER) == "map"
+    cosine = _check_choice("metric", metric, METRICS) == "cosine"
+    positions = 1 if joined else tokens.shape[2]
+    width, tensor, over_batch = _check_rule("token_density", bandwidth, tokens, positions)
+    return _token_op(tokens, codebook, tensor, width, over_batch, joined, cosine)
+
+
+def bit_density(
+    bits: Tensor,
+    scale: float,
+    per: str = "position",
+    bandwidth: str | float | Tensor = "image",
+    metric: str = "euclidean",
+) -> Tensor:
+    """``token_density`` for binary codes, whose entries are +scale (bit 1) and -scale (bit 0), as Infinity's are.
+
+    A squared distance is ``4 * scale^2`` times the number of bits that differ, counted on packed words.
+
+    Args:
+        bits: uint8 or bool ``[B, N, l, d]``, N, l, d >= 1; 0 is a 0, anything else a 1.
+        scale: > 0; Infinity's codes have ``1 / sqrt(d)``. Silverman's bandwidth is proportional to it, so it matters
+            only beside a bandwidth that is given.
+        per: ``"position"``: N samples in d dimensions at each position. ``"map"``: N samples in l * d dimensions.
+        bandwidth: as ``token_density``, in the codes' unit.
+        metric: ``"euclidean"``.
+
+    Returns:
+        float32 ``[B, N]``.
+
+    Raises:
+        as ``kernel_density``.
+
+    Source: VAR-Scaling's setting for Infinity (Table 1).
+    """
+    if not isinstance(bits, Tensor) or bits.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"bits must be a uint8 or bool tensor, got {_kind(bits)}")
+    if bits.dim() != 4 or 0 in bits.shape[1:]:
+        raise ValueError(f"bits must have shape [B, N, l, d], all but B at least 1, got {list(bits.shape)}")
+    _check_positive("scale", scale)
+    joined = _check_choice("per", per, PER) == "map"
+    _check_choice("metric", metric, ("euclidean",))
+    width, tensor, over_batch = _check_rule("bit_density", bandwidth, bits, 1 if joined else bits.shape[2])
+    if tensor is not None:
+        tensor = tensor / (2 * scale)
+    return _bit_op(bits, tensor, width / (2 * scale), over_batch, joined)
+
+
+# ---- Checks ------------------------------------------------------------------------------------------------------
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_samples(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+        raise TypeError(f"x must be a float32, bfloat16 or float16 tensor, got {_kind(x)}")
+    if x.dim() < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"x must have shape [..., N, D], N and D at least 1, got {list(x.shape)}")
+    refuse_gradients(op, x=x)
+
+
+def _check_tokens(tokens: Tensor, codebook: Tensor) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        raise TypeError(f"tokens must be an int64 tensor, got {_kind(tokens)}")
+    if tokens.dim() != 3 or 0 in tokens.shape[1:]:
+        raise ValueError(f"tokens must have shape [B, N, l], N and l at least 1, got {list(tokens.shape)}")
+    if not isinstance(codebook, Tensor) or codebook.dtype not in _FLOATS:
+        raise TypeError(f"codebook must be a float32, bfloat16 or float16 tensor, got {_kind(codebook)}")
+    if codebook.dim() != 2 or 0 in codebook.shape:
+        raise ValueError(f"codebook must have shape [V, C], both at least 1, got {list(codebook.shape)}")
+    if codebook.device != tokens.device:
+        raise ValueError(f"codebook must be on the tokens' device {tokens.device}, got {codebook.device}")
+    refuse_gradients("token_density", codebook=codebook)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not isinstance(value, (int, float, Real)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
+def _check_bandwidth(op: str, bandwidth, device: torch.device) -> tuple[float, Tensor | None]:
+    """A number and None, or 0 and a float32 tensor, or 0 and None for Silverman's."""
+    if bandwidth is None:
+        return 0.0, None
+    if not isinstance(bandwidth, Tensor):
+        _check_positive("bandwidth", bandwidth)
+        return float(bandwidth), None
+    if not bandwidth.is_floating_point():
+        raise TypeError(f"bandwidth must be a number or a float tensor, got {_kind(bandwidth)}")
+    if bandwidth.device != device:
+        raise ValueError(f"bandwidth must be on the samples' device {device}, got {bandwidth.device}")
+    refuse_gradients(op, bandwidth=bandwidth)
+    return 0.0, bandwidth.float()
+
+
+def _check_rule(op: str, bandwidth, samples: Tensor, positions: int) -> tuple[float, Tensor | None, bool]:
+    """As ``_check_bandwidth``, the tensor as ``[B, positions]``; and whether Silverman's is the batch's."""
+    if isinstance(bandwidth, str) or bandwidth is None:
+        if bandwidth not in ("image", "batch"):
+            raise ValueError(f"bandwidth must be 'image', 'batch', a number or a tensor, got {bandwidth!r}")
+        return 0.0, None, bandwidth == "batch"
+    width, tensor = _check_bandwidth(op, bandwidth, samples.device)
+    if tensor is not None:
+        batch_size = samples.shape[0]
+        if tensor.shape not in ((), (batch_size,), (batch_size, positions)):
+            wanted = f"[], [{batch_size}] or [{batch_size}, {positions}]"
+            raise ValueError(f"bandwidth must have shape {wanted}, got {list(tensor.shape)}")
+        tensor = tensor.reshape(*tensor.shape, *(1,) * (2 - tensor.dim())).expand(batch_size, positions)
+    return width, tensor, False
+
+
+def _broadcast(tensor: Tensor, shape: torch.Size, what: str) -> Tensor:
+    fits = len(tensor.shape) <= len(shape) and all(
+        a in (1, b) for a, b in zip(reversed(tensor.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"bandwidth must broadcast to {what}, {list(shape)}, got {list(tensor.shape)}")
+    return tensor.expand(shape)
+
+
+# ---- Registration ------------------------------------------------------------------------------------------------
+
+# Defined through a Library rather than custom_op, whose wrappers cost more host time at each call than the launch.
+# A bandwidth tensor is given, or a width above 0, or neither: Silverman's.
+_library = torch.library.Library("varkern", "FRAGMENT")
+_library.define("silverman_bandwidth(Tensor x, bool cosine) -> Tensor")
+_library.define("kernel_density(Tensor x, Tensor? bandwidth, float width, bool cosine) -> Tensor")
+_library.define(
+    "token_density(Tensor tokens, Tensor codebook, Tensor? bandwidth, float width, bool over_batch, bool joined, "
+    "bool cosine) -> Tensor"
+)
+_library.define("bit_density(Tensor bits, Tensor? bandwidth, float width, bool over_batch, bool joined) -> Tensor")
+_silverman_op = torch.ops.varkern.silverman_bandwidth.default
+_kernel_op = torch.ops.varkern.kernel_density.default
+_token_op = torch.ops.varkern.token_density.default
+_bit_op = torch.ops.varkern.bit_density.default
+
+
+def _silverman(x: Tensor, cosine: bool) -> Tensor:
+    out = _empty_bandwidths(x, cosine)
+    if backend_for(x) == "triton":
+        from varkern.kernels import density_bandwidth, density_samples
+
+        density_bandwidth.silverman(density_samples.points(x), cosine, out)
+        return out
+    return out.copy_(density_torch.bandwidths(density_torch.Points(x), cosine, False)[:, 0])
+
+
+def _kernel_density(x, bandwidth, width, cosine):
+    bandwidth = None if bandwidth is None else bandwidth[:, None]
+    if backend_for(x) == "triton":
+        from varkern.kernels import density, density_samples
+
+        out = _empty(x)
+        density.density(density_samples.points(x), out, bandwidth, width, False, cosine)
+        return out
+    return _density_in_torch(density_torch.Points(x), bandwidth, width, False, cosine)
+
+
+def _token_density(tokens, codebook, bandwidth, width, over_batch, joined, cosine):
+    if backend_for(tokens) == "triton":
+        from varkern.kernels import density, density_samples
+
+        out = _empty(tokens)
+        samples = density_samples.token_maps(tokens, codebook, joined)
+        density.density(samples, out, bandwidth, width, over_batch, cosine)
+        return out
+    return _density_in_torch(density_torch.Tokens(tokens, codebook, joined), bandwidth, width, over_batch, cosine)
+
+
+def _bit_density(bits, bandwidth, width, over_batch, joined):
+    if backend_for(bits) == "triton":
+        from varkern.kernels import density_bits
+
+        out = _empty(bits)
+        density_bits.bit_density(bits, out, bandwidth, width, over_batch, joined)
+        return out
+    return _density_in_torch(density_torch.Bits(bits, joined), bandwidth, width, over_batch, False)
+
+
+def _density_in_torch(samples, bandwidth: Tensor | None, width: float, over_batch: bool, cosine: bool) -> Tensor:
+    if bandwidth is None and width:
+        bandwidth = torch.full((samples.groups, samples.positions), width, device=samples.device)
+    elif bandwidth is None:
+        bandwidth = density_torch.bandwidths(samples, cosine, over_batch)
+    return density_torch.density(samples, bandwidth, cosine)
+
+
+def _empty(samples: Tensor, *_) -> Tensor:
+    return samples.new_empty(samples.shape[:2], dtype=torch.float32)
+
+
+def _empty_bandwidths(x: Tensor, _) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+for _name, _form, _fake in (
+    ("silverman_bandwidth", _silverman, _empty_bandwidths),
+    ("kernel_density", _kernel_density, _empty),
+    ("token_density", _token_density, _empty),
+    ("bit_density", _bit_density, _empty),
+):
+    _library.impl(_name, _form, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"varkern::{_name}", _fake, lib=_library)

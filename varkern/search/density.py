@@ -1,0 +1,319 @@
+"""Density search: keep a candidate where candidates are dense (VAR-Scaling)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varkern import ops
+from varkern.ops.philox import gumbel
+from varkern.spec import ModelSpec, is_int
+
+from .base import Candidates, Choice
+
+STRATEGIES = ("hybrid", "top", "random", "small", "rank")
+# What each row of the paper and of the released code says, and what is done if neither is asked for.
+COMPATIBILITY = {
+    None: {"per": "position", "bandwidth": "image", "min_distance": 1.8, "threshold": "released"},
+    "paper": {"per": "map", "bandwidth": "image", "min_distance": 0.0, "threshold": "paper"},
+    "released": {"per": "position", "bandwidth": "batch", "min_distance": 1.8, "threshold": "released"},
+}
+FINAL_CHOICE, ORDER = 0, 1  # which of the images' uniform numbers are for what
+
+
+class AlphaRange(NamedTuple):
+    """Recommended values of alpha, both ends included."""
+
+    low: float
+    high: float
+
+    @property
+    def middle(self) -> float:
+        return round((self.low + self.high) / 2, 4)
+
+
+RECOMMENDED_ALPHA = {
+    "VAR": {
+        16: AlphaRange(2.3, 2.9),
+        20: AlphaRange(2.2, 2.8),
+        24: AlphaRange(2.1, 2.7),
+        30: AlphaRange(2.0, 2.6),
+    },
+    "FlexVAR": {24: AlphaRange(2.5, 2.8)},
+}
+
+
+class DensitySearch:
+    """Draw n candidates, keep the representative ones by their density, and draw one of those.
+
+    A candidate's density is the sum of Gaussian kernels between it and all n (eq. 2, 3). Then, image by image:
+
+    1. *Representatives.* ``"top"``: the densest (eq. 5, 6). ``"small"``: the least dense. ``"random"``: any (eq. 7, 8).
+       ``"hybrid"``, the paper's own: the densest if the image's samples are dense somewhere, else any (eq. 9).
+       They are taken in that order, and one that lies closer than ``min_distance`` to one already taken is skipped. If
+       that leaves fewer than ``representatives``, those are all there are, as in the released code.
+    2. *Final choice.* One representative, with probability proportional to its density.
+
+    ``"rank"`` is what the released code does for Infinity: the densest, in order, with weights that fall linearly from
+    the number of representatives to 1. That code takes 100 and skips none::
+
+        DensitySearch(n=1000, representatives=100, scales=(3,), strategy="rank", min_distance=0)
+
+    The paper's text has 500 representatives, alpha=1.0 and n from 500 to 3000 there. At alpha=1 every image counts as
+    dense, because no maximum lies below its mean::
+
+        DensitySearch(n=1000, representatives=500, alpha=1.0, scales=(3,), min_distance=0)
+
+    **Which images are dense.** The paper prints *low density if alpha * mean < max*. That is the wrong way round: a
+    maximum far above the mean is a sharp peak, which is the dense case of its own text. The released code tests
+    *low density if max < alpha * mean*, and that is the default here (``threshold="released"``); ``"paper"`` does as
+    printed.
+
+    **Where the paper and the released code differ**, ``compat`` sets all of it; a keyword given beside it wins.
+
+    ============== ============ =========== ============
+    keyword        by default   "paper"     "released"
+    ============== ============ =========== ============
+    per            "position"   "map"       "position"
+    bandwidth      "image"      "image"     "batch"
+    min_distance   1.8          0           1.8
+    threshold      "released"   "paper"     "released"
+    ============== ============ =========== ============
+
+    Three things of the released code are not reproduced by any setting. It filters the logits again at every draw, in
+    place, so that the nucleus shrinks from candidate to candidate: a defect; candidates here are independent draws. Its
+    random numbers come from outside the model's generator, with a wait for the device at every image; here they come
+    from the images' seeds. And it adds 1e-6 to the bandwidth, which matters for equal samples alone.
+
+    An image depends on its own seed, in any batch, unless ``bandwidth="batch"`` asks for the batch. Candidates nest in
+    n, but choices do not: a density is relative to all n.
+
+    Args:
+        n: candidates of a searched scale, >= 1; the paper uses 10 to 100 for VAR.
+        representatives: how many are kept for the final choice, >= 1; if n is less, all are (eq. 6).
+        alpha: the density threshold of ``"hybrid"``, > 0; see :meth:`recommended_alpha`.
+        scales: the searched scales, from 0, as in the paper; an int for one.
+        strategy: ``"hybrid"``, ``"top"``, ``"random"``, ``"small"`` or ``"rank"``.
+        metric: between samples, ``"euclidean"`` or ``"cosine"`` (the paper's Table 3e). ``min_distance`` is euclidean
+            under both, and binary codes know no other.
+        per: what a sample is. ``"position"``: each position's code, the densities of positions summed. ``"map"``: all
+            positions' codes joined.
+        bandwidth: ``"image"``: Silverman's rule (eq. 3) within each image. ``"batch"``: its mean over the batch, which
+            makes images depend on their batch. Or a number or tensor, as :func:`varkern.ops.token_density` takes it.
+        min_distance: Euclidean distance over all positions' codes joined, in units of the codebook, >= 0; 0 skips none.
+            1.8 is the released code's, meant for VAR's published codebook. Two maps of binary codes that differ in h
+            bits are ``2 * code_scale * sqrt(h)`` apart. Unless it is 0, all candidates' codes exist at once,
+            ``B * n * l * C`` numbers, and choosing takes one step a representative.
+        threshold: ``"released"`` or ``"paper"``, see above.
+        compat: None, ``"paper"`` or ``"released"``, see above.
+
+    Raises:
+        ValueError, TypeError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        n: int = 50,
+        representatives: int = 10,
+        alpha: float = 2.3,
+        scales: int | Iterable[int] = (1,),
+        strategy: str = "hybrid",
+        metric: str = "euclidean",
+        per: str | None = None,
+        bandwidth: str | float | Tensor | None = None,
+        min_distance: float | None = None,
+        *,
+        threshold: str | None = None,
+        compat: str | None = None,
+    ):
+        one_of("compat", compat, tuple(COMPATIBILITY))
+        given = {"per": per, "bandwidth": bandwidth, "min_distance": min_distance, "threshold": threshold}
+        settings = COMPATIBILITY[compat] | {name: value for name, value in given.items() if value is not None}
+        for name, count in (("n", n), ("representatives", representatives)):
+            if not is_int(count) or count < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+        if not is_number(alpha) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
+        one_of("strategy", strategy, STRATEGIES)
+        one_of("metric", metric, ("euclidean", "cosine"))
+        one_of("per", settings["per"], ("position", "map"))
+        one_of("threshold", settings["threshold"], ("released", "paper"))
+        if not is_number(settings["min_distance"]) or not 0 <= settings["min_distance"] < math.inf:
+            raise ValueError(f"min_distance must be a finite number >= 0, got {settings['min_distance']!r}")
+        check_bandwidth(settings["bandwidth"])
+        self.n, self.representatives, self.alpha = int(n), int(representatives), float(alpha)
+        self.scales, self.strategy, self.metric = as_scales(scales), strategy, metric
+        self.per, self.bandwidth = settings["per"], settings["bandwidth"]
+        self.min_distance, self.threshold = float(settings["min_distance"]), settings["threshold"]
+
+    def __repr__(self) -> str:
+        names = ("n", "representatives", "alpha", "scales", "strategy", "metric")
+        names += ("per", "bandwidth", "min_distance", "threshold")
+        return f"DensitySearch({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    @staticmethod
+    def recommended_alpha(depth: int, family: str = "VAR") -> AlphaRange:
+        """The paper's recommended range of alpha (Table 1b) for a model of this depth; ``.middle`` is between.
+
+        They are for 10 to 100 candidates; VAR's for scale 1 at ``cfg=1.0``, FlexVAR's for scale 2 at ``cfg=2.5``. Later
+        scales and stronger guidance want less: Table 2 has 1.1 to 1.3 at the last scale, Table 3d 1.8 and 1.9 at
+        ``cfg=1.5``. For Infinity the paper uses 1.0. The ranges hold for no other model: what alpha is compared with,
+        max/mean of an image's densities, depends on the model, on n and on ``per``.
+
+        Args:
+            depth: 16, 20, 24 or 30 of VAR; 24 of FlexVAR.
+            family: ``"VAR"`` or ``"FlexVAR"``.
+
+        Raises:
+            ValueError: for a depth or family of which the paper says nothing.
+        """
+        one_of("family", family, tuple(RECOMMENDED_ALPHA))
+        known = RECOMMENDED_ALPHA[family]
+        if not is_int(depth) or depth not in known:
+            raise ValueError(f"depth of {family} must be one of {', '.join(map(str, known))}, got {depth!r}")
+        return known[depth]
+
+    def check(self, spec: ModelSpec) -> None:
+        """See :class:`.base.Search`."""
+        if max(self.scales) >= spec.num_scales:
+            raise ValueError(f"scales must be < {spec.num_scales}, the model's scales, got {max(self.scales)}")
+        if spec.vocabulary is None and self.metric != "euclidean":
+            raise ValueError(f"metric must be 'euclidean' for a model of binary codes, got {self.metric!r}")
+
+    def check_labels(self, highest: int, spec: ModelSpec) -> None:
+        """See :class:`.base.Search`; a density needs no label."""
+
+    def num_candidates(self, scale: int, num_scales: int) -> int:
+        """See :class:`.base.Search`."""
+        return self.n if scale in self.scales else 1
+
+    def choose(self, candidates: Candidates) -> Choice:
+        """See :class:`.base.Search`; the scores are the densities."""
+        densities = self.densities(candidates)
+        places = take(self.wishes(densities, candidates), self.representatives, self.near(candidates))
+        if self.strategy == "rank":
+            weights = (min(self.representatives, places.shape[1]) - places).float()
+        else:
+            # A weight of zero would leave an image whose densities all vanish without any choice.
+            weights = densities.clamp(torch.finfo(densities.dtype).tiny)
+        # Gumbel-max: the largest of log-weight plus Gumbel noise is a draw in proportion to the weights.
+        noisy = weights.log() + gumbel(candidates.uniforms(FINAL_CHOICE))
+        return Choice(noisy.masked_fill(places < 0, -math.inf).argmax(-1), densities)
+
+    def densities(self, candidates: Candidates) -> Tensor:
+        """Densities ``[B, M]`` float32; NaN counts as none."""
+        how = {"per": self.per, "bandwidth": self.bandwidth, "metric": self.metric}
+        if candidates.codebook is None:
+            densities = ops.bit_density(candidates.tokens, candidates.code_scale, **how)
+        else:
+            densities = ops.token_density(candidates.tokens, candidates.codebook, **how)
+        return densities.nan_to_num(nan=0.0)
+
+    def wishes(self, densities: Tensor, candidates: Candidates) -> Tensor:
+        """How much each candidate is wanted as a representative, ``[B, M]``: the highest are taken first."""
+        if self.strategy in ("top", "rank"):
+            return densities
+        if self.strategy == "small":
+            return -densities
+        order = candidates.uniforms(ORDER)
+        if self.strategy == "random":
+            return order
+        return torch.where(self.dense(densities)[:, None], densities, order)
+
+    def dense(self, densities: Tensor) -> Tensor:
+        """Which images ``"hybrid"`` takes for dense, ``[B]`` bool."""
+        # In float64 a sum of densities, each 1 or more, is exact: its order, and with it the batch, cannot matter.
+        highest, mean = densities.amax(-1).double(), densities.double().mean(-1)
+        low = highest < self.alpha * mean if self.threshold == "released" else self.alpha * mean < highest
+        return ~low
+
+    def near(self, candidates: Candidates) -> Callable[[Tensor], Tensor] | None:
+        """Of one candidate an image, ``[B, 1]``, which lie too close to it, ``[B, M]`` bool; None: none ever does."""
+        if self.min_distance == 0:
+            return None
+        distances = bit_distances if candidates.codebook is None else code_distances
+        between = distances(candidates)
+        return lambda index: between(index) < self.min_distance
+
+
+def take(wishes: Tensor, count: int, near: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Take up to ``count`` candidates an image, most wanted first, none near one taken before; the first of equals.
+
+    Args:
+        wishes: ``[B, M]``, finite.
+        count: >= 1.
+        near: see :meth:`DensitySearch.near`; true of the candidate itself.
+
+    Returns:
+        ``[B, M]`` int64: 0 for the first taken, 1 for the second and so on, -1 for those that were not.
+    """
+    places = torch.full_like(wishes, -1, dtype=torch.int64)
+    count = min(count, wishes.shape[1])
+    if near is None:
+        taken = wishes.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        return places.scatter(-1, taken, torch.arange(count, device=wishes.device).expand_as(taken))
+    for place in range(count):
+        highest, index = wishes.max(-1, keepdim=True)
+        # Where none is left, the maximum points at one that was seen before: it keeps its place.
+        places = places.scatter(-1, index, places.gather(-1, index).masked_fill(highest > -math.inf, place))
+        wishes = wishes.masked_fill(near(index), -math.inf)
+    return places
+
+
+def code_distances(candidates: Candidates) -> Callable[[Tensor], Tensor]:
+    """Euclidean distances ``[B, M]`` from one candidate an image, ``[B, 1]``, to all, over all positions joined."""
+    codes = candidates.codebook[candidates.tokens].float().flatten(2)  # [B, M, l * C]
+
+    def between(index: Tensor) -> Tensor:
+        taken = codes.gather(1, index[..., None].expand(-1, -1, codes.shape[-1]))
+        # By differences: through a matrix product, equal maps would come out apart.
+        return torch.cdist(codes, taken, compute_mode="donot_use_mm_for_euclid_dist")[..., 0]
+
+    return between
+
+
+def bit_distances(candidates: Candidates) -> Callable[[Tensor], Tensor]:
+    """:func:`code_distances` of binary codes: a bit that differs adds ``(2 * code_scale)²`` to the square."""
+    bits = candidates.tokens.flatten(2)  # [B, M, l * d]
+
+    def between(index: Tensor) -> Tensor:
+        taken = bits.gather(1, index[..., None].expand(-1, -1, bits.shape[-1]))
+        return (bits != taken).sum(-1).float().sqrt() * (2 * candidates.code_scale)
+
+    return between
+
+
+def as_scales(scales: int | Iterable[int]) -> tuple[int, ...]:
+    """The searched scales, sorted.
+
+    Raises:
+        TypeError, ValueError: if they are none, or not different ints >= 0.
+    """
+    if not is_int(scales) and (not isinstance(scales, Iterable) or isinstance(scales, str)):
+        raise TypeError(f"scales must be an int or several ints, got {scales!r}")
+    listed = (scales,) if is_int(scales) else tuple(scales)
+    if not listed or not all(is_int(scale) and scale >= 0 for scale in listed) or len(set(listed)) < len(listed):
+        raise ValueError(f"scales must be one or more different ints >= 0, got {listed!r}")
+    return tuple(sorted(int(scale) for scale in listed))
+
+
+def check_bandwidth(bandwidth: object) -> None:
+    """Raise ``ValueError`` for what is no bandwidth; a tensor's shape is checked where it is used."""
+    known = bandwidth in ("image", "batch") if isinstance(bandwidth, str) else isinstance(bandwidth, Tensor)
+    if not known and not (is_number(bandwidth) and 0 < bandwidth < math.inf):
+        raise ValueError(f"bandwidth must be 'image', 'batch', a finite number > 0 or a tensor, got {bandwidth!r}")
+
+
+def is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def one_of(name: str, value: object, known: tuple) -> None:
+    """Raise ``ValueError`` if ``value`` is none of ``known``."""
+    if not isinstance(value, str | None) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
