@@ -59,7 +59,7 @@ def demo_table(
     weights: Annotated[Path | None, typer.Option(help="Folder of `demo train`  [the shipped weights]")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure what best-of-M does to the digits model, in Fréchet distance, score and accuracy."""
+    """Measure what searches do to the digits model, in Fréchet distance, score and accuracy."""
     from varkern.demo import table
 
     require("images", images, 2)
