@@ -1,11 +1,17 @@
 """Philox-4x32-10 in a kernel, with varkern's counter layout.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The PyTorch form, which
-gives the same words, is ``varkern.ops.philox``. Bound by integer multiplications: 20 wide ones for four words.
+gives the same words, is ``varkern.ops.philox``. Bound by integer multiplications: 20 wide ones for four words; for the
+few numbers of a search, by the launch.
 """
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
+
+BLOCK = 256
 
 
 @triton.jit
@@ -19,3 +25,39 @@ def philox_uniform_bits(seed, position, candidate, scale, STREAM: tl.constexpr):
     c2 = zero + scale.to(tl.uint32)
     first, _, _, _ = tl.philox(seed, c0, candidate.to(tl.uint32), c2, zero + STREAM)
     return (first >> 8).to(tl.int64)
+
+
+@triton.jit
+def uniforms_kernel(
+    seeds_ptr, uniforms_ptr, places, length, scale, stride_seeds, STREAM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], candidate by candidate
+    seed = tl.load(seeds_ptr + image * stride_seeds)
+    bits = philox_uniform_bits(seed, place % length, place // length, scale, STREAM)
+    tl.store(uniforms_ptr + image * places + place, bits.to(tl.float32) * (1.0 / 16777216), mask=place < places)
+
+
+def fill_uniforms(seeds: torch.Tensor, uniforms: torch.Tensor, scale: int, stream: int) -> None:
+    """Write the uniform numbers of ``seeds[B]`` int64 into ``uniforms[B, M, l]`` float32, contiguous, of 1 at least."""
+    batch_size, num_candidates, length = uniforms.shape
+    places = num_candidates * length
+    with torch.cuda.device(seeds.device) if seeds.is_cuda else contextlib.nullcontext():
+        uniforms_kernel[(batch_size, triton.cdiv(places, BLOCK))](
+            seeds, uniforms, places, length, scale, seeds.stride(0), STREAM=stream, BLOCK=BLOCK, num_warps=4
+        )
+
+
+def aot_specs():
+    """The case for ``bench/aot.py``: the numbers of a search."""
+    numbers = dict.fromkeys(("places", "length", "scale", "stride_seeds"), "i32")
+    yield {
+        "label": "uniforms",
+        "kernel": uniforms_kernel,
+        "signature": {"seeds_ptr": "*i64", "uniforms_ptr": "*fp32", **numbers},
+        "constexprs": {"STREAM": 2, "BLOCK": BLOCK},
+        "divisible": ["seeds_ptr", "uniforms_ptr"],
+        "options": {"num_warps": 4},
+        "essential": True,
+        "no_spills": True,
+    }

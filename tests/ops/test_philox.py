@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from varkern.ops import philox as ph
+from varkern.ops.backend import use_backend
 
 ONES = 0xFFFFFFFF
 # Known answers published with Random123 (kat_vectors, philox4x32 10): counter, key, output.
@@ -46,6 +47,26 @@ def test_uniforms_use_the_stated_counter(seed):
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)], ids=str)
 def test_uniforms_of_nothing(shape):
     assert ph.uniforms(torch.zeros(shape[0], dtype=torch.int64), *shape[1:], scale=0).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 37), (2, 300, 1), (0, 2, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("scale, stream", [(0, ph.TOKENS), (9, ph.PICKS), (2, ph.NOISE)])
+def test_the_kernel_gives_the_same_numbers(device, shape, scale, stream):
+    seeds = torch.tensor([0, -1, 2**63 - 1])[: shape[0]]
+    wanted = ph.uniforms(seeds, *shape[1:], scale, stream)
+    with use_backend("triton"):
+        assert torch.equal(ph.uniforms(seeds.to(device), *shape[1:], scale, stream).cpu(), wanted)
+        spread = torch.stack((seeds, seeds + 5), dim=1).to(device)[:, 0]  # every second number of a wider tensor
+        assert torch.equal(ph.uniforms(spread, *shape[1:], scale, stream).cpu(), wanted)
+
+
+def test_the_kernel_is_registered(device):
+    torch.library.opcheck(ph._uniforms_op, (torch.tensor([3, 4], device=device), 2, 5, 1, ph.PICKS))
+    seeds = torch.tensor([3, 4], device=device)
+    with use_backend("triton"):
+        wanted = ph.uniforms(seeds, 2, 5, 1, ph.PICKS)
+        compiled = torch.compile(lambda s: ph.uniforms(s, 2, 5, 1, ph.PICKS) * 2, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(seeds), wanted * 2)
 
 
 def test_uniforms_are_even():

@@ -13,6 +13,8 @@ from numbers import Integral
 
 import torch
 
+from varkern.ops.backend import backend_for
+
 __all__ = [
     "IMAGE_SEEDS",
     "LABELS",
@@ -87,15 +89,23 @@ def check_count(name: str, count: int, least: int) -> None:
         raise ValueError(f"{name} must be >= {least}, got {count}")
 
 
+def check_draws(seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int) -> None:
+    """Raise one clear error for the first argument of :func:`uniforms` that is wrong."""
+    check_seeds(seeds)
+    for name, count in (
+        ("num_candidates", num_candidates),
+        ("num_positions", num_positions),
+        ("scale", scale),
+        ("stream", stream),
+    ):
+        check_count(name, count, 0)
+
+
 def uniform_bits(
     seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int = TOKENS
 ) -> torch.Tensor:
     """``uniforms`` before the multiplication by 2^-24: int64 [B, M, l] in [0, 2^24)."""
-    check_seeds(seeds)
-    check_count("num_candidates", num_candidates, 0)
-    check_count("num_positions", num_positions, 0)
-    check_count("scale", scale, 0)
-    check_count("stream", stream, 0)
+    check_draws(seeds, num_candidates, num_positions, scale, stream)
     keys = seeds[:, None, None]  # [B, 1, 1]
     candidates = torch.arange(num_candidates, device=seeds.device)[None, :, None]  # [1, M, 1]
     positions = torch.arange(num_positions, device=seeds.device)[None, None, :]  # [1, 1, l]
@@ -122,7 +132,30 @@ def uniforms(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
-    return uniform_bits(seeds, num_candidates, num_positions, scale, stream).to(torch.float32) * 2.0**-24
+    check_draws(seeds, num_candidates, num_positions, scale, stream)
+    return _uniforms_op(seeds, int(num_candidates), int(num_positions), int(scale), int(stream))
+
+
+@torch.library.custom_op("varkern::uniforms", mutates_args=())
+def _uniforms_op(seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int) -> torch.Tensor:
+    # The PyTorch form takes some 160 launches, which for the few numbers of a search would be most of its time.
+    if backend_for(seeds) != "triton" or num_candidates * num_positions >= 2**31:
+        return uniform_bits(seeds, num_candidates, num_positions, scale, stream).to(torch.float32) * 2.0**-24
+    from varkern.kernels.philox import fill_uniforms
+
+    filled = _empty_uniforms(seeds, num_candidates, num_positions)
+    if filled.numel():
+        fill_uniforms(seeds, filled, scale, stream)
+    return filled
+
+
+@_uniforms_op.register_fake
+def _(seeds, num_candidates, num_positions, scale, stream):
+    return _empty_uniforms(seeds, num_candidates, num_positions)
+
+
+def _empty_uniforms(seeds: torch.Tensor, num_candidates: int, num_positions: int) -> torch.Tensor:
+    return seeds.new_empty((seeds.shape[0], num_candidates, num_positions), dtype=torch.float32)
 
 
 def gumbel(uniform: torch.Tensor) -> torch.Tensor:
