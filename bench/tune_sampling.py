@@ -89,9 +89,9 @@ def main():
     for size in (16, 64, 128):
         kernels.plan = override(shortlist_GROUP_SIZE=size, shortlist_GROUPS=4096 // size)
         report(f"M=1 both, shortlist GROUP_SIZE={size}", both, 1)
-    for draws, warps in itertools.product((4, 8, 16, 32), (1, 2)):
-        kernels.plan = override(sample_DRAWS=draws, sample_num_warps=warps)
-        report(f"M=128 both, DRAWS={draws}, num_warps={warps}", both, 128)
+    for draws, size in itertools.product((8, 16, 32), (16, 32, 64)):
+        kernels.plan = override(sample_DRAWS=draws, sample_GROUP_SIZE=size)
+        report(f"M=128 both, DRAWS={draws}, sample GROUP_SIZE={size}", both, 128)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ draw m is the first index whose running sum of kept weights exceeds ``u_m · tot
 
 ``sample_kernel`` holds a row in registers, one program a row; a row too long for that is read again, tile by tile, at
 every step of a search. With a top-k well below V two kernels share the work, because the searches' arithmetic and not
-the read would bound one: ``shortlist_kernel`` reads the row and writes out, in vocabulary order, no fewer than the
-top_k largest and no more than a capacity, which a rough threshold does; ``sample_shortlist_kernel``, one warp a row,
-filters those exactly and draws. A row in which ties overflow the shortlist is read again in full.
+the read would bound one: ``shortlist_kernel`` writes out, in vocabulary order, no fewer than the top_k largest and no
+more than a capacity; ``sample_shortlist_kernel``, one warp a row, filters those exactly and draws. A row in which ties
+overflow the shortlist is read again in full.
+
+The second launch pays: at V=4096, top_k=900, M=1 the two execute 8,500 warp instructions a row (sm_90, Triton 3.9, 24
+rows of normal logits) and one kernel 31,600, since some fourteen search steps run over 1024 logits within a warp, not
+over 4096 across eight. Between them go 6 bytes a logit kept, 4 of them read again: 10 kB a row, beside 32 kB of logits.
 
 Draws go through a two-level running sum: the sums of GROUPS groups are kept, and the one group that a draw lands in is
 read again, from cache. Bound by bytes: the logits, once.
@@ -24,8 +28,10 @@ import triton.language as tl
 
 from .philox import philox_uniform_bits
 from .sampling_search import (
+    COUNT,
     INFINITY,
     LARGEST,
+    MASS,
     TOP_P_BITS,
     UNIFORM_BITS,
     extremes,
@@ -33,13 +39,16 @@ from .sampling_search import (
     fixed_weights,
     kept_weights,
     load_logits,
+    load_shortlist,
     log_of,
     measure_from,
     next_above,
+    rough_weights,
+    row_start,
     scaled,
-    search,
     tile_columns,
 )
+from .sampling_shortlist import HEADER, shortlist_kernel
 from .sampling_small import TOKENS, sample_small_kernel
 
 LARGEST_SMALL = 32
@@ -54,7 +63,9 @@ def _running_sums(
 ):  # fmt: skip
     """Sums of kept weights up to the end of every group [GROUPS], and over the row."""
     if RESIDENT:
-        sums = tl.sum(kept_weights(x, columns, weights, threshold, tie), 1)  # [GROUPS]
+        if tie < GROUPS * GROUP_SIZE:
+            weights = kept_weights(x, columns, weights, threshold, tie)
+        sums = tl.sum(tl.where(x >= threshold, weights, 0.0).to(tl.int64), 1)  # [GROUPS]
     else:
         sums = tl.zeros([GROUPS], tl.int64)
         for group in range(GROUPS):
@@ -90,35 +101,48 @@ def _draw(
 ):  # fmt: skip
     """Columns and logits for draws ``bits`` [DRAWS]: find the group by the running sums, then read it again."""
     wanted = scaled(total, bits, UNIFORM_BITS, False)  # [DRAWS]
-    behind = running[None, :] <= wanted[:, None]  # [DRAWS, GROUPS]
-    before = tl.max(tl.where(behind, running[None, :], 0), 1)  # [DRAWS]
-    group = tl.minimum(tl.sum(behind.to(tl.int32), 1), GROUPS - 1)  # [DRAWS]
-    columns = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [DRAWS, GROUP_SIZE]
+    behind = running[:, None] <= wanted[None, :]  # [GROUPS, DRAWS]
+    before = tl.max(tl.where(behind, running[:, None], 0), 0)  # [DRAWS]
+    group = tl.minimum(tl.sum(behind.to(tl.int32), 0), GROUPS - 1)  # [DRAWS]
+    columns = group[None, :] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[:, None]  # [GROUP_SIZE, DRAWS]
     x = load_logits(row, columns)
     kept = kept_weights(x, columns, fixed_weights(x, shift), threshold, tie)
-    inner = before[:, None] + tl.cumsum(kept, 1)
-    place = tl.sum((inner <= wanted[:, None]).to(tl.int32), 1)  # [DRAWS]
+    inner = before[None, :] + tl.cumsum(kept, 0)
+    place = tl.sum((inner <= wanted[None, :]).to(tl.int32), 0)  # [DRAWS]
     drawn = tl.where(total > 0, group * GROUP_SIZE + place, 0)
-    logit = tl.sum(tl.where(columns == drawn[:, None], x, 0.0), 1)
+    logit = tl.sum(tl.where(columns == drawn[None, :], x, 0.0), 0)
     return drawn, logit
 
 
 @triton.jit
 def _sample_row(
-    row, tokens_of_columns_ptr, raw_totals_ptr, place, outputs, top_k, nucleus,
+    row, tokens_of_columns_ptr, raw_totals_ptr, place, outputs, found, top_k, nucleus,
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """Filter one row, draw, and store. The columns of a shortlist stand for the tokens at ``tokens_of_columns_ptr``."""
-    image, position, length, num_candidates, scale, seed = place
+    """Filter one row, draw, and store. The columns of a shortlist stand for the tokens at ``tokens_of_columns_ptr``.
+
+    ``found``: None, or of a shortlist a value that none of its logits is below, and a guess at the top-k threshold.
+    """
+    image, position, length, num_candidates, scale, seed_ptr = place
     tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr = outputs
     columns = tile_columns(0, GROUPS if RESIDENT else 1, GROUP_SIZE)  # [GROUPS or 1, GROUP_SIZE]
-    x = load_logits(row, columns)
-    low, largest = extremes(row, x, -LARGEST, INFINITY, GROUPS, GROUP_SIZE, RESIDENT)
+    if found is None:
+        x = load_logits(row, columns)
+        low, largest = extremes(row, x, -LARGEST, INFINITY, GROUPS, GROUP_SIZE, RESIDENT)
+        guess = INFINITY
+        count = 0
+        if FILTER_TOP_K:
+            count = measure_from(row, x, None, 0.0, low, COUNT, GROUPS, GROUP_SIZE, RESIDENT)
+    else:
+        x = load_shortlist(row, columns)
+        low, guess = found
+        largest = tl.max(x)
+        count = row[4]
     shift = tl.where(largest == -INFINITY, 0.0, largest)
-    weights = fixed_weights(x, shift)
+    weights = rough_weights(x, shift)
     threshold, tie = filter_row(
-        row, x, columns, weights, shift, low, next_above(largest), top_k, nucleus,
+        row, x, columns, weights, shift, low, count, next_above(largest), guess, top_k, nucleus,
         FILTER_TOP_K, FILTER_NUCLEUS, GROUPS, GROUP_SIZE, RESIDENT,
     )  # fmt: skip
     running, total = _running_sums(row, x, columns, weights, shift, threshold, tie, GROUPS, GROUP_SIZE, RESIDENT)
@@ -127,9 +151,10 @@ def _sample_row(
         num_kept = _count_kept(row, x, columns, threshold, tie, GROUPS, GROUP_SIZE, RESIDENT)
         tl.store(num_kept_ptr + image * length + position, num_kept)
         if raw_totals_ptr is None:
-            raw_total = measure_from(row, x, weights, shift, low, False, GROUPS, GROUP_SIZE, RESIDENT)
+            raw_total = measure_from(row, x, weights, shift, low, MASS, GROUPS, GROUP_SIZE, RESIDENT)
         else:
             raw_total = tl.load(raw_totals_ptr)
+    seed = tl.load(seed_ptr)
     for first in range(0, num_candidates, DRAWS):
         candidates = first + tl.arange(0, DRAWS)  # [DRAWS]
         inside = candidates < num_candidates
@@ -142,11 +167,6 @@ def _sample_row(
         if num_kept_ptr is not None:
             tl.store(log_prob_ptr + places, logit - shift - log_of(total), mask=inside)
             tl.store(raw_log_prob_ptr + places, logit - shift - log_of(raw_total), mask=inside)
-
-
-@triton.jit
-def _row_start(pointer, stride_image, stride_position, image, position):
-    return pointer + image.to(tl.int64) * stride_image + position.to(tl.int64) * stride_position
 
 
 UNSPECIALISED = ["length", "vocabulary", "num_candidates", "scale", "top_k", "nucleus"]
@@ -164,80 +184,26 @@ def sample_kernel(
     """One program a row, ``image * length + position``. FULL: GROUPS * GROUP_SIZE is the vocabulary, not more."""
     image = tl.program_id(0) // length
     position = tl.program_id(0) % length
-    cond_ptr = _row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position)
-    strength = guidance
-    if uncond_ptr is not None:
-        uncond_ptr = _row_start(uncond_ptr, stride_uncond_image, stride_uncond_position, image, position)
-        if strengths_ptr is not None:
-            strength = tl.load(strengths_ptr + image)
-    row = (cond_ptr, uncond_ptr, strength, inverse_temperature, None if FULL else vocabulary)
-    place = (image, position, length, num_candidates, scale, tl.load(seeds_ptr + image))
+    row = (
+        row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position),
+        None if uncond_ptr is None else row_start(
+            uncond_ptr, stride_uncond_image, stride_uncond_position, image, position
+        ),
+        guidance if strengths_ptr is None else tl.load(strengths_ptr + image),
+        inverse_temperature,
+        None if FULL else vocabulary,
+    )  # fmt: skip
+    place = (image, position, length, num_candidates, scale, seeds_ptr + image)
     outputs = (tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr)
     _sample_row(
-        row, None, None, place, outputs, top_k, nucleus,
+        row, None, None, place, outputs, None, top_k, nucleus,
         FILTER_TOP_K, FILTER_NUCLEUS, GROUPS, GROUP_SIZE, RESIDENT, DRAWS,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def shortlist_kernel(
-    cond_ptr, uncond_ptr, strengths_ptr, values_ptr, columns_ptr, counts_ptr, raw_totals_ptr,
-    stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
-    length, vocabulary, guidance, inverse_temperature, top_k, deviations,
-    FULL: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    """Write the largest logits of a row and their columns, in order: at least top_k of them, at most CAPACITY.
-
-    ``counts_ptr`` takes how many; more than CAPACITY (ties allow no fewer) says that nothing was written. The first
-    guess is right if logits are normal: ``deviations`` standard deviations above the mean.
-    """
-    index = tl.program_id(0)
-    image = index // length
-    position = index % length
-    cond_ptr = _row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position)
-    strength = guidance
-    if uncond_ptr is not None:
-        uncond_ptr = _row_start(uncond_ptr, stride_uncond_image, stride_uncond_position, image, position)
-        if strengths_ptr is not None:
-            strength = tl.load(strengths_ptr + image)
-    row = (cond_ptr, uncond_ptr, strength, inverse_temperature, None if FULL else vocabulary)
-    columns = tile_columns(0, GROUPS, GROUP_SIZE)  # [GROUPS, GROUP_SIZE]
-    x = load_logits(row, columns)
-    largest = tl.max(x)
-    if FULL:
-        low = tl.min(x)
-        inner = x
-    else:
-        low = tl.min(tl.where(columns < vocabulary, x, INFINITY))
-        inner = tl.where(columns < vocabulary, x, 0.0)
-    count = vocabulary
-    if low == -INFINITY:
-        low, _ = extremes(row, x, -LARGEST, INFINITY, GROUPS, GROUP_SIZE, True)
-        count = measure_from(row, x, None, 0.0, low, True, GROUPS, GROUP_SIZE, True)
-    if count > CAPACITY:
-        mean = tl.sum(inner) / vocabulary
-        variance = tl.sum(inner * inner) / vocabulary - mean * mean
-        guess = mean + deviations * tl.sqrt(tl.maximum(variance, 0.0))
-        low, count, _, _ = search(
-            row, x, None, 0.0, low, count, next_above(largest), top_k, CAPACITY - top_k, guess,
-            True, GROUPS, GROUP_SIZE, True,
-        )  # fmt: skip
-    tl.store(counts_ptr + index, count)
-    if count <= CAPACITY:
-        chosen = x >= low  # [GROUPS, GROUP_SIZE]
-        in_group = tl.cumsum(chosen.to(tl.int32), 1)
-        of_group = tl.sum(chosen.to(tl.int32), 1)  # [GROUPS]
-        slots = (tl.cumsum(of_group, 0) - of_group)[:, None] + in_group - 1
-        start = index.to(tl.int64) * CAPACITY
-        tl.store(values_ptr + start + slots, x, mask=chosen)
-        tl.store(columns_ptr + start + slots, columns.to(tl.int16), mask=chosen)
-    if raw_totals_ptr is not None:
-        tl.store(raw_totals_ptr + index, tl.sum(fixed_weights(x, tl.where(largest == -INFINITY, 0.0, largest))))
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
 def sample_shortlist_kernel(
-    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr, values_ptr, columns_ptr, counts_ptr, raw_totals_ptr,
+    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr, headers_ptr, values_ptr, columns_ptr, raw_totals_ptr,
     tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr,
     stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
     length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
@@ -248,28 +214,32 @@ def sample_shortlist_kernel(
     index = tl.program_id(0)
     image = index // length
     position = index % length
-    place = (image, position, length, num_candidates, scale, tl.load(seeds_ptr + image))
+    place = (image, position, length, num_candidates, scale, seeds_ptr + image)
     outputs = (tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr)
-    count = tl.load(counts_ptr + index)
+    headers_ptr += index * HEADER
+    count = tl.load(headers_ptr).to(tl.int32)
     if raw_totals_ptr is not None:
         raw_totals_ptr += index
     if count <= CAPACITY:
         start = index.to(tl.int64) * CAPACITY
-        short_row = (values_ptr + start, None, guidance, 1.0, count)
+        row = (values_ptr + start, None, None, None, count)
+        found = (tl.load(headers_ptr + 1), tl.load(headers_ptr + 2))
         _sample_row(
-            short_row, columns_ptr + start, raw_totals_ptr, place, outputs, top_k, nucleus,
+            row, columns_ptr + start, raw_totals_ptr, place, outputs, found, top_k, nucleus,
             True, FILTER_NUCLEUS, CAPACITY // GROUP_SIZE, GROUP_SIZE, True, DRAWS,
         )  # fmt: skip
     else:
-        cond_ptr = _row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position)
-        strength = guidance
-        if uncond_ptr is not None:
-            uncond_ptr = _row_start(uncond_ptr, stride_uncond_image, stride_uncond_position, image, position)
-            if strengths_ptr is not None:
-                strength = tl.load(strengths_ptr + image)
-        row = (cond_ptr, uncond_ptr, strength, inverse_temperature, None if FULL else vocabulary)
+        full_row = (
+            row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position),
+            None if uncond_ptr is None else row_start(
+                uncond_ptr, stride_uncond_image, stride_uncond_position, image, position
+            ),
+            guidance if strengths_ptr is None else tl.load(strengths_ptr + image),
+            inverse_temperature,
+            None if FULL else vocabulary,
+        )  # fmt: skip
         _sample_row(
-            row, None, raw_totals_ptr, place, outputs, top_k, nucleus,
+            full_row, None, raw_totals_ptr, place, outputs, None, top_k, nucleus,
             True, FILTER_NUCLEUS, FULL_GROUPS, FULL_GROUP_SIZE, False, 1,
         )  # fmt: skip
 
@@ -279,8 +249,8 @@ def plan(vocabulary: int, num_candidates: int, top_k: int) -> dict:
     """How a problem is launched: which kernels, and their compile-time sizes.
 
     "small": all pairs compared, up to V=32. "row": one program a row. "shortlist": two kernels, if a power of two from
-    17/16 of top_k up is at most half the (padded) row. A thread holds 32 logits where a kernel holds the logits alone,
-    16 where it holds their 64-bit weights too.
+    17/16 of top_k up is at most half the (padded) row. A thread holds 32 logits, or 16 and their weights where several
+    warps share a row. Many draws look through short groups, so that looking up a draw costs least.
     """
     draws = 1 if num_candidates == 1 else 4 if num_candidates <= 4 else 16
     block = triton.next_power_of_2(vocabulary)
@@ -289,15 +259,18 @@ def plan(vocabulary: int, num_candidates: int, top_k: int) -> dict:
     full = {"FULL": vocabulary == block}
     capacity = max(64, triton.next_power_of_2(top_k + max(top_k // 16, 8)))
     if 0 < top_k < vocabulary <= LARGEST_SHORTLISTED and 2 * capacity <= block:
+        normal = statistics.NormalDist()
+        deviations = normal.inv_cdf(1 - (top_k + capacity) / 2 / vocabulary)
         groups = {"GROUPS": block // 32, "GROUP_SIZE": 32, "num_warps": max(1, block // 1024)}
+        group_size = 16 if num_candidates > 4 else min(64, capacity // 2)
+        sizes = {"GROUP_SIZE": group_size, "DRAWS": draws, "num_warps": max(1, capacity // 1024)}
         again = {"FULL_GROUPS": max(1, block // 256), "FULL_GROUP_SIZE": min(block, 256)}
-        warps = max(1, capacity // 1024)
-        sizes = {"CAPACITY": capacity, "GROUP_SIZE": 32, "DRAWS": min(draws, 8 * warps), "num_warps": warps}
         return {
             "kind": "shortlist",
             "shortlist": {**full, "CAPACITY": capacity, **groups},
-            "sample": {**full, **sizes, **again},
-            "deviations": statistics.NormalDist().inv_cdf(1 - (top_k + capacity) / 2 / vocabulary),
+            "sample": {**full, "CAPACITY": capacity, **sizes, **again},
+            "deviations": deviations,
+            "spacing": 1 / vocabulary / normal.pdf(deviations),
         }
     if vocabulary <= LARGEST_RESIDENT:
         group_size = 32 if block <= 4096 else 64
@@ -342,18 +315,20 @@ def sample(
     outputs = (tokens, *(stats if return_stats else (None, None, None)))
     inputs = (logits, uncond_logits, strengths)
     nucleus = int(top_p * 2**TOP_P_BITS.value)
+    if inverse_temperature == 1:
+        inverse_temperature = None
     sizes = (length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus)
     chosen = plan(vocabulary, num_candidates, top_k)
     # Fused multiply-adds would round otherwise than the PyTorch form does.
     options = {**chosen["sample"], "FILTER_NUCLEUS": 0 < top_p < 1, "enable_fp_fusion": False}
     if chosen["kind"] == "shortlist":
         capacity = options["CAPACITY"]
+        headers = empty((num_rows, HEADER.value), torch.float32)
         values, columns = empty((num_rows, capacity), torch.float32), empty((num_rows, capacity), torch.int16)
-        counts = empty(num_rows, torch.int32)
-        shortlist = (values, columns, counts, empty(num_rows, torch.int64) if return_stats else None)
+        shortlist = (headers, values, columns, empty(num_rows, torch.int64) if return_stats else None)
         shortlist_kernel[(num_rows,)](
             *inputs, *shortlist, *strides,
-            length, vocabulary, guidance, inverse_temperature, top_k, chosen["deviations"],
+            length, vocabulary, guidance, inverse_temperature, top_k, chosen["deviations"], chosen["spacing"],
             **chosen["shortlist"], enable_fp_fusion=False,
         )  # fmt: skip
         sample_shortlist_kernel[(num_rows,)](*inputs, seeds, *shortlist, *outputs, *strides, *sizes, **options)

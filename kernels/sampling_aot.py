@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from .sampling import plan, sample_kernel, sample_shortlist_kernel, sample_small_kernel, shortlist_kernel
+from .sampling import plan, sample_kernel, sample_shortlist_kernel
+from .sampling_shortlist import shortlist_kernel
+from .sampling_small import sample_small_kernel
 
 # label, V, M, top_k, type of the logits, with stats
 CASES = [
@@ -27,12 +29,12 @@ POINTERS = {
     "tokens_ptr": "*i64",
     "values_ptr": "*fp32",
     "columns_ptr": "*i16",
-    "counts_ptr": "*i32",
+    "headers_ptr": "*fp32",
 }
 STATS = {"log_prob_ptr": "*fp32", "raw_log_prob_ptr": "*fp32", "num_kept_ptr": "*i64", "raw_totals_ptr": "*i64"}
 STRIDES = [f"stride_{half}_{axis}" for half in ("cond", "uncond") for axis in ("image", "position")]
 COUNTS = ["num_rows", "length", "vocabulary", "num_candidates", "scale", "top_k", "nucleus"]
-FLOATS = ["guidance", "inverse_temperature", "deviations"]
+FLOATS = ["guidance", "inverse_temperature", "deviations", "spacing"]
 
 
 def aot_specs() -> Iterator[dict]:
@@ -41,7 +43,7 @@ def aot_specs() -> Iterator[dict]:
         types = {"cond_ptr": dtype, "uncond_ptr": dtype, **POINTERS, **dict.fromkeys(STRIDES + COUNTS, "i32")}
         types |= dict.fromkeys(FLOATS, "fp32") | (STATS if with_stats else {})
         constants = {"FILTER_TOP_K": True, "FILTER_NUCLEUS": True, "strengths_ptr": None}
-        constants |= {} if with_stats else dict.fromkeys(STATS)
+        constants |= {} if with_stats else dict.fromkeys((*STATS, "inverse_temperature"))
         if label.endswith("no guidance"):
             del types["uncond_ptr"]
             constants["uncond_ptr"] = None
@@ -53,7 +55,7 @@ def aot_specs() -> Iterator[dict]:
         for kernel, part in kernels:
             sizes = dict(chosen[part])
             options = {"num_warps": sizes.pop("num_warps"), "enable_fp_fusion": False}
-            signature = {name: types[name] for name in kernel.arg_names if name in types}
+            signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constants}
             yield {
                 "label": f"{label}: {kernel.__name__}",
                 "kernel": kernel,

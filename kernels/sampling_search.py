@@ -5,8 +5,9 @@ weighs, the logits from a pivot up (one compare-and-add over the row, one reduct
 target. What is measured is an integer, so a bracket whose measure meets the target is exact and the search stops there.
 
 A row is a tuple (cond_ptr, uncond_ptr, strength, inverse_temperature, vocabulary): ``uncond_ptr`` None without
-guidance, ``vocabulary`` None if GROUPS * GROUP_SIZE columns are all there. RESIDENT rows lie in registers as x (and
-weights) [GROUPS, GROUP_SIZE]; others are read again, tile by tile [1, GROUP_SIZE], at every step.
+guidance, ``vocabulary`` None if GROUPS * GROUP_SIZE columns are all there, of a shortlist its count. RESIDENT rows lie
+in registers as x (and weights) [GROUPS, GROUP_SIZE]; others are read again, tile by tile [1, GROUP_SIZE], at every
+step.
 """
 
 import triton
@@ -28,10 +29,15 @@ INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+# What of a row is measured from a pivot up.
+COUNT = tl.constexpr(0)
+MASS = tl.constexpr(1)
+ROUGH_MASS = tl.constexpr(2)
+
 
 @triton.jit
-def fixed_weights(x, shift):
-    """``floor(2^44 * exp(x - shift))`` as int64, by the operations of the PyTorch form (compile without fp fusion)."""
+def rough_weights(x, shift):
+    """``2^44 * exp(x - shift)``, by the operations of the PyTorch form (compile without fp fusion)."""
     y = tl.maximum((x - shift) * LOG2_E, -64.0)
     rounded = y + ROUNDER
     fraction = y - (rounded - ROUNDER)
@@ -42,7 +48,13 @@ def fixed_weights(x, shift):
     power = (power + EXP2_1) * fraction
     power = power + 1.0
     exponent = (rounded.to(tl.int32, bitcast=True) + WEIGHT_BITS) << 23
-    return (power.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True).to(tl.int64)
+    return (power.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fixed_weights(x, shift):
+    """``rough_weights`` rounded down to int64: what probabilities are made of, the same on every backend."""
+    return rough_weights(x, shift).to(tl.int64)
 
 
 @triton.jit
@@ -58,21 +70,45 @@ def scaled(total, numerator, BITS: tl.constexpr, ROUND_UP: tl.constexpr):
 
 
 @triton.jit
-def load_logits(row, columns):
-    """Guided, tempered float32 logits of a row at ``columns``: never NaN, never +inf; -inf beyond the vocabulary."""
+def row_start(pointer, stride_image, stride_position, image, position):
+    return pointer + image.to(tl.int64) * stride_image + position.to(tl.int64) * stride_position
+
+
+@triton.jit
+def load_guided(row, columns, beyond):
+    """Guided, tempered float32 logits of a row at ``columns``, as they come; past the row's end, of ``beyond``."""
     cond_ptr, uncond_ptr, strength, inverse_temperature, vocabulary = row
     if vocabulary is None:
         x = tl.load(cond_ptr + columns).to(tl.float32)
     else:
-        x = tl.load(cond_ptr + columns, mask=columns < vocabulary, other=-INFINITY).to(tl.float32)
+        x = tl.load(cond_ptr + columns, mask=columns < vocabulary, other=beyond).to(tl.float32)
     if uncond_ptr is not None:
         if vocabulary is None:
             uncond = tl.load(uncond_ptr + columns).to(tl.float32)
         else:
             uncond = tl.load(uncond_ptr + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
         x = (1.0 + strength) * x - strength * uncond
-    x = x * inverse_temperature
+    if inverse_temperature is not None:
+        x = x * inverse_temperature
+    return x
+
+
+@triton.jit
+def cleaned(x):
+    """NaN as -inf, +inf as the largest finite float32."""
     return tl.minimum(tl.where(x == x, x, -INFINITY), LARGEST)
+
+
+@triton.jit
+def load_logits(row, columns):
+    """Guided, tempered float32 logits of a row at ``columns``: never NaN, never +inf; -inf beyond the vocabulary."""
+    return cleaned(load_guided(row, columns, -INFINITY))
+
+
+@triton.jit
+def load_shortlist(row, columns):
+    """The logits of a shortlist at ``columns``, clean as they are; -inf beyond its end, where memory holds anything."""
+    return tl.where(columns < row[4], tl.load(row[0] + columns), -INFINITY)
 
 
 @triton.jit
@@ -118,21 +154,31 @@ def extremes(row, x, low, high, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, 
 
 
 @triton.jit
+def minus_one_below(x, pivot):
+    """-1 where x < pivot, else 0: the sign bit of the difference, at half a comparison's cost.
+
+    ``0.0 - pivot`` is never -0.0 for a zero, so zeros of both signs differ by +0.0.
+    """
+    return (x + (0.0 - pivot)).to(tl.int32, bitcast=True) >> 31
+
+
+@triton.jit
 def measure_from(
     row, x, weights, shift, pivot,
-    COUNT: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
+    WHAT: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """How many logits are at or above the pivot (int32), or their weights' sum (int64)."""
+    """Of the logits at or above the pivot, itself above -inf: COUNT, int32; MASS, int64; ROUGH_MASS, in float32."""
     if RESIDENT:
-        if COUNT:
-            measure = tl.sum((x >= pivot).to(tl.int32))
+        if WHAT == COUNT:
+            measure = GROUPS * GROUP_SIZE + tl.sum(minus_one_below(x, pivot))
         else:
-            measure = tl.sum(tl.where(x >= pivot, weights, 0))
+            kept = tl.where(x >= pivot, weights, 0.0)  # [GROUPS, GROUP_SIZE]
+            measure = tl.sum(kept.to(tl.int64) if WHAT == MASS else kept)
     else:
-        sums = tl.zeros([1, GROUP_SIZE], tl.int32 if COUNT else tl.int64)
+        sums = tl.zeros([1, GROUP_SIZE], tl.int32 if WHAT == COUNT else tl.int64)
         for group in range(GROUPS):
             tile = load_logits(row, tile_columns(group, 1, GROUP_SIZE))  # [1, GROUP_SIZE]
-            if COUNT:
+            if WHAT == COUNT:
                 sums += (tile >= pivot).to(tl.int32)
             else:
                 sums += tl.where(tile >= pivot, fixed_weights(tile, shift), 0)
@@ -141,17 +187,25 @@ def measure_from(
 
 
 @triton.jit
-def pivot_between(low, high, below, above, steps, COUNT: tl.constexpr):
+def rough_log(x):
+    """Natural logarithm of a positive scalar to 0.01: exponent and mantissa as they stand, and a parabola."""
+    bits = x.to(tl.int32, bitcast=True)
+    fraction = (bits & 0x7FFFFF).to(tl.float32) * 2.0**-23
+    return LN_2 * ((bits >> 23).to(tl.float32) - 127.0 + fraction * (1.34 - 0.34 * fraction))
+
+
+@triton.jit
+def pivot_between(low, high, below, above, steps, WHAT: tl.constexpr):
     """A value strictly between ``low`` and ``high`` where the measure should meet its target, if floats leave one.
 
     A count is taken to fall linearly in the value, a mass in the value's exponential. Where that gives no inner point,
     and at every other step once a search is long, the middle of the floats' bit patterns bounds the number of steps.
     """
     ratio = below / (below + above)
-    if COUNT:
+    if WHAT == COUNT:
         pivot = low + (high - low) * ratio
     else:
-        pivot = high + tl.log(ratio + (1.0 - ratio) * tl.exp(low - high))
+        pivot = high + rough_log(ratio + (1.0 - ratio) * tl.exp(low - high))
     usable = (pivot > low) & (pivot < high) & ((steps < 12) | (steps % 2 == 0))
     if not usable:
         a = ordered(low)
@@ -161,12 +215,12 @@ def pivot_between(low, high, below, above, steps, COUNT: tl.constexpr):
 
 
 @triton.jit
-def holds_one(difference, low, shift, COUNT: tl.constexpr):
+def holds_one(difference, low, shift, WHAT: tl.constexpr):
     """Whether a bracket from ``low`` up, whose measure is ``difference``, can hold one logit only.
 
     Two weigh at least 2·w(low) − 2; the test leaves room for the rounding of the weights and of this exponential.
     """
-    if COUNT:
+    if WHAT == COUNT:
         return difference == 1
     else:
         return (difference > 16) & (difference.to(tl.float32) < 1.4 * 2.0**44 * tl.exp(low - shift))
@@ -174,25 +228,25 @@ def holds_one(difference, low, shift, COUNT: tl.constexpr):
 
 @triton.jit
 def search(
-    row, x, weights, shift, low, measure_low, high, target, slack, guess,
-    COUNT: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
+    row, x, weights, shift, low, measure_low, high, measure_high, target, slack, guess,
+    WHAT: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Find the largest logit v whose measure (all logits >= v) reaches ``target``.
 
-    On entry measure(low) = measure_low >= target > 0, no logit is at or above high, and ``guess`` is the first pivot if
-    it lies between. Returns a threshold in place of v (the logits in [threshold, v) are none, or with ``slack`` so many
-    that the measure from the threshold on is at most target + slack), the measures from the threshold on and above v,
-    and whether logits equal to v may be several. Regula falsi with Illinois damping; ``pivot_between`` bounds how long.
+    On entry measure(low) = measure_low >= target > measure_high = measure(high), and ``guess`` is the first pivot if it
+    lies between. Returns a threshold in place of v (the logits in [threshold, v) are none, or with ``slack`` so many
+    that the measure from the threshold on is at most target + slack) and its measure, a value above v with no logit
+    between and its measure, and whether logits equal to v may be several. Regula falsi with Illinois damping;
+    ``pivot_between`` bounds how long. ROUGH_MASS errs by rounding.
     """
-    measure_high = tl.zeros_like(measure_low)
     damp_low = 1.0
     damp_high = 1.0
     side = 0
     steps = 0
     several = 0
-    goal = target + slack // 2
-    searching = measure_low > target + slack
-    while searching:
+    goal = target + slack // 2 if WHAT == COUNT else target
+    single = holds_one(measure_low - measure_high, low, shift, WHAT)
+    while (measure_low > target + slack) & (several == 0) & (single == 0):
         if (steps & 3 == 3) & (steps > 4):
             smallest, largest = extremes(row, x, low, high, GROUPS, GROUP_SIZE, RESIDENT)
             low = smallest
@@ -201,10 +255,10 @@ def search(
         else:
             below = (measure_low - goal).to(tl.float32) * damp_low
             above = (goal - measure_high).to(tl.float32) * damp_high
-            pivot = pivot_between(low, high, below, above, steps, COUNT)
+            pivot = pivot_between(low, high, below, above, steps, WHAT)
             if (steps == 0) & (guess > low) & (guess < high):
                 pivot = guess
-            measure = measure_from(row, x, weights, shift, pivot, COUNT, GROUPS, GROUP_SIZE, RESIDENT)
+            measure = measure_from(row, x, weights, shift, pivot, WHAT, GROUPS, GROUP_SIZE, RESIDENT)
             if measure >= target:
                 low = pivot
                 measure_low = measure
@@ -217,10 +271,46 @@ def search(
                 damp_low = tl.where(side == 2, damp_low * 0.5, 1.0)
                 damp_high = 1.0
                 side = 2
-        single = holds_one(measure_low - measure_high, low, shift, COUNT)
-        searching = (measure_low > target + slack) & (several == 0) & (single == 0)
+        single = holds_one(measure_low - measure_high, low, shift, WHAT)
         steps += 1
-    return low, measure_low, measure_high, several
+    return low, measure_low, high, measure_high, several
+
+
+@triton.jit
+def search_mass(
+    row, x, weights, shift, low, mass_low, high, target,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """``search`` for a mass: the threshold, the masses from it on and above it, and whether there may be ties.
+
+    A resident row is narrowed down in float32, at three fifths of the cost a step, and what that found is weighed
+    exactly; where rounding led astray, as it rarely does, the exact search goes on from what is known.
+    """
+    mass_high = tl.zeros_like(mass_low)
+    if RESIDENT:
+        rough_low, _, rough_high, _, _ = search(
+            row, x, weights, shift, low, mass_low.to(tl.float32), high, tl.zeros_like(shift), target.to(tl.float32),
+            0, INFINITY, ROUGH_MASS, GROUPS, GROUP_SIZE, RESIDENT,
+        )  # fmt: skip
+        from_low = measure_from(row, x, weights, shift, rough_low, MASS, GROUPS, GROUP_SIZE, RESIDENT)
+        from_high = measure_from(row, x, weights, shift, rough_high, MASS, GROUPS, GROUP_SIZE, RESIDENT)
+        if from_high >= target:
+            low = rough_high
+            mass_low = from_high
+        else:
+            high = rough_high
+            mass_high = from_high
+            if from_low >= target:
+                low = rough_low
+                mass_low = from_low
+            else:
+                high = rough_low
+                mass_high = from_low
+    low, mass_low, _, mass_high, several = search(
+        row, x, weights, shift, low, mass_low, high, mass_high, target, 0, INFINITY,
+        MASS, GROUPS, GROUP_SIZE, RESIDENT,
+    )  # fmt: skip
+    return low, mass_low, mass_high, several
 
 
 @triton.jit
@@ -230,7 +320,7 @@ def last_tie(
 ):  # fmt: skip
     """The column of the ``num_kept``-th logit equal to ``value``, by bisection over the columns."""
     first = tl.zeros_like(num_kept)
-    last = first + GROUPS * GROUP_SIZE - 1
+    last = first + (GROUPS * GROUP_SIZE - 1)
     while first < last:
         middle = (first + last) // 2
         if RESIDENT:
@@ -257,32 +347,34 @@ def kept_weights(x, columns, weights, threshold, tie):
 
 @triton.jit
 def filter_row(
-    row, x, columns, weights, shift, low, high, top_k, nucleus,
+    row, x, columns, weights, shift, low, count, high, guess, top_k, nucleus,
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """The threshold and the last tie (see ``kept_weights``) of a row whose logits above -inf lie in [low, high)."""
+    """The threshold and the last tie (see ``kept_weights``) of a row whose logits above -inf lie in [low, high).
+
+    ``count``: how many those are, if FILTER_TOP_K; ``guess``: where to look first for the top-k threshold.
+    """
     threshold = low
-    tie = tl.full([], GROUPS * GROUP_SIZE, tl.int64)
+    tie = tl.full([], GROUPS * GROUP_SIZE, tl.int32)
     if FILTER_TOP_K:
-        count = measure_from(row, x, weights, shift, low, True, GROUPS, GROUP_SIZE, RESIDENT)
         if count > top_k:
-            threshold, _, _, _ = search(
-                row, x, weights, shift, low, count, high, top_k, 0, INFINITY, True, GROUPS, GROUP_SIZE, RESIDENT
-            )
+            threshold, _, _, _, _ = search(
+                row, x, weights, shift, low, count, high, tl.zeros_like(count), top_k, 0, guess,
+                COUNT, GROUPS, GROUP_SIZE, RESIDENT,
+            )  # fmt: skip
     if FILTER_NUCLEUS:
-        total = measure_from(row, x, weights, shift, threshold, False, GROUPS, GROUP_SIZE, RESIDENT)
+        total = measure_from(row, x, weights, shift, threshold, MASS, GROUPS, GROUP_SIZE, RESIDENT)
         target = tl.maximum(scaled(total, nucleus, TOP_P_BITS, True), 1)
         if total > target:
-            threshold, from_threshold, above, several = search(
-                row, x, weights, shift, threshold, total, high, target, 0, INFINITY,
-                False, GROUPS, GROUP_SIZE, RESIDENT,
-            )  # fmt: skip
+            threshold, from_threshold, above, several = search_mass(
+                row, x, weights, shift, threshold, total, high, target, GROUPS, GROUP_SIZE, RESIDENT
+            )
             if several != 0:
                 weight = fixed_weights(threshold, shift)
                 wanted = (target - above + weight - 1) // weight
                 if wanted * weight < from_threshold - above:
-                    tie = last_tie(row, x, columns, threshold, wanted, GROUPS, GROUP_SIZE, RESIDENT)
+                    tie = last_tie(row, x, columns, threshold, wanted.to(tl.int32), GROUPS, GROUP_SIZE, RESIDENT)
     return threshold, tie
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from varkern.kernels.sampling import plan, shortlist_kernel
+from varkern.kernels.sampling import plan
+from varkern.kernels.sampling_shortlist import HEADER, shortlist_kernel
 
 
 @pytest.mark.parametrize("vocab", [4096, 3000])
@@ -15,13 +16,14 @@ def test_the_largest_logits_in_order_and_not_too_many(top_k, capacity, vocab, de
     x[2, ::2] = -torch.inf
     values = torch.full((3, capacity), torch.nan, device=device)
     columns = torch.full((3, capacity), -1, dtype=torch.int16, device=device)
-    counts = torch.zeros(3, dtype=torch.int32, device=device)
+    headers = torch.full((3, HEADER.value), torch.nan, device=device)
     shortlist_kernel[(3,)](
-        x.to(device), None, None, values, columns, counts, None, vocab, 0, 0, 0,
-        1, vocab, 0.0, 1.0, top_k, sizes["deviations"], **sizes["shortlist"], enable_fp_fusion=False,
+        x.to(device), None, None, headers, values, columns, None, vocab, 0, 0, 0,
+        1, vocab, 0.0, None, top_k, sizes["deviations"], sizes["spacing"], **sizes["shortlist"], enable_fp_fusion=False,
     )  # fmt: skip
-    for row, got, place, count in zip(x, values.cpu(), columns.cpu().long(), counts.tolist(), strict=True):
-        assert top_k <= count <= capacity
+    for row, got, place, header in zip(x, values.cpu(), columns.cpu().long(), headers.tolist(), strict=True):
+        count, low = int(header[0]), header[1]
+        assert top_k <= count <= capacity and low <= got[:count].min()
         wanted = row.topk(count).indices.sort().values
         assert torch.equal(place[:count], wanted) and torch.equal(got[:count], row[wanted])
         assert got[count:].isnan().all() and (place[count:] == -1).all()

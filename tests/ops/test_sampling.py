@@ -243,7 +243,7 @@ def test_a_seed_and_a_scale_change_the_draws(backend, place):
 BAD_ROWS = {"nan": math.nan, "all -inf": -math.inf, "inf": math.inf}
 
 
-@pytest.mark.parametrize("vocab", [5, 100, 9000])
+@pytest.mark.parametrize("vocab", [5, 100, 2100])
 @pytest.mark.parametrize("value", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_token_is_in_range_whatever_the_logits_hold(value, vocab, backend, place):
     logits = rows_of("random", 1, 2, vocab)
