@@ -1,7 +1,8 @@
 """The demo: real digits, training that survives a kill, the shipped weights, and ``varkern demo`` from end to end."""
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from safetensors.torch import load_file
 
 import varkern
 from varkern import cli
+from varkern.data import TokenMaps
 from varkern.demo import digits, run, train
 from varkern.ops import use_backend
 from varkern.training import loop
+from varkern.training import scorer as scorer_training
+from varkern.training.scorer import read_facts
 
 TINY = train.Recipe(
-    batch_size=4, vae_steps=75, var_steps=9, classifier_steps=6, scorer_steps=6, real_maps=40, generated_maps=40
+    batch_size=4, vae_steps=75, var_steps=9, classifier_steps=6, scorer_epochs=0.6, real_maps=40, generated_maps=40
 )
 STAGES = ("vae", "var", "classifier", "scorer")
 
@@ -92,8 +96,24 @@ class TestDigits:
 
 
 class TestTraining:
-    def test_writes_weights_and_nothing_else(self, unbroken):
-        assert sorted(path.name for path in unbroken.iterdir()) == sorted(f"{name}.safetensors" for name in STAGES)
+    def test_writes_weights_token_maps_and_nothing_else(self, unbroken):
+        weights = [f"{name}.safetensors" for name in STAGES]
+        assert sorted(path.name for path in unbroken.iterdir()) == sorted([*weights, "scorer.csv", "tokens"])
+        real, generated = (TokenMaps.open(unbroken / "tokens" / name, verify=True) for name in ("real", "generated"))
+        assert len(real) == len(generated) == 40 and generated.manifest.source["seed"] == TINY.sampling_seed
+        assert (generated.labels == np.arange(40) % 10).all() and len(set(real.labels.tolist())) > 5
+
+    def test_token_maps_of_real_digits(self, unbroken):
+        """Those that the VQ-VAE gives for jittered digits, whose seed the dataset's own names."""
+        maps = TokenMaps.open(unbroken / "tokens" / "real")
+        images, labels = digits.real_batch(40, torch.Generator().manual_seed(maps.manifest.source["seed"] * 1_000_003))
+        wanted = torch.cat(varkern.load_vae(unbroken / "vae.safetensors").img_to_idxBl(images), dim=1)
+        assert torch.equal(maps.gather(range(40)), wanted) and maps.labels.tolist() == labels.tolist()
+
+    def test_the_scorers_facts(self, unbroken):
+        settings = read_facts(unbroken / "scorer.safetensors")["settings"]
+        wanted = json.loads(json.dumps(asdict(TINY.scorer_training())))
+        assert {name: settings[name] for name in wanted} == wanted | {"precision": "float32"}
 
     def test_weights_load(self, unbroken):
         var = varkern.load_var(unbroken / "var.safetensors", vae=unbroken / "vae.safetensors")
@@ -113,9 +133,9 @@ class TestTraining:
         for earlier in STAGES[: STAGES.index(stage)]:
             (tmp_path / f"{earlier}.safetensors").write_bytes((unbroken / f"{earlier}.safetensors").read_bytes())
         fit = loop.fit
-        steps = getattr(TINY, f"{stage}_steps")
+        where = scorer_training if stage == "scorer" else train
 
-        def killed(name, model, batch_loss, **options):
+        def killed(name, model, batch_loss, steps, **options):
             def loss(step):
                 if step == steps * 2 // 3:
                     raise KeyboardInterrupt
@@ -123,13 +143,13 @@ class TestTraining:
                 monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0 if step <= steps // 3 else 1e9)
                 return batch_loss(step)
 
-            fit(name, model, loss, **options)
+            fit(name, model, loss, steps=steps, **options)
 
-        monkeypatch.setattr(train, "fit", killed)
+        monkeypatch.setattr(where, "fit", killed)
         with pytest.raises(KeyboardInterrupt):
             train.train(tmp_path, TINY)
         assert (tmp_path / f"{stage}.checkpoint.pt").exists() and not (tmp_path / f"{stage}.safetensors").exists()
-        monkeypatch.setattr(train, "fit", fit)
+        monkeypatch.setattr(where, "fit", fit)
         monkeypatch.setattr(train, "STAGES", {stage: train.STAGES[stage]})
         train.train(tmp_path, TINY)
         expected, found = (load_file(folder / f"{stage}.safetensors") for folder in (unbroken, tmp_path))

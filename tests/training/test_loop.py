@@ -1,6 +1,7 @@
 """The training loop: its learning rate, clipping and bookkeeping, and a killed run that ends like an unbroken one."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,21 +122,44 @@ class TestResume:
 
     def test_a_kill_while_a_checkpoint_is_written(self, tmp_path, monkeypatch, every_step):
         unbroken = Run(tmp_path / "unbroken.pt").go()
-        killed, save = Run(tmp_path / "killed.pt"), torch.save
+        killed, write = Run(tmp_path / "killed.pt"), Path.write_bytes
+        written = []
 
-        def half(state, path):
-            save(state, path)
-            if state["step"] == KILLED_AT:
-                path.write_bytes(path.read_bytes()[:100])
+        def half(path, content):
+            written.append(path)
+            if len(written) == KILLED_AT:
+                write(path, bytes(content)[:100])
                 raise KeyboardInterrupt
+            write(path, content)
 
-        monkeypatch.setattr(torch, "save", half)
+        monkeypatch.setattr(Path, "write_bytes", half)
         with pytest.raises(KeyboardInterrupt):
             killed.go()
-        monkeypatch.setattr(torch, "save", save)
+        monkeypatch.setattr(Path, "write_bytes", write)
         resumed = Run(tmp_path / "killed.pt").go()
         assert resumed.ran == list(range(KILLED_AT - 1, STEPS))
         assert differing(resumed, unbroken) == []
+
+    def test_other_settings_are_refused(self, tmp_path, every_step):
+        with pytest.raises(KeyboardInterrupt):
+            Run(tmp_path / "run.pt").go(KILLED_AT, settings={"batch": 8, "maps": [1, 2]})
+        with pytest.raises(ValueError, match=r"run\.pt was begun with other settings \(batch 8 there, 9 now\)"):
+            Run(tmp_path / "run.pt").go(settings={"batch": 9, "maps": [1, 2]})
+        assert Run(tmp_path / "run.pt").go(settings={"batch": 8, "maps": [1, 2]}).ran == list(range(KILLED_AT, STEPS))
+
+    def test_a_file_that_is_no_checkpoint(self, tmp_path):
+        (tmp_path / "run.pt").write_bytes(b"half")
+        with pytest.raises(ValueError, match=r"run\.pt is not a readable checkpoint, remove it to start again"):
+            Run(tmp_path / "run.pt").go()
+
+    def test_what_is_trained_is_saved_before_the_checkpoint_goes(self, tmp_path, every_step):
+        run, there = Run(tmp_path / "run.pt"), []
+        run.go(begin=there.append, finish=lambda: there.append(run.checkpoint.exists()))
+        assert there == [0, True] and not run.checkpoint.exists()
+
+    def test_a_rank_beside_the_first_writes_nothing(self, tmp_path, every_step):
+        run = Run(tmp_path / "run.pt").go(main=False, finish=lambda: pytest.fail("finished"))
+        assert list(tmp_path.iterdir()) == [] and run.ran == list(range(STEPS))
 
     def test_nothing_but_the_model_is_left(self, tmp_path, every_step):
         run = Run(tmp_path / "run.pt").go()
@@ -199,6 +223,25 @@ def test_gradients_are_clipped_to_max_norm(gradient, max_norm, tmp_path):
     _, seen = trained(lambda x: (x * gradient).sum(), tmp_path, steps=3, learning_rate=0.1, max_norm=max_norm)
     wanted = gradient * min(1.0, max_norm / gradient.norm().item())
     assert torch.allclose(seen, wanted.expand(3, -1), rtol=1e-5)
+
+
+def test_gradients_may_stay_as_they_are(tmp_path):
+    _, seen = trained(lambda x: 1e3 * x.sum(), tmp_path, steps=3, learning_rate=0.1, max_norm=None)
+    assert (seen == 1e3).all()
+
+
+def test_parameters_without_gradients_stay(tmp_path):
+    model = nn.ParameterDict({"x": nn.Parameter(torch.ones(2)), "y": nn.Parameter(torch.ones(2), requires_grad=False)})
+    fit(
+        "test",
+        model,
+        lambda step: (model["x"] * model["y"]).sum(),
+        steps=3,
+        learning_rate=0.1,
+        seed=0,
+        checkpoint=tmp_path / "run.pt",
+    )
+    assert (model["x"] < 1).all() and (model["y"] == 1).all()
 
 
 def test_weights_decay(tmp_path):

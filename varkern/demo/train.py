@@ -1,12 +1,13 @@
 """Trains the demo's models from nothing: VQ-VAE, VAR, digit classifier, scorer. ``varkern demo train`` runs it.
 
-Each stage writes its weights when it is done and is skipped when they are there; a stage that was killed goes on from
+The scorer is made as for any other model: two token-map datasets, then what ``varkern scorer train`` does. Each stage
+writes its weights when it is done and is skipped when they are there; a stage that was killed goes on from
 its last checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varkern.data import Batch, Manifest, TokenMaps, file_sha256, generate_token_maps, write_token_maps
 from varkern.files import atomically
 from varkern.generate import generate
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
 from varkern.models.quantizer import VectorQuantizer
 from varkern.progress import progress_bar
-from varkern.scorer import Scorer, ScorerConfig
+from varkern.scorer import ScorerConfig
+from varkern.training import scorer as scorer_training
+from varkern.training.features import FeatureMaker
 from varkern.training.loop import fit
+from varkern.training.recipe import ScorerTraining
 
 from . import digits
 from .classifier import DigitClassifier
@@ -42,21 +47,35 @@ SCORER_SIZES = ScorerConfig(
     num_classes=10, num_scales=5, channels=16, size=6, widths=(32, 64, 64), embedding=32, hidden=64
 )
 SAMPLING = {"cfg": 0.0, "top_p": 0.96}
+BATCHES = {"batch_size": 500, "shard_size": 5000}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long each stage trains; the defaults made the weights that ship with the package."""
+    """How long each stage trains; the defaults make models like those that ship with the package."""
 
     seed: int = 0
     batch_size: int = 64
     vae_steps: int = 2500
     var_steps: int = 5000
     classifier_steps: int = 2000
-    scorer_steps: int = 6000
+    scorer_epochs: float = 6.4
     real_maps: int = 60_000
     generated_maps: int = 30_000
     sampling_seed: int = 1_000_000  # far from the seeds that evaluation uses
+
+    def scorer_training(self) -> ScorerTraining:
+        """The settings of ``varkern scorer train``."""
+        return ScorerTraining(
+            epochs=self.scorer_epochs,
+            warmup_epochs=0.1,
+            batch_size=self.batch_size,
+            learning_rate=2e-3,
+            weight_decay=0.03,
+            betas=(0.9, 0.95),
+            max_norm=1.0,
+            seed=self.seed + 7,
+        )
 
 
 def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
@@ -101,8 +120,8 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
         weight_decay=0.0,
         after_step=restart_dead_codes,
         carried={"hits": hits},
+        finish=lambda: save_model(vae, folder / "vae.safetensors"),
     )
-    save_model(vae, folder / "vae.safetensors")
 
 
 @torch.inference_mode()
@@ -149,8 +168,8 @@ def train_var(recipe: Recipe, folder: Path, device: torch.device) -> None:
         seed=recipe.seed + 3,
         checkpoint=folder / "var.checkpoint.pt",
         weight_decay=0.03,
+        finish=lambda: save_model(var, folder / "var.safetensors"),
     )
-    save_model(var, folder / "var.safetensors")
 
 
 def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None:
@@ -162,6 +181,10 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
         images, labels = digits.real_batch(recipe.batch_size)
         return F.cross_entropy(classifier(images.to(device)), labels.to(device))
 
+    def save() -> None:
+        with atomically(folder / "classifier.safetensors") as unfinished:
+            save_file(classifier.cpu().state_dict(), unfinished)
+
     fit(
         "digit classifier",
         classifier,
@@ -170,9 +193,8 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
         learning_rate=2e-3,
         seed=recipe.seed + 5,
         checkpoint=folder / "classifier.checkpoint.pt",
+        finish=save,
     )
-    with atomically(folder / "classifier.safetensors") as unfinished:
-        save_file(classifier.cpu().state_dict(), unfinished)
 
 
 @torch.inference_mode()
@@ -204,40 +226,55 @@ def fuse_all_scales(quantizer: VectorQuantizer, maps: list[Tensor], chosen: Tens
     return torch.stack(quantizer.embed_to_fhat(codes), dim=1)
 
 
-def train_scorer(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """The pairwise log-sigmoid rank loss of LSRS (eq. 4), all scales of a pair in one batch."""
+def write_real_tokens(recipe: Recipe, folder: Path, device: torch.device, out: Path) -> TokenMaps:
+    """The dataset of real digits, in ``out``: every batch is jittered by random numbers of its own."""
+    vae = load_vae(folder / "vae.safetensors", device=device)
+    seed = recipe.seed + 6
+    source = {"images": "digits of scikit-learn, jittered", "seed": seed, "vae": checkpoint_facts(folder, "vae")}
+
+    def digits_of(batches: Sequence[range]) -> Iterator[Batch]:
+        for numbers in batches:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + numbers.start)
+            images, labels = digits.real_batch(len(numbers), generator)
+            with torch.inference_mode():
+                maps = vae.img_to_idxBl(images.to(device))
+            yield Batch(maps, labels)
+
+    manifest = Manifest(PATCH_NUMS, vae.vocab_size, digits.NUM_CLASSES, recipe.real_maps, source, **BATCHES)
+    write_token_maps(out, manifest, digits_of, "encoding real digits")
+    return TokenMaps.open(out)
+
+
+def write_generated_tokens(recipe: Recipe, folder: Path, device: torch.device, out: Path) -> TokenMaps:
+    """The dataset, in ``out``, of digits that the model draws without any search, every class equally often."""
     var = load_var(folder / "var.safetensors", vae=folder / "vae.safetensors", device=device)
-    quantizer = var.vae_quant_proxy[0]
-    real, real_labels = real_token_maps(var.vae_proxy[0], recipe.real_maps, recipe.seed + 6, device)
-    generated, generated_labels = generated_token_maps(var, recipe.generated_maps, recipe.sampling_seed, device)
-    torch.manual_seed(recipe.seed + 7)
-    scorer = Scorer(SCORER_SIZES).to(device)
-    scales = torch.arange(len(PATCH_NUMS), device=device)
-
-    def loss(step: int) -> Tensor:
-        wanted = torch.randint(digits.NUM_CLASSES, (recipe.batch_size,)).to(device)
-        with torch.no_grad():
-            features = torch.cat(
-                (
-                    fuse_all_scales(quantizer, real, draw_same_class(real_labels, wanted)),
-                    fuse_all_scales(quantizer, generated, draw_same_class(generated_labels, wanted)),
-                ),
-                dim=1,
-            )
-        real_scores, generated_scores = scorer(wanted, features, scales.repeat(2)).chunk(2, dim=1)
-        return F.softplus(generated_scores - real_scores).mean()
-
-    fit(
-        "scorer",
-        scorer,
-        loss,
-        steps=recipe.scorer_steps,
-        learning_rate=2e-3,
-        seed=recipe.seed + 8,
-        checkpoint=folder / "scorer.checkpoint.pt",
-        weight_decay=0.03,
+    generate_token_maps(
+        out,
+        var,
+        per_class=recipe.generated_maps // digits.NUM_CLASSES,
+        seed=recipe.sampling_seed,
+        provenance={name: checkpoint_facts(folder, name) for name in ("var", "vae")},
+        top_k=0,
+        **SAMPLING,
+        **BATCHES,
     )
-    scorer.save_pretrained(folder / "scorer.safetensors")
+    return TokenMaps.open(out)
+
+
+def checkpoint_facts(folder: Path, name: str) -> dict[str, str]:
+    path = folder / f"{name}.safetensors"
+    return {"file": path.name, "sha256": file_sha256(path)}
+
+
+def train_scorer(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Token maps of real and of generated digits, then ``varkern scorer train`` on them."""
+    real = write_real_tokens(recipe, folder, device, folder / "tokens" / "real")
+    generated = write_generated_tokens(recipe, folder, device, folder / "tokens" / "generated")
+    maker = FeatureMaker.of_quantizer(load_vae(folder / "vae.safetensors").quantize)
+    training = recipe.scorer_training()
+    scorer_training.train_scorer(
+        real, generated, maker, SCORER_SIZES, training, folder / "scorer.safetensors", device=device
+    )
 
 
 STAGES: dict[str, Callable[[Recipe, Path, torch.device], None]] = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +27,65 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def save_atomically(state: dict, path: Path) -> None:
+    """Write ``state`` to ``path`` whole or not at all; a full disk is an ``OSError``."""
+    # Through memory, because PyTorch's own writer reports a full disk as a RuntimeError that does not name it.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomically(path) as unfinished:
-        torch.save(state, unfinished)
+        unfinished.write_bytes(buffer.getbuffer())
+
+
+def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first three settings that differ, as words; empty if none does."""
+    different = [name for name in {**former, **now} if former.get(name) != now.get(name)]
+    return ", ".join(f"{name} {former.get(name)!r} there, {now.get(name)!r} now" for name in different[:3])
+
+
+@dataclass
+class Checkpoint:
+    """A run's state in between: model, optimizer, what else it changes in place, and how many steps are done.
+
+    The schedule and the random numbers are functions of the step, so they need no place in it.
+
+    Args:
+        path: the file.
+        model, optimizer: saved from and loaded into.
+        carried: further tensors that the run changes in place.
+        settings: of the run, JSON values; a checkpoint of other settings is refused.
+    """
+
+    path: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> int:
+        """Take up the file's state; returns the steps done, 0 if there is no file.
+
+        Raises:
+            ValueError: if the file cannot be read, or was made with other settings.
+        """
+        if not self.path.exists():
+            return 0
+        device = next(self.model.parameters()).device
+        try:
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            former = dict(state["settings"])
+        except Exception as error:
+            raise ValueError(f"{self.path} is not a readable checkpoint, remove it to start again: {error}") from error
+        different = differences(former, self.settings)
+        if different:
+            raise ValueError(f"{self.path} was begun with other settings ({different}): remove it to start again")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, tensor in self.carried.items():
+            tensor.copy_(state["carried"][name])
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}
+        save_atomically(state | {"carried": dict(self.carried), "settings": dict(self.settings)}, self.path)
 
 
 def fit(
@@ -39,9 +99,15 @@ def fit(
     checkpoint: Path,
     warmup: int = 100,
     weight_decay: float = 0.01,
-    max_norm: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    max_norm: float | None = 1.0,
     after_step: Callable[[int], None] | None = None,
     carried: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    begin: Callable[[int], None] | None = None,
+    finish: Callable[[], None] | None = None,
+    main: bool = True,
 ) -> None:
     """Train ``model`` in place for ``steps`` steps, going on from ``checkpoint`` if there is one.
 
@@ -50,27 +116,34 @@ def fit(
 
     Args:
         name: what the progress bar says.
-        model: trained in place.
+        model: trained in place; those of its parameters that ask for gradients.
         batch_loss: step number -> scalar loss; draws its batch from PyTorch's default generator.
-        steps, learning_rate, warmup, weight_decay, max_norm: the usual; ``max_norm`` clips the gradient.
+        steps, learning_rate, warmup, weight_decay, betas, eps: the usual; with no weight decay AdamW is Adam.
+        max_norm: the gradient is clipped to it; None: not clipped.
         seed: of the whole run.
         checkpoint: file for the state in between, written about once a minute and removed at the end.
         after_step: called with the step number after each update.
         carried: further tensors that the run changes in place and that a checkpoint must hold.
+        settings: JSON values that a checkpoint must agree with.
+        begin: called once with the first step's number, after the checkpoint was read.
+        finish: called at the end, before the checkpoint is removed: saves what was trained.
+        main: False for all but the first of several processes that train together: no progress, no files.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read or was made with other settings.
+        OSError: if a checkpoint cannot be written; the former one stays.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=next(model.parameters()).device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for key, tensor in (carried or {}).items():
-            tensor.copy_(state["carried"][key])
-        start = state["step"]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+    state = Checkpoint(checkpoint, model, optimizer, carried or {}, settings or {})
+    start = state.load()
+    if begin is not None:
+        begin(start)
     model.train()
     saved = time.monotonic()
     average = None
     with progress_bar() as progress:
+        progress.disable = not main
         task = progress.add_task(name, total=steps, completed=start, note="")
         for step in range(start, steps):
             torch.manual_seed(seed * 1_000_003 + step)
@@ -79,7 +152,8 @@ def fit(
             loss = batch_loss(step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, max_norm)
             optimizer.step()
             if after_step is not None:
                 after_step(step)
@@ -87,11 +161,12 @@ def fit(
                 value = loss.item()
                 average = value if average is None else 0.9 * average + 0.1 * value
                 progress.update(task, completed=step + 1, note=f"loss {average:.4f}")
-            if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                state["carried"] = dict(carried or {})
-                save_atomically(state, checkpoint)
+            if main and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                state.save(step + 1)
                 saved = time.monotonic()
         progress.update(task, completed=steps)
-    checkpoint.unlink(missing_ok=True)
     model.eval()
+    if main:
+        if finish is not None:
+            finish()
+        checkpoint.unlink(missing_ok=True)

@@ -1,0 +1,198 @@
+"""``varkern scorer``: train a scorer on token maps of real and generated images, and see what it is worth."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from varkern.data import TokenMaps, file_sha256
+from varkern.evaluation import sampling, scores
+from varkern.models import load_vae
+from varkern.models.loading import read_state_dict
+from varkern.scorer import Scorer, ScorerConfig
+from varkern.training.features import FeatureMaker
+from varkern.training.recipe import ScorerTraining, default_widths
+from varkern.training.scorer import check_maker, read_facts, train_scorer
+
+from .options import Device, pick_device, require
+
+app = typer.Typer(no_args_is_help=True)
+
+RealMaps = Annotated[Path, typer.Option(help="Token maps of real images, a folder of `varkern tokens encode`")]
+GeneratedMaps = Annotated[Path, typer.Option(help="The model's own, a folder of `varkern tokens generate`")]
+Vae = Annotated[Path, typer.Option(help="The VQ-VAE's checkpoint that both were made with")]
+Verify = Annotated[bool, typer.Option(help="Compare the checksums of the token maps first, which reads all of them")]
+
+
+@app.command("train")
+def train(
+    real: RealMaps,
+    generated: GeneratedMaps,
+    vae: Vae,
+    out: Annotated[Path, typer.Option(help="The scorer, a .safetensors file; its CSV and checkpoint stand beside it")],
+    loss: Annotated[Literal["pairwise", "pointwise"], typer.Option(help="Eq. 4 or eq. 5 of LSRS")] = "pairwise",
+    first_scale: Annotated[int, typer.Option(help="The first scale to train on, from 0")] = 0,
+    features: Annotated[
+        Literal["fused", "own"],
+        typer.Option(help="What the scorer sees: all scales summed, or a scale alone (FlexVAR)"),
+    ] = "fused",
+    epochs: Annotated[float, typer.Option(help="Each shows every real image once")] = 4.0,
+    warmup_epochs: Annotated[float, typer.Option(help="Of these; the learning rate rises over them")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Pairs a step, over all ranks together")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its peak")] = 3e-4,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled, as AdamW's")] = 0.0,
+    max_norm: Annotated[float | None, typer.Option(help="Clip the gradient to it  [not clipped]")] = None,
+    validation: Annotated[float, typer.Option(help="Share of every class's images that is held out")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Of weights, order, partners and of what is held out")] = 0,
+    widths: Annotated[
+        str | None, typer.Option(help="Channels at each resolution  [32,128,256,... down to 2x2]")
+    ] = None,
+    embedding: Annotated[int, typer.Option(help="Width of the class and of the scale embedding")] = 128,
+    hidden: Annotated[int, typer.Option(help="Width of the MLP")] = 128,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 by autocast on a GPU, else float32")
+    ] = "auto",
+    device: Device = "auto",
+    every: Annotated[int, typer.Option(help="Steps from one row of the CSV to the next")] = 100,
+    verify: Verify = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on where a killed run stopped, or begin again")
+    ] = True,
+) -> None:
+    """Train a scorer: LSRS, appendix A. A killed run goes on where it stopped; torchrun trains on several GPUs."""
+    require("every", every, 1)
+    where = pick_device(device)
+    training = ScorerTraining(
+        loss=loss,
+        first_scale=first_scale,
+        features=features,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_norm=max_norm,
+        validation=validation,
+        seed=seed,
+        precision=precision,
+    )
+    real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
+    maker = load_maker(vae, (real_maps, generated_maps), features)
+    size = maker.patch_nums[-1]
+    config = ScorerConfig(
+        num_classes=real_maps.manifest.num_classes,
+        num_scales=len(maker.patch_nums),
+        channels=maker.codebook.shape[1],
+        size=size,
+        widths=default_widths(size) if widths is None else parse_widths(widths),
+        embedding=embedding,
+        hidden=hidden,
+    )
+    first_rank = os.environ.get("RANK", "0") == "0"
+    if first_rank:
+        sampling.open_folder(out.parent)
+    facts = train_scorer(
+        real_maps, generated_maps, maker, config, training, out, device=where, every=every, restart=not resume
+    )
+    if first_rank:
+        print(summary(facts, out))
+
+
+@app.command("report")
+def report(
+    scorer: Annotated[Path, typer.Option(help="A scorer of `varkern scorer train`")],
+    real: RealMaps,
+    generated: GeneratedMaps,
+    vae: Vae,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and scores.png")],
+    against: Annotated[Path | None, typer.Option(help="A second scorer, to compare accuracies with")] = None,
+    features: Annotated[
+        Literal["fused", "own"] | None, typer.Option(help="What the scorer sees  [as it was trained]")
+    ] = None,
+    first_scale: Annotated[int | None, typer.Option(help="The first scale to judge  [as it was trained]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs at a time")] = 128,
+    device: Device = "auto",
+    verify: Verify = False,
+) -> None:
+    """Accuracy and loss by scale, and how far real and generated scores lie apart: a picture and a JSON.
+
+    The pairs are those held out of the scorer's training where these are the token maps that it was trained on.
+    """
+    require("batch_size", batch_size, 1)
+    where = pick_device(device)
+    scores.require_matplotlib()
+    real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
+    sampling.open_folder(out)
+    reports = []
+    for path in filter(None, (scorer, against)):
+        judged = Scorer.from_pretrained(path, device=where)
+        facts = read_facts(path)
+        settings = facts.get("settings", {})
+        maker = load_maker(vae, (real_maps, generated_maps), features or settings.get("features", "fused"))
+        first = settings.get("first_scale", 0) if first_scale is None else first_scale
+        reports.append(
+            scores.judge(judged, path.name, facts, real_maps, generated_maps, maker.to(where), first, batch_size)
+        )
+    written = scores.write_report({**reports[0], "against": reports[1:]}, out)
+    print(scores.as_markdown(reports))
+    print(f"{reports[0]['pairs']} pairs, {reports[0]['pairs_are']}; wrote {written[0]} and {written[1]}")
+
+
+def load_maker(vae: Path, datasets: Sequence[TokenMaps], features: str) -> FeatureMaker:
+    """The codebook, and phi layers for ``"fused"``, of the checkpoint that the token maps were made with.
+
+    A published checkpoint does not say its scales, so they are taken from the datasets.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is no such checkpoint, or another than a dataset was made with.
+    """
+    state, config = read_state_dict(vae)
+    for maps in datasets:
+        made_with = maps.manifest.source.get("vae")
+        wanted = made_with.get("sha256") if isinstance(made_with, dict) else None
+        if wanted not in (None, file_sha256(vae)):
+            raise ValueError(f"vae must be the file that {maps.folder} was made with, sha256 {wanted}, got {vae}")
+    sides = datasets[0].manifest.patch_nums
+    if features == "own":
+        if "quantize.embedding.weight" not in state:
+            raise ValueError(f"{vae} is not a VQ-VAE checkpoint: it has no quantize.embedding.weight")
+        maker = FeatureMaker.of_codebook(state["quantize.embedding.weight"], sides)
+    else:
+        sides = config.get("v_patch_nums", sides)
+        maker = FeatureMaker.of_quantizer(load_vae(vae, v_patch_nums=sides).quantize)
+    check_maker(datasets[0], maker)
+    return maker
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Widths such as ``32,64,64``.
+
+    Raises:
+        ValueError: if ``text`` is no such list.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise ValueError(f"widths must be numbers such as 32,128,256,256, got {text!r}")
+    return tuple(int(width) for width in text.split(","))
+
+
+def summary(facts: dict, out: Path) -> str:
+    """What a training came to, in a few lines."""
+    lines = []
+    if "validation" in facts:
+        first = facts["settings"]["first_scale"]
+        rows = zip(facts["validation"]["loss"], facts["validation"]["accuracy"], strict=True)
+        lines += [f"scale {first + k}: loss {loss:.4f}, accuracy {right:.3f}" for k, (loss, right) in enumerate(rows)]
+        lines.append(f"on {facts['held_out']} pairs held out")
+    if facts.get("left_out"):
+        lines.append(f"{facts['left_out']} real images were left out: no generated image has their class")
+    if "examples_per_second" in facts:
+        shares = {name: facts.get(f"{name}_share", 0.0) for name in ("data", "fuse", "model")}
+        most = max(shares, key=shares.get)
+        time_of = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        lines.append(f"{facts['examples_per_second']:.0f} pairs/s; of the time {time_of}: the {most} is what bounds it")
+    return "\n".join([*lines, f"wrote {out}"])

@@ -1,0 +1,256 @@
+"""What a scorer is worth, by scale: loss and accuracy on pairs, and how far real and generated scores lie apart.
+
+The figures are those of LSRS, Table 10 and Figs. 5 and 7. The paper names a mean difference and a KL divergence of the
+scores without saying how they are estimated. Here:
+
+- mean difference: mean score of the real maps minus mean score of the generated ones;
+- KL divergence: of two histograms over the same 50 bins of equal width, from the lowest score of both to the highest,
+  half a count added to every bin, in nats; both ways round, since the paper does not say which way it means.
+
+Both are taken over the maps of all classes, as in the paper. Under the pairwise loss the scores of every class have a
+constant of their own, which spreads both histograms and hides from the KL divergence what the accuracy of pairs shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from varkern.data import TokenMaps
+from varkern.files import atomically
+from varkern.progress import progress_bar
+from varkern.scorer import Scorer
+from varkern.training.features import FeatureMaker
+from varkern.training.pairs import Part, check_datasets, fingerprint, make_pairs
+from varkern.training.recipe import LOSSES, wins
+from varkern.training.scorer import check_fit
+
+BINS = 50
+REAL_COLOUR, GENERATED_COLOUR = "#c0392b", "#2c6fbb"
+
+
+class PairScores(NamedTuple):
+    """Scores of pairs of a real and a generated image of one class, ``[N, scales]`` float32 each."""
+
+    real: Tensor
+    generated: Tensor
+
+
+@torch.inference_mode()
+def score_pairs(
+    scorer: Scorer, maker: FeatureMaker, part: Part, first_scale: int = 0, batch_size: int = 128
+) -> PairScores:
+    """Score every real image of ``part`` and the partner that it always has, at all scales from ``first_scale`` on."""
+    device = next(scorer.parameters()).device
+    scales = torch.arange(first_scale, len(maker.patch_nums), device=device)
+    scores: tuple[list[Tensor], list[Tensor]] = ([], [])
+    with progress_bar() as progress:
+        task = progress.add_task("scoring pairs", total=len(part), note="")
+        for batch in part.fixed_batches(batch_size):
+            batch = batch.to(device)
+            for found, tokens in zip(scores, (batch.real, batch.generated), strict=True):
+                found.append(scorer(batch.labels, maker(tokens, first_scale), scales).cpu())
+            progress.advance(task, len(batch.labels))
+    return PairScores(*(torch.cat(parts) for parts in scores))
+
+
+def kl_divergence(first: Sequence[float], second: Sequence[float]) -> float:
+    """``sum p log(p / q)`` in nats of two histograms' counts over the same bins, half a count added to every bin."""
+    p, q = (torch.as_tensor(counts, dtype=torch.float64) + 0.5 for counts in (first, second))
+    p, q = p / p.sum(), q / q.sum()
+    return float((p * (p / q).log()).sum())
+
+
+def histogram(real: Tensor, generated: Tensor, bins: int = BINS) -> dict[str, list[float]]:
+    """Counts of both kinds of scores ``[N]`` over ``bins`` bins of equal width from the lowest to the highest."""
+    both = torch.cat((real, generated)).double()
+    low, high = (float(end) for end in both.aminmax())
+    high = high if high > low else low + 1.0
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    counts = [torch.histogram(scores.double(), edges).hist.tolist() for scores in (real, generated)]
+    return {"edges": edges.tolist(), "real": counts[0], "generated": counts[1]}
+
+
+def distance(real: Tensor, generated: Tensor) -> dict[str, Any]:
+    """How far two sets of scores lie apart: ``mean_difference``, both KL divergences, and their ``histogram``."""
+    bins = histogram(real, generated)
+    return {
+        "mean_difference": float(real.double().mean() - generated.double().mean()),
+        "kl_real_generated": kl_divergence(bins["real"], bins["generated"]),
+        "kl_generated_real": kl_divergence(bins["generated"], bins["real"]),
+        "histogram": bins,
+    }
+
+
+def figures(scores: PairScores, first_scale: int) -> dict[str, Any]:
+    """The figures of every scale, and of all scales from the second on together, as the paper's histograms have them.
+
+    An equal pair is half a win: an early scale has so few different maps that pairs are often equal.
+    """
+    scales = []
+    for column in range(scores.real.shape[1]):
+        real, generated = scores.real[:, column], scores.generated[:, column]
+        accuracy = float(wins(real, generated).double().mean())
+        scales.append(
+            {
+                "scale": first_scale + column,
+                "accuracy": accuracy,
+                "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / len(real)),
+                **{f"{name}_loss": float(loss(real, generated).double().mean()) for name, loss in LOSSES.items()},
+                **distance(real, generated),
+            }
+        )
+    later = slice(max(1 - first_scale, 0), None)
+    together = distance(*(side[:, later].flatten() for side in scores)) if scores.real[:, later].numel() else None
+    return {"pairs": len(scores.real), "scales": scales, "scales_from_the_second": together}
+
+
+def chosen_part(real: TokenMaps, generated: TokenMaps, facts: dict[str, Any]) -> tuple[Part, str]:
+    """The pairs that a scorer is judged on: those held out of its training, if it was trained on these very maps.
+
+    Args:
+        real, generated: token maps.
+        facts: of the scorer's training, as its file has them.
+
+    Returns:
+        the pairs, and what they are, in words.
+    """
+    settings = facts.get("settings", {})
+    if (settings.get("real"), settings.get("generated")) == (fingerprint(real), fingerprint(generated)):
+        part = make_pairs(real, generated, settings["validation"], settings["seed"]).validation
+        if len(part):
+            return part, "held out of the scorer's training"
+        return make_pairs(real, generated, 0.0, settings["seed"]).training, "trained on: none was held out"
+    return make_pairs(real, generated, 0.0, 0).training, "all pairs of other maps than the scorer was trained on"
+
+
+def judge(
+    scorer: Scorer,
+    name: str,
+    facts: dict[str, Any],
+    real: TokenMaps,
+    generated: TokenMaps,
+    maker: FeatureMaker,
+    first_scale: int,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """The whole report of a scorer, JSON values.
+
+    Args:
+        scorer: on the maker's device.
+        name: what the report calls it.
+        facts: of its training, as its file has them; may be empty.
+        real, generated: token maps.
+        maker: what it sees of them.
+        first_scale: the first scale to judge.
+        batch_size: pairs at a time.
+
+    Raises:
+        ValueError: if the token maps, the VQ-VAE and the scorer do not fit each other.
+    """
+    check_datasets(real, generated)
+    check_fit(real, maker, scorer.config, first_scale)
+    part, which = chosen_part(real, generated, facts)
+    found = figures(score_pairs(scorer, maker, part, first_scale, batch_size), first_scale)
+    loss = facts.get("settings", {}).get("loss", "pairwise")
+    return {"scorer": name, "loss": loss, "pairs_are": which, **found, "training": facts}
+
+
+def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
+    """Figures by scale as a table; of two scorers their accuracies and the change between them (Table 10)."""
+    names = [report["scorer"] for report in reports]
+    head = ["scale", *(f"accuracy, {name}" if len(names) > 1 else "accuracy" for name in names)]
+    head += (
+        ["change"] if len(names) == 2 else ["pairwise loss", "pointwise loss", "mean difference", "KL real‖generated"]
+    )
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    by_scale = [{row["scale"]: row for row in report["scales"]} for report in reports]
+    for scale in sorted(set().union(*by_scale)):
+        rows = [rows.get(scale) for rows in by_scale]
+        cells = [str(scale), *("-" if row is None else f"{row['accuracy']:.3f}" for row in rows)]
+        if len(rows) == 2:
+            change = "-" if None in rows else f"{rows[1]['accuracy'] - rows[0]['accuracy']:+.3f}"
+            cells.append(change)
+        else:
+            keys = ("pairwise_loss", "pointwise_loss", "mean_difference", "kl_real_generated")
+            cells += [f"{rows[0][key]:.3f}" for key in keys]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def require_matplotlib() -> None:
+    """Raise ``ImportError``, saying what to install, if matplotlib is not there."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib: pip install 'varkern[demo]'") from error
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Loss and accuracy by scale, and below them the histograms of every scale (LSRS, Figs. 5 and 7), as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = report["scales"]
+    panels = [(f"scale {row['scale']}", row) for row in rows]
+    if report["scales_from_the_second"] is not None:
+        panels.append(("all scales from the second", report["scales_from_the_second"]))
+    columns = 3 if len(panels) <= 6 else 4
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * (lines + 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, lines))
+    draw_curves(top.subplots(1, 2), rows, report["loss"])
+    axes = bottom.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (title, row) in zip(axes, panels, strict=False):
+        draw_histogram(axis, title, row)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    axes[0].legend(loc="upper left", fontsize=8, frameon=False)
+    figure.suptitle(f"{report['scorer']}: {report['pairs']:,} pairs, {report['pairs_are']}", fontsize=11)
+    with atomically(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
+
+
+def draw_curves(axes: Sequence[Any], rows: Sequence[dict[str, Any]], loss: str) -> None:
+    """Loss and accuracy by scale, each with the line of a scorer that tells nothing."""
+    scales = [row["scale"] for row in rows]
+    for axis, key, chance, label in (
+        (axes[0], f"{loss}_loss", math.log(2), f"{loss} loss"),
+        (axes[1], "accuracy", 0.5, "accuracy"),
+    ):
+        axis.plot(scales, [row[key] for row in rows], marker="o", color="black", label=label)
+        axis.axhline(chance, color="grey", linestyle="--", linewidth=1, label=f"chance, {chance:.3g}")
+        axis.set_xlabel("scale", fontsize=9)
+        axis.set_ylabel(label, fontsize=9)
+        axis.set_xticks(scales)
+        axis.legend(fontsize=8, frameon=False)
+
+
+def draw_histogram(axis: Any, title: str, row: dict[str, Any]) -> None:
+    """Shares of real and generated scores over the common bins."""
+    edges = row["histogram"]["edges"]
+    for name, colour in (("generated", GENERATED_COLOUR), ("real", REAL_COLOUR)):
+        counts = row["histogram"][name]
+        shares = [count / max(sum(counts), 1) for count in counts]
+        axis.stairs(shares, edges, fill=True, alpha=0.45, color=colour, label=name)
+    facts = f"mean difference {row['mean_difference']:.2f}, KL {row['kl_real_generated']:.2f}"
+    axis.set_title(f"{title}\n{facts}", fontsize=9)
+    axis.set_xlabel("score", fontsize=9)
+    axis.set_ylabel("share of maps", fontsize=9)
+    axis.margins(y=0.2)
+
+
+def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+    """``report.json`` and ``scores.png`` in ``folder``; returns their paths."""
+    paths = [folder / "report.json", folder / "scores.png"]
+    with atomically(paths[0]) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, paths[1])
+    return paths

@@ -1,0 +1,210 @@
+"""Which real map meets which generated one, and when: all of it a function of (seed, epoch, image), never of history.
+
+An epoch is every real image of the training part once, in an order of its own. Its partner is drawn anew each epoch,
+uniformly among the generated images of its class. Epochs follow one another without a gap: batch ``s`` holds the
+examples ``s * B`` to ``s * B + B - 1`` of the endless sequence, so no batch is short and none is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varkern.data import TokenMaps
+from varkern.ops.philox import philox
+
+# The counter's last word: what a random number of training is for.
+ORDER, PARTNERS, SPLIT, FIXED_PARTNERS = 16, 17, 18, 19
+
+
+def random_words(seed: int, count: int, epoch: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two 32-bit words for each of ``count`` places, ``[count]`` int64: Philox, keyed by ``seed``."""
+    places = torch.arange(count)
+    low, high, *_ = philox(seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, places & 0xFFFFFFFF, places >> 32, epoch, stream)
+    return low.numpy(), high.numpy()
+
+
+def random_order(seed: int, count: int, epoch: int, stream: int) -> np.ndarray:
+    """A permutation of ``0..count-1``."""
+    low, high = random_words(seed, count, epoch, stream)
+    return np.argsort((high << 31) | (low >> 1), kind="stable")
+
+
+class Batch(NamedTuple):
+    """Pairs of one class each: tokens ``[n, L]`` and labels ``[n]``, all int64."""
+
+    real: Tensor
+    generated: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """On ``device``; from pinned memory the copy does not wait."""
+        if device.type == "cuda":
+            return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+class Part:
+    """Some images of the two datasets, such as those to train on.
+
+    Args:
+        real_maps, generated_maps: the datasets.
+        real, generated: places in them, int64, every class of ``real`` among those of ``generated``.
+        seed: of the orders and the partners.
+    """
+
+    def __init__(
+        self, real_maps: TokenMaps, generated_maps: TokenMaps, real: np.ndarray, generated: np.ndarray, seed: int
+    ):
+        self.real_maps, self.generated_maps, self.real, self.seed = real_maps, generated_maps, real, seed
+        self.labels = np.asarray(real_maps.labels)[real]
+        labels = np.asarray(generated_maps.labels)[generated]
+        self.generated = generated[np.argsort(labels, kind="stable")]
+        self.counts = np.bincount(labels, minlength=int(self.labels.max(initial=0)) + 1)
+        self.starts = np.cumsum(self.counts) - self.counts
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # two: a batch may reach into the next
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def partners(self, epoch: int, stream: int) -> np.ndarray:
+        """For every real image of the part a generated one of its class: places in that dataset, ``[len]``."""
+        low, _ = random_words(self.seed, len(self), epoch, stream)
+        return self.generated[self.starts[self.labels] + (low * self.counts[self.labels] >> 32)]
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return random_order(self.seed, len(self), epoch, ORDER), self.partners(epoch, PARTNERS)
+
+    def examples(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the real and of the generated image of examples ``first`` to ``stop - 1``, counted from epoch 0."""
+        numbers = np.arange(first, stop)
+        epochs, places = np.divmod(numbers, len(self))
+        real, generated = np.empty_like(numbers), np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order, partners = self._epoch(int(epoch))
+            chosen = order[places[here]]
+            real[here], generated[here] = self.real[chosen], partners[chosen]
+        return real, generated
+
+    def batch(self, first: int, stop: int) -> Batch:
+        """The examples ``first`` to ``stop - 1``."""
+        return self._read(*self.examples(first, stop))
+
+    def fixed_batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Every real image once, in the dataset's order, each with a partner that never changes.
+
+        Args:
+            size: pairs a batch, at most.
+            rank, ranks: of several processes each takes every ``ranks``-th batch.
+        """
+        partners = self.partners(0, FIXED_PARTNERS)
+        for start in range(rank * size, len(self), ranks * size):
+            part = slice(start, start + size)
+            yield self._read(self.real[part], partners[part])
+
+    def _read(self, real: np.ndarray, generated: np.ndarray) -> Batch:
+        labels = torch.from_numpy(np.asarray(self.real_maps.labels)[real])
+        return Batch(self.real_maps.gather(real), self.generated_maps.gather(generated), labels)
+
+
+class Batches:
+    """One rank's share of every batch of a training, read in the background one batch ahead.
+
+    Args:
+        part: what is trained on.
+        batch_size: pairs of all ranks together, a multiple of ``ranks``.
+        rank, ranks: this process and how many there are.
+    """
+
+    def __init__(self, part: Part, batch_size: int, rank: int = 0, ranks: int = 1):
+        self.part, self.batch_size = part, batch_size
+        self.share = batch_size // ranks
+        self.offset = rank * self.share
+        self.reader, self.ahead = ThreadPoolExecutor(1), {}
+
+    def read(self, step: int) -> Batch:
+        first = step * self.batch_size + self.offset
+        return self.part.batch(first, first + self.share)
+
+    def __getitem__(self, step: int) -> Batch:
+        future = self.ahead.pop(step, None)
+        self.ahead = {step + 1: self.reader.submit(self.read, step + 1)}
+        return self.read(step) if future is None else future.result()
+
+    def close(self) -> None:
+        self.reader.shutdown(cancel_futures=True)
+
+
+def held_out(labels: np.ndarray, share: float, seed: int, stream: int) -> np.ndarray:
+    """Which images are kept for validation, ``[N]`` bool: of every class the share, rounded up, but never all.
+
+    The choice depends on the labels and the seed alone.
+    """
+    order = random_order(seed, len(labels), stream, SPLIT)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels, minlength=1)
+    place = np.empty(len(labels), np.int64)
+    place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    wanted = np.minimum(np.ceil(share * counts).astype(np.int64), np.maximum(counts - 1, 0))
+    return place < wanted[labels]
+
+
+class Pairs(NamedTuple):
+    """Two datasets, cut into what is trained on and what is held out."""
+
+    training: Part
+    validation: Part
+    left_out: int
+    """Real images of classes of which there is no generated image, or none left after the cut."""
+
+
+def make_pairs(real: TokenMaps, generated: TokenMaps, validation: float, seed: int) -> Pairs:
+    """Cut both datasets by image, the same for the same labels, ``validation`` and ``seed``.
+
+    Raises:
+        ValueError: if a dataset is empty, the datasets do not fit each other, or no class is in both.
+    """
+    check_datasets(real, generated)
+    parts = []
+    real_labels, generated_labels = (np.asarray(maps.labels) for maps in (real, generated))
+    masks = [held_out(labels, validation, seed, i) for i, labels in enumerate((real_labels, generated_labels))]
+    for wanted in (False, True):
+        real_places, generated_places = (np.flatnonzero(mask == wanted) for mask in masks)
+        shared = np.isin(real_labels[real_places], generated_labels[generated_places])
+        parts.append(Part(real, generated, real_places[shared], generated_places, seed))
+    return Pairs(*parts, left_out=len(real) - len(parts[0]) - len(parts[1]))
+
+
+def fingerprint(maps: TokenMaps) -> str:
+    """A hash of all that is in a dataset, by its manifest's checksums."""
+    return hashlib.sha256(maps.manifest.to_json().encode()).hexdigest()[:16]
+
+
+def check_datasets(real: TokenMaps, generated: TokenMaps) -> None:
+    """Raise ``ValueError`` for datasets that give no pairs, saying why."""
+    for name, maps in (("real", real), ("generated", generated)):
+        if not len(maps):
+            raise ValueError(f"{name} must hold token maps, got none in {maps.folder}")
+    for name in ("patch_nums", "vocabulary", "num_classes"):
+        first, second = getattr(real.manifest, name), getattr(generated.manifest, name)
+        if first != second:
+            raise ValueError(f"real and generated must have the same {name}, got {first} and {second}")
+    if not np.isin(real.labels, generated.labels).any():
+        raise ValueError(
+            f"real and generated must share a class, got {named(real.labels)} and {named(generated.labels)}"
+        )
+
+
+def named(labels: np.ndarray, most: int = 8) -> str:
+    """The classes among ``labels``, the first few by number."""
+    classes = np.unique(labels)
+    shown = ", ".join(map(str, classes[:most]))
+    return f"{len(classes)} classes ({shown}{', ...' if len(classes) > most else ''})"

@@ -1,0 +1,114 @@
+"""How a scorer is trained: the two losses of LSRS (section 3.3) and the settings of its appendix A."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .features import FEATURES
+
+FIRST_WIDTHS = (32, 128)  # the paper's; 256 at every resolution after these
+
+
+def pairwise_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """Eq. 4 for every pair: ``-log sigmoid(real - generated)``, the shape of the scores, which come in pairs."""
+    return F.softplus(generated - real)
+
+
+def pointwise_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """Eq. 5 for every pair: the mean of ``-log sigmoid(real)`` and ``-log(1 - sigmoid(generated))``.
+
+    A mean, so that scores which tell nothing cost log 2 under either loss.
+    """
+    return (F.softplus(-real) + F.softplus(generated)) / 2
+
+
+LOSSES = {"pairwise": pairwise_loss, "pointwise": pointwise_loss}
+
+
+@dataclass(frozen=True)
+class ScorerTraining:
+    """How a scorer is trained; the defaults are the paper's (appendix A) where it says.
+
+    Args:
+        loss: ``"pairwise"`` (eq. 4) or ``"pointwise"`` (eq. 5).
+        first_scale: the first scale that is trained on, from 0 (the paper's Table 10 compares 0 and 1).
+        features: ``"fused"``: the sum of all scales; ``"own"``: a scale's own features, for FlexVAR.
+        epochs: in epochs of the training part of the real images; need not be whole.
+        warmup_epochs: of them, with a linearly rising learning rate; a cosine to 0 over the rest.
+        batch_size: pairs a step, over all ranks together; every pair brings all its scales.
+        learning_rate, weight_decay, betas, eps: of AdamW, which is Adam where nothing decays. Eq. 4 has directions
+            without a gradient, such as a constant in a hidden unit that real and generated maps share; there Adam
+            divides rounding by itself, and two runs whose sums round differently drift apart without scoring
+            differently. A larger ``eps`` stills that.
+        max_norm: the gradient is clipped to it; None: not clipped.
+        validation: share of each class's images, real and generated, that is held out.
+        seed: of weights, order, partners and of what is held out.
+        precision: ``"float32"``, ``"bfloat16"`` (by autocast), or ``"auto"``: bfloat16 on a GPU.
+    """
+
+    loss: str = "pairwise"
+    first_scale: int = 0
+    features: str = "fused"
+    epochs: float = 4.0
+    warmup_epochs: float = 1.0
+    batch_size: int = 128
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_norm: float | None = None
+    validation: float = 0.02
+    seed: int = 0
+    precision: str = "auto"
+
+    def __post_init__(self):
+        for name, choices in (
+            ("loss", tuple(LOSSES)),
+            ("features", FEATURES),
+            ("precision", ("auto", "float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in (("first_scale", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        for name in ("epochs", "learning_rate"):
+            if not isinstance(getattr(self, name), Real) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
+        if not isinstance(self.weight_decay, Real) or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number >= 0, got {self.weight_decay!r}")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm must be > 0 or None, got {self.max_norm!r}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs must be in [0, epochs={self.epochs}], got {self.warmup_epochs}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must be in [0, 1), got {self.validation}")
+
+    def precision_on(self, device: torch.device) -> str:
+        """The precision with ``"auto"`` decided."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if device.type == "cuda" else "float32"
+
+    def steps(self, examples: int) -> tuple[int, int]:
+        """Steps in all, and of them those of the warm-up, for an epoch of ``examples`` pairs; rounded up."""
+        return tuple(math.ceil(epochs * examples / self.batch_size) for epochs in (self.epochs, self.warmup_epochs))
+
+
+def default_widths(size: int) -> tuple[int, ...]:
+    """A scorer's widths for a latent of side ``size``: 32, 128, then 256 down to 2x2 (the paper's at 16)."""
+    levels, side = 1, size
+    while side > 2:
+        side, levels = (side + 1) // 2, levels + 1
+    return (FIRST_WIDTHS + (256,) * levels)[:levels]
+
+
+def wins(real: Tensor, generated: Tensor) -> Tensor:
+    """1 where the real map scores higher, 1/2 where both are equal: early scales have few maps, so pairs often are."""
+    return (real > generated).float() + 0.5 * (real == generated)

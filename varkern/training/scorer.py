@@ -1,0 +1,306 @@
+"""Training of a scorer on pairs of real and generated token maps: LSRS, section 3.3 and appendix A."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from varkern.data import TokenMaps
+from varkern.scorer import Scorer, ScorerConfig
+
+from .features import FeatureMaker
+from .log import Log, Stopwatch
+from .loop import differences, fit, schedule
+from .pairs import Batch, Batches, Pairs, check_datasets, fingerprint, make_pairs
+from .ranks import Ranks, joined
+from .recipe import LOSSES, ScorerTraining, wins
+
+
+class Trainer:
+    """One scorer, its data and its figures: what :func:`.loop.fit` calls at each step.
+
+    Args:
+        scorer: trained in place, on the ranks' device.
+        pairs, maker, training: what it is trained on, and how.
+        ranks: the processes that share every batch.
+        table: the CSV of the figures.
+        every: steps from one of its rows to the next; the end of an epoch has one too.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        pairs: Pairs,
+        maker: FeatureMaker,
+        training: ScorerTraining,
+        ranks: Ranks,
+        table: Path,
+        every: int,
+    ):
+        self.scorer, self.pairs, self.maker, self.training = scorer, pairs, maker, training
+        self.ranks, self.table, self.every = ranks, table, every
+        self.examples = len(pairs.training)
+        self.num_steps, self.warmup = training.steps(self.examples)
+        self.batches = Batches(pairs.training, training.batch_size, ranks.rank, ranks.size)
+        self.scales = torch.arange(training.first_scale, len(maker.patch_nums), device=ranks.device)
+        self.loss, self.half = LOSSES[training.loss], training.precision_on(ranks.device) == "bfloat16"
+        if training.loss == "pairwise":
+            # Eq. 4 does not see a constant added to all scores; rounding would be its only gradient.
+            scorer.head[-1].bias.requires_grad_(False).zero_()
+        self.model: nn.Module = scorer
+        if ranks.size > 1:
+            on_gpu = [ranks.device] if ranks.device.type == "cuda" else None
+            self.model = DistributedDataParallel(scorer, device_ids=on_gpu)
+        self.losses = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum and number since the last row
+        self.watch, self.log = Stopwatch(ranks.device), None
+        self.steps_timed, self.seconds, self.since = 0, 0.0, None
+        self.figures: dict[str, Any] = {}
+
+    def begin(self, start: int) -> None:
+        if self.ranks.rank == 0:
+            self.log = Log(self.table, self.columns(), start)
+        if start == self.num_steps and len(self.pairs.validation):  # killed when all but saving was done
+            self.figures = {"step": start, "validation": self.validate()}
+
+    def close(self) -> None:
+        self.batches.close()
+        if self.log is not None:
+            self.log.close()
+
+    def features(self, batch: Batch) -> Tensor:
+        """Of the real maps' scales, then of the generated ones', ``[n, 2 * scales, C, H, W]``."""
+        return torch.cat([self.maker(tokens, self.training.first_scale) for tokens in batch[:2]], dim=1)
+
+    def scores(self, model: nn.Module, labels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the real and of the generated maps, ``[n, scales]`` float32 each."""
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.half):
+            scores = model(labels, features, self.scales.repeat(2))
+        return scores.float().chunk(2, dim=1)
+
+    def batch_loss(self, step: int) -> Tensor:
+        if self.since is None:
+            self.since = time.perf_counter()
+        self.watch.start(step)
+        batch = self.batches[step].to(self.ranks.device)
+        self.watch.lap("data")
+        features = self.features(batch)
+        self.watch.lap("fuse")
+        loss = self.loss(*self.scores(self.model, batch.labels, features)).mean()
+        self.losses += torch.stack((loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)))
+        return loss
+
+    def after_step(self, step: int) -> None:
+        self.watch.lap("model")
+        self.steps_timed += 1
+        seen, last = (step + 1) * self.training.batch_size, step + 1 == self.num_steps
+        new_epoch = seen // self.examples > (seen - self.training.batch_size) // self.examples
+        if new_epoch or last or (step + 1) % self.every == 0:
+            self.write_row(step, validated=new_epoch or last)
+
+    def write_row(self, step: int, validated: bool) -> None:
+        self.seconds += time.perf_counter() - self.since
+        total = self.ranks.sum(self.losses.clone())
+        self.losses.zero_()
+        row = {
+            "step": step + 1,
+            "epoch": (step + 1) * self.training.batch_size / self.examples,
+            "learning_rate": self.training.learning_rate * schedule(step, self.num_steps, self.warmup),
+            "loss": float(total[0] / total[1]),
+            "examples_per_second": self.steps_timed * self.training.batch_size / self.seconds,
+            **{f"{phase}_share": share for phase, share in self.watch.shares().items()},
+        }
+        self.figures |= row
+        if validated and len(self.pairs.validation):
+            self.figures["validation"] = self.validate()
+            for name, values in self.figures["validation"].items():
+                numbers = zip(self.scales.tolist(), values, strict=True)
+                row |= {f"validation_{name}_{scale}": value for scale, value in numbers}
+        if self.log is not None:
+            self.log.write(row)
+        self.since = None
+
+    def columns(self) -> list[str]:
+        names = ["step", "epoch", "learning_rate", "loss", "examples_per_second"]
+        names += ["data_share", "fuse_share", "model_share"]
+        return names + [f"validation_{name}_{k}" for name in ("loss", "accuracy") for k in self.scales.tolist()]
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, list[float]]:
+        """Loss, and share of pairs whose real map scores higher, of the held-out part; one number a scale."""
+        sums = torch.zeros(3, len(self.scales), dtype=torch.float64, device=self.ranks.device)
+        self.scorer.eval()
+        share = max(self.training.batch_size // self.ranks.size, 1)
+        for batch in self.pairs.validation.fixed_batches(share, self.ranks.rank, self.ranks.size):
+            batch = batch.to(self.ranks.device)
+            real, generated = self.scores(self.scorer, batch.labels, self.features(batch))
+            columns = (self.loss(real, generated), wins(real, generated), torch.ones_like(real))
+            sums += torch.stack(columns).double().sum(1)
+        self.scorer.train()
+        loss, accuracy, count = self.ranks.sum(sums).cpu()
+        return {"loss": (loss / count).tolist(), "accuracy": (accuracy / count).tolist()}
+
+
+def check_maker(real: TokenMaps, maker: FeatureMaker) -> None:
+    """Raise ``ValueError`` if a VQ-VAE does not fit the token maps."""
+    sides, vocabulary = tuple(real.manifest.patch_nums), maker.codebook.shape[0]
+    if maker.patch_nums != sides:
+        raise ValueError(f"vae has patch_nums {maker.patch_nums}, but the token maps have {sides}")
+    if vocabulary != real.manifest.vocabulary:
+        raise ValueError(f"vae has {vocabulary} codes, but the token maps a vocabulary of {real.manifest.vocabulary}")
+
+
+def check_fit(real: TokenMaps, maker: FeatureMaker, config: ScorerConfig, first_scale: int) -> None:
+    """Raise ``ValueError`` if VQ-VAE, scorer or first scale do not fit the token maps."""
+    check_maker(real, maker)
+    scales = len(maker.patch_nums)
+    if not 0 <= first_scale < scales:
+        raise ValueError(f"first_scale must be in 0..{scales - 1}, the scales of the token maps, got {first_scale}")
+    wanted = {
+        "num_classes": real.manifest.num_classes,
+        "num_scales": scales,
+        "channels": maker.codebook.shape[1],
+        "size": maker.patch_nums[-1],
+    }
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"the scorer's {name} must be {value} for these token maps, got {getattr(config, name)}")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What :func:`train_scorer` noted in a scorer's file; empty if it did not make it.
+
+    Raises:
+        ValueError: if it is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("training", "{}"))
+    except Exception as error:
+        raise ValueError(f"{path} is not a scorer's safetensors file: {error}") from error
+
+
+def train_scorer(
+    real: TokenMaps,
+    generated: TokenMaps,
+    maker: FeatureMaker,
+    config: ScorerConfig,
+    training: ScorerTraining,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    every: int = 100,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Train a scorer and write it to ``out``, going on where a killed run stopped; done already: only say so.
+
+    Under ``torchrun`` the ranks share every batch and the result is that of one rank, to rounding.
+
+    Args:
+        real, generated: token maps of real images and of the model's own.
+        maker: what the scorer sees of them; its VQ-VAE is the one that they were made with.
+        config: the scorer's sizes.
+        training: how it is trained.
+        out: a ``.safetensors`` file; beside it, with other suffixes, the checkpoint of a run under way, the CSV and
+            TensorBoard's files.
+        device: where to train; see :func:`.ranks.joined`.
+        every: steps from one row of the CSV to the next.
+        restart: forget what is there and begin again.
+
+    Returns:
+        the facts that the file's metadata hold too: settings, steps, the last loss, the last validation's loss and
+        accuracy by scale, examples (pairs) a second, and the shares of time.
+
+    Raises:
+        ValueError: if the arguments do not fit each other, or ``out`` or its checkpoint was made with other settings.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out must end in .safetensors, got {out}")
+    check_datasets(real, generated)
+    check_fit(real, maker, config, training.first_scale)
+    with joined(torch.device(device)) as ranks:
+        if training.batch_size % ranks.size:
+            raise ValueError(f"batch_size must be a multiple of the {ranks.size} ranks, got {training.batch_size}")
+        settings = {
+            **asdict(training),
+            "precision": training.precision_on(ranks.device),
+            "real": fingerprint(real),
+            "generated": fingerprint(generated),
+            "vae": maker.fingerprint(),
+            "scorer": asdict(config),
+        }
+        settings = json.loads(json.dumps(settings))
+        checkpoint = out.with_suffix(".checkpoint.pt")
+        if restart and ranks.rank == 0:
+            for path in (out, checkpoint, out.with_suffix(".csv")):
+                path.unlink(missing_ok=True)
+        ranks.agree("restart", restart)
+        ranks.agree(f"{out} is there", out.exists())
+        if out.exists():
+            facts = read_facts(out)
+            different = differences(facts.get("settings", {}), settings)
+            if different:
+                raise ValueError(f"{out} is a scorer of other settings ({different}): choose another name or restart")
+            checkpoint.unlink(missing_ok=True)
+            return facts
+        ranks.agree(f"{checkpoint} is there", checkpoint.exists())
+        return run(real, generated, maker.to(ranks.device), config, training, out, ranks, every, settings)
+
+
+def run(
+    real: TokenMaps,
+    generated: TokenMaps,
+    maker: FeatureMaker,
+    config: ScorerConfig,
+    training: ScorerTraining,
+    out: Path,
+    ranks: Ranks,
+    every: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The work of :func:`train_scorer`, everything checked."""
+    torch.manual_seed(training.seed)
+    scorer = Scorer(config).to(ranks.device)
+    pairs = make_pairs(real, generated, training.validation, training.seed)
+    trainer = Trainer(scorer, pairs, maker, training, ranks, out.with_suffix(".csv"), every)
+    facts: dict[str, Any] = {"settings": settings, "pairs": len(pairs.training), "held_out": len(pairs.validation)}
+    facts |= {"left_out": pairs.left_out, "ranks": ranks.size, "device": str(ranks.device)}
+
+    def finish() -> None:
+        facts.update(trainer.figures)
+        try:
+            scorer.save_pretrained(out, {"training": json.dumps(facts)})
+        except SafetensorError as error:  # a full disk, which this library does not call an OSError
+            raise OSError(f"{out} cannot be written, run again when it can: {error}") from error
+
+    try:
+        fit(
+            "scorer",
+            scorer,
+            trainer.batch_loss,
+            steps=trainer.num_steps,
+            learning_rate=training.learning_rate,
+            seed=training.seed,
+            checkpoint=out.with_suffix(".checkpoint.pt"),
+            warmup=trainer.warmup,
+            weight_decay=training.weight_decay,
+            betas=training.betas,
+            eps=training.eps,
+            max_norm=training.max_norm,
+            after_step=trainer.after_step,
+            carried={"losses": trainer.losses},
+            settings=settings,
+            begin=trainer.begin,
+            finish=finish,
+            main=ranks.rank == 0,
+        )
+    finally:
+        trainer.close()
+    return {**facts, **trainer.figures}
