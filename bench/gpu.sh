@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything there is to run on a GPU: the tests, a memory check, every benchmark. One command, from anywhere:
+# Everything there is to run on a GPU: the tests, a memory check, every benchmark, the report. One command, from anywhere:
 #
 #     bench/gpu.sh [folder]        # default: bench/results/<device>
 #
 # Writes <folder>/environment.txt, tests.txt, memcheck.txt (where compute-sanitizer exists), one .json and .txt a
-# benchmark, and summary.txt. A part that fails does not stop the others; the exit code says whether any did.
+# benchmark, generation.json and parts.json with REPORT.md and its plots, and summary.txt. A part that fails does not stop
+# the others; the exit code says whether any did. VARKERN_UPSTREAM=DIR also times the published class from a checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -37,12 +38,16 @@ if [ "${VARKERN_BENCH_TINY:-0}" != 1 ]; then
     fi
 fi
 
+export VARKERN_BENCH_OUT=$folder
 for file in bench/test_*.py; do
     name=$(basename "$file" .py)
     name=${name#test_}
-    "$PYTHON" -m pytest "$file" -q -s -p no:cacheprovider --benchmark-json="$folder/$name.json" \
+    [ "$name" = cpu ] && continue # not a GPU's affair
+    [ "$name" = generation ] && options=(${VARKERN_UPSTREAM:+--upstream="$VARKERN_UPSTREAM"}) || options=()
+    "$PYTHON" -m pytest "$file" -q -s -p no:cacheprovider --benchmark-json="$folder/$name-rounds.json" "${options[@]}" \
         > "$folder/$name.txt" 2>&1 || failed=1
 done
+"$PYTHON" -m bench.report "$folder" || failed=1
 
 {
     cat "$folder/environment.txt"
@@ -51,6 +56,7 @@ done
     done
     for file in bench/test_*.py; do
         name=$(basename "$file" .py)
+        [ -e "$folder/${name#test_}.txt" ] || continue
         echo
         cat "$folder/${name#test_}.txt"
     done

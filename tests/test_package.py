@@ -69,12 +69,12 @@ class TestReadme:
         assert len(lines) >= 5
         for line in lines:
             words, command = shlex.split(line, comments=True)[1:], get_command(cli.app)
-            while words and not words[0].startswith("-"):
+            while hasattr(command, "commands") and words and not words[0].startswith("-"):
                 command = command.commands[words.pop(0)]
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known
 
-    @pytest.mark.parametrize("place", range(2), ids=["patch", "scorer"])
+    @pytest.mark.parametrize("place", range(3), ids=["patch", "scorer", "search"])
     def test_examples(self, place, tmp_path, monkeypatch):
         """The Python blocks run, with the demo's models where a user's stand."""
         monkeypatch.chdir(tmp_path)
@@ -83,7 +83,7 @@ class TestReadme:
         names = {"var": model, "labels": torch.arange(8)}
         before = dict(vars(model))
         examples = blocks("python")
-        assert len(examples) == 2
+        assert len(examples) == 3
         exec(examples[place], names)
         images = names["images"] if place == 0 else names["result"].images
         assert images.shape == (8, 3, 24, 24) and images.isfinite().all()
