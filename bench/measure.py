@@ -82,6 +82,8 @@ def graph_seconds(step: Step, device: torch.device, repeats: int = 10, replays: 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / repeats)
+    del graph
+    torch.cuda.empty_cache()  # or the memory of every graph so far would stand in the next peak
     return statistics.median(times)
 
 

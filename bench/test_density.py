@@ -13,7 +13,6 @@ step can be captured, else of plain calls. Bars that are asked of the op are pri
 import importlib.util
 import os
 import statistics
-import time
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
 if TINY and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from bench import measure  # noqa: E402
 from tests.references.density import chain  # noqa: E402
 from varkern.ops import bit_density, kernel_density, silverman_bandwidth, token_density  # noqa: E402
 from varkern.ops.backend import use_backend  # noqa: E402
@@ -43,48 +43,16 @@ def instructions():
 
 
 def wait():
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    measure.synchronize(DEVICE)
 
 
-def call_seconds(step, budget=0.2):
-    """Median seconds of a plain call, launches and all; one call at least."""
-    step()
-    times = []
-    while not times or (sum(times) < budget and len(times) < 50 and not TINY):
-        wait()
-        start = time.perf_counter()
-        step()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def call_seconds(step):
+    """Median seconds of a plain call with what it launches; one call at least, for the chain at its largest is slow."""
+    return statistics.median(measure.call_seconds(step, DEVICE, 0 if TINY else 0.2, 1))
 
 
-def graph_seconds(step, repeats=10):
-    """Median device seconds: ``repeats`` calls in one CUDA graph, replayed five times."""
-    if DEVICE.type != "cuda":
-        return call_seconds(step)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            step()
-    graph.replay()
-    times = []
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / repeats)
-    del graph
-    torch.cuda.empty_cache()
-    return statistics.median(times)
+def graph_seconds(step):
+    return measure.graph_seconds(step, DEVICE)
 
 
 def peak_bytes(step):
@@ -123,7 +91,7 @@ def peers(x):
     return steps
 
 
-def measure(ours, others, operations, flops=1.5):
+def row_of(ours, others, operations, flops=1.5):
     """A row of a table; ``flops`` in an instruction: of a subtraction and a multiply-add, 1.5."""
     row = {"floor": operations / instructions(), "graph": graph_seconds(ours), "call": call_seconds(ours)}
     row |= {"tflops": flops * operations / row["graph"] / 1e12, "peak": peak_bytes(ours)}
@@ -162,7 +130,7 @@ def test_samples(benchmark):
             error = ((kernel_density(x)[0].double() - exact).abs() / exact).max().item()
             assert error < 1e-4, f"B={batch}, N={n}, D={d}: relative error {error}"
             steps = peers(x)
-            row = measure(lambda: kernel_density(x), steps, batch * n * (n + 1) * d)  # noqa: B023
+            row = row_of(lambda: kernel_density(x), steps, batch * n * (n + 1) * d)  # noqa: B023
             rows.append({"B": batch, "N": n, "D": d, "error": error, **row})
             print_row(f"B={batch} N={n} D={d}", row, steps)
         large = [row for row in rows if row["N"] == 3000]
@@ -201,7 +169,7 @@ def test_token_maps(per):
                 codes = codebook[tokens]
                 return chain(codes if per == "position" else codes.flatten(2)[:, :, None])
 
-            row = measure(ours, {"chain": released}, batch * n * (n + 1) * length * width)
+            row = row_of(ours, {"chain": released}, batch * n * (n + 1) * length * width)
             print_row(f"{per} B={batch} N={n} l={length}", row, ["chain"])
             if (batch, n, length, per) == (24, 100, 4, "position"):
                 print(f"bar: N=100, B=24, scale 1: {row['graph'] * 1e6:.1f} us (wanted: below 30)")
@@ -226,7 +194,7 @@ def test_bits():
 
             others = {"chain": released} if length <= 4 else {}
             words = -(-d // 32)
-            row = measure(ours, others, batch * n * (n + 1) / 2 * length * (9 * words + 18), flops=0)
+            row = row_of(ours, others, batch * n * (n + 1) / 2 * length * (9 * words + 18), flops=0)
             print_row(f"bits B={batch} N={n} l={length} d={d}", row, others)
             if "chain" in row and n == 3000:
                 share = row["peak"] / row["chain peak"]

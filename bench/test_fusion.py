@@ -11,16 +11,12 @@ and operations over the matrix units' rate, for the operations that the kernels 
 """
 
 import os
-import statistics
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
 if TINY and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,6 +24,7 @@ if TINY and not torch.cuda.is_available():
 from varkern.kernels.fusion import unresized_blocks  # noqa: E402
 from varkern.kernels.fusion_tables import TILE, tile_inputs  # noqa: E402
 
+from bench import measure  # noqa: E402
 from tests.references.fusion import SIDES_256, case, chain  # noqa: E402
 from varkern.ops import commit_tokens, fuse_tokens, resize_features  # noqa: E402
 from varkern.ops.backend import use_backend  # noqa: E402
@@ -36,42 +33,15 @@ SIDES, SIZE, C, V = ((2, 4), 4, 8, 64) if TINY else (SIDES_256, 16, 32, 4096)
 B, CANDIDATES = (2, (1, 2)) if TINY else (24, (1, 4, 32, 128))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# (bytes a second, half-precision operations a second), from the vendors' data sheets, without sparsity
-PEAKS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12), "A100": (2.04e12, 312e12), "B200": (8e12, 2250e12)}
-
 
 def peaks():
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
-    return next((peak for key, peak in PEAKS.items() if key in name), (float("nan"), float("nan")))
+    """Bytes a second, half-precision operations a second."""
+    rates = measure.rates_of(DEVICE)
+    return (rates.bandwidth, rates.half) if rates else (float("nan"), float("nan"))
 
 
-def seconds(step, repeats=10):
-    """Median device seconds of ``step``: ``repeats`` of it in one CUDA graph, replayed five times."""
-    if DEVICE.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            step()
-    graph.replay()
-    times = []
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / repeats)
-    del graph
-    return statistics.median(times)
+def seconds(step):
+    return measure.graph_seconds(step, DEVICE)
 
 
 def wall_seconds(step, repeats=20):

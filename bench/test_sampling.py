@@ -25,6 +25,7 @@ if TINY and not torch.cuda.is_available():
 
 import triton  # noqa: E402
 
+from bench import measure  # noqa: E402
 from varkern.multinomial import filter_logits, sample_multinomial  # noqa: E402
 from varkern.ops import sample_tokens  # noqa: E402
 from varkern.ops.backend import use_backend  # noqa: E402
@@ -34,55 +35,24 @@ SIDES, CANDIDATES = ((1, 2), (1, 4)) if TINY else ((1, 2, 3, 4, 5, 6, 8, 10, 13,
 V, B = (300, 2) if TINY else (4096, 24)
 GUIDANCE, TOP_K, TOP_P = 1.5, (60 if TINY else 900), 0.96
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "B200": 8e12}  # bytes a second, from the data sheets
 
 
 def bandwidth():
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
-    return next((peak for key, peak in BANDWIDTH.items() if key in name), float("nan"))
+    rates = measure.rates_of(DEVICE)
+    return rates.bandwidth if rates else float("nan")
 
 
 def wait():
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    measure.synchronize(DEVICE)
 
 
-def call_seconds(step, budget=0.15):
-    """Median seconds of a plain call with what it launches, over as many calls as the budget allows, three at least."""
-    step()
-    times = []
-    while len(times) < (1 if TINY else 3) or (sum(times) < budget and len(times) < 50 and not TINY):
-        wait()
-        start = time.perf_counter()
-        step()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def call_seconds(step):
+    """Median seconds of a plain call with what it launches."""
+    return statistics.median(measure.call_seconds(step, DEVICE, *((0, 1) if TINY else (0.15, 3))))
 
 
 def graph_seconds(step, repeats=10):
-    """Median device seconds: ``repeats`` calls in one CUDA graph, replayed five times."""
-    if DEVICE.type != "cuda":
-        return call_seconds(step)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            step()
-    graph.replay()
-    times = []
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / repeats)
-    return statistics.median(times)
+    return measure.graph_seconds(step, DEVICE, repeats)
 
 
 def host_seconds(step, calls=200):
