@@ -1,7 +1,7 @@
 """Every op's PyTorch form on a CPU, and a calibration beside them: what continuous integration watches for regressions.
 
     python -m pytest bench/test_cpu.py -q --benchmark-json=NEW.json
-    python -m bench.compare bench/results/cpu.json NEW.json
+    python -m bench.compare bench/results/cpu/ops.json NEW.json
 
 Sizes are a published VAR's at one scale in the middle, two images, small enough for a few milliseconds each. The
 figures are for comparing one run with another, never with a GPU's.
