@@ -75,6 +75,7 @@ def test_candidates_cost_only_what_searching_costs():
     # 24 images, four candidates, nine searched scales, 16x16 maps of 32 channels through the scorer's first layer
     first = 24 * 4 * 9 * 2 * 9 * 32 * 32 * 256
     assert four["scorer"].operations > first
+    assert len(four["F"].steps) == 9 and len(count_model(var, scorer, 24, 4, first_scale=3)["F"].steps) == 7
     assert one["sampler"].bytes == pytest.approx(48 * 680 * 4096 * 4, rel=1e-3)
 
 

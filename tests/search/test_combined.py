@@ -39,6 +39,7 @@ def test_who_has_which_scale():
     assert counts(Combined(density((0, 3)), best)) == [12, 4, 4, 12, 4]
     assert counts(Combined(DensitySearch(1), best)) == [1, 4, 4, 4, 4]  # one candidate: it wants no scale
     assert counts(Combined(density(4), density(2), BestOfM(mean_feature, m=(3, 1, 5, 1, 6)))) == [3, 1, 12, 1, 12]
+    assert counts(Combined(BestOfM(mean_feature, m=2), best)) == [1, 2, 2, 2, 2]  # two candidates are a search
     assert counts(Combined()) == [1] * 5
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from varkern.ops import fuse_tokens
 from varkern.spec import Logits, ModelSpec, Request, is_int
 
-from .base import Draws, check_cfg, check_options, missing_caches, seeded
+from .base import Draws, check_cfg, check_options, class_request, missing_caches, seeded
 
 MODEL_ATTRIBUTES = (
     "autoregressive_infer_cfg",
@@ -62,15 +62,7 @@ class FlexVARFamily:
         return ModelSpec(model.num_classes, sides, (sides[-1],) * 2, model.Cvae, model.V, self.device(model))
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
-        arguments = dict(arguments)
-        return Request(
-            batch_size=arguments.pop("B"),
-            labels=arguments.pop("label_B"),
-            seed=arguments.pop("g_seed", None),
-            top_k=arguments.pop("top_k", 0),
-            top_p=arguments.pop("top_p", 0.0),
-            options=arguments,
-        )
+        return class_request(arguments)
 
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, OPTIONS)

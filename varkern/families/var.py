@@ -12,7 +12,7 @@ from varkern.multinomial import smoothing_temperature
 from varkern.ops import commit_tokens, fuse_tokens, resize_features
 from varkern.spec import Logits, ModelSpec, Request
 
-from .base import Draws, check_cfg, check_options, missing_caches, seeded
+from .base import Draws, check_cfg, check_options, class_request, missing_caches, seeded
 
 MODEL_ATTRIBUTES = (
     "autoregressive_infer_cfg",
@@ -69,15 +69,7 @@ class VARFamily:
         return ModelSpec(model.num_classes, sides, (sides[-1], sides[-1]), channels, vocabulary, self.device(model))
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
-        arguments = dict(arguments)
-        return Request(
-            batch_size=arguments.pop("B"),
-            labels=arguments.pop("label_B"),
-            seed=arguments.pop("g_seed", None),
-            top_k=arguments.pop("top_k", 0),
-            top_p=arguments.pop("top_p", 0.0),
-            options=arguments,
-        )
+        return class_request(arguments)
 
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, ("cfg", "more_smooth"))
