@@ -6,6 +6,7 @@ import torch
 from tests.helpers import (
     NUM_CLASSES,
     TINY_SIDES,
+    caches_closed,
     on,
     random_states,
     recorded,
@@ -14,6 +15,7 @@ from tests.helpers import (
     small_var,
 )
 from tests.references import var as reference
+from tests.standins.models import FLEX_SIDES, small_flexvar
 from varkern import BestOfM, generate, image_seeds, patched
 from varkern.ops import use_backend
 from varkern.ops.philox import LABELS as LABEL_STREAM
@@ -226,6 +228,32 @@ def test_what_generate_tells():
     assert len(told.seconds) == 6 and all(s > 0 for s in told.seconds)
     rebuilt = model.vae_proxy[0].idxBl_to_img(told.tokens, last_one=True)
     assert relative_error(told.images, (rebuilt + 1) / 2) < 1e-4
+
+
+FLEX_OPTIONS = {"infer_patch_nums": list(FLEX_SIDES), "top_k": 20, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("sampler", ["philox", "multinomial"])
+@pytest.mark.parametrize("search", [None, SEARCHES["best"], SEARCHES["two best"]], ids=["none", "best", "two best"])
+@pytest.mark.parametrize("family", ["VAR", "FlexVAR"])
+def test_without_images_all_else_is_the_same(family, search, sampler):
+    """The decoder does not run, and the caches are closed."""
+    if family == "VAR":
+        model, options = small_var(), {"cfg": 2.0, "top_k": 30, "more_smooth": True}
+        vae = model.vae_proxy[0]
+    else:
+        model, vae = small_flexvar()
+        options = {**FLEX_OPTIONS, "vqvae": vae}
+    asked = {"seeds": 6, "search": search, "sampler": sampler, **options}
+    wanted = generate(model, LABELS, **asked)
+    with recorded(vae.decoder) as decoded:
+        told = generate(model, LABELS, decode=False, **asked)
+    assert told.images is None and not decoded
+    assert len(wanted.seconds) == 6 and len(told.seconds) == 5 and all(s > 0 for s in told.seconds)
+    assert all(torch.equal(a, b) for a, b in zip(told.tokens, wanted.tokens, strict=True))
+    for a, b in zip(told.scores + told.choices, wanted.scores + wanted.choices, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert caches_closed(model)
 
 
 def test_kept_tokens_are_the_chosen_candidates():

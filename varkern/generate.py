@@ -22,8 +22,8 @@ from varkern.spec import ModelSpec, Request
 class Generation(NamedTuple):
     """What :func:`generate` returns, for B images and K scales."""
 
-    images: Tensor
-    """``[B, 3, H, W]`` in [0, 1]."""
+    images: Tensor | None
+    """``[B, 3, H, W]`` in [0, 1]; None where they were not asked for."""
     tokens: list[Tensor]
     """The kept token map of every scale, ``[B, l]`` int64; of binary codes ``[B, l, d]`` uint8."""
     scores: list[Tensor | None]
@@ -31,11 +31,17 @@ class Generation(NamedTuple):
     choices: list[Tensor | None]
     """Which candidate was kept, ``[B]`` int64; None where there was no choice."""
     seconds: list[float]
-    """Time spent on every scale, then on decoding: K + 1 numbers."""
+    """Time spent on every scale, then on decoding: K + 1 numbers; without images the K of the scales."""
 
 
 def run(
-    family: Family, model: Any, request: Request, search: Search | None, sampler: str, timed: bool = False
+    family: Family,
+    model: Any,
+    request: Request,
+    search: Search | None,
+    sampler: str,
+    timed: bool = False,
+    decode: bool = True,
 ) -> Generation:
     """Generate scale by scale, keeping one candidate a scale; ``images`` is what the published method returns."""
     spec, device = family.spec(model, request), family.device(model)
@@ -59,8 +65,10 @@ def run(
             scores.append(choice and choice.scores)
             choices.append(choice and choice.index)
             clock.tick()
-        images = session.decode()
-        clock.tick()
+        images = None
+        if decode:
+            images = session.decode()
+            clock.tick()
     finally:
         session.close()
     return Generation(images, tokens, scores, choices, clock.seconds())
@@ -122,6 +130,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 0.0,
     sampler: str = "philox",
+    decode: bool = True,
     **options: Any,
 ) -> Generation:
     """Generate images and tell all: token maps, every candidate's score, the time each scale took.
@@ -139,6 +148,8 @@ def generate(
         top_p: then keep the most probable ones up to this mass; 0: all.
         sampler: ``"philox"``: random numbers by image, the same in any batch and on any backend; ``"multinomial"``:
             the model's own generator, as the published method draws.
+        decode: False: only the token maps are wanted. ``images`` is then None, the decoder does not run, ``seconds``
+            has no number for it, and all else is the same.
         options: further arguments of the family's published method: ``more_smooth`` of VAR; ``vqvae`` and
             ``infer_patch_nums``, which FlexVAR needs, and ``max_pn``, ``used_llamagen_cfg``, ``invalid_ids``.
 
@@ -163,5 +174,5 @@ def generate(
         raise ValueError("batch_size must be given when labels is None and seeds is no tensor")
     count = sizes.pop() if sizes else 1
     request = Request(count, labels, seeds, top_k, top_p, {"cfg": cfg, **options})
-    told = run(family, model, request, search, sampler, timed=True)
-    return told._replace(images=family.images(told.images))
+    told = run(family, model, request, search, sampler, timed=True, decode=decode)
+    return told._replace(images=family.images(told.images)) if decode else told

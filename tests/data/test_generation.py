@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import varkern
-from varkern.data import DATASET_SEED, Manifest, TokenMaps, generate_token_maps
+from varkern.data import DATASET_SEED, Manifest, TokenMaps, generate_token_maps, generation
 from varkern.ops.backend import use_backend
 
-from ..helpers import TINY_SIDES, on, small_var
+from ..helpers import TINY_SIDES, on, recorded, small_var
 from .helpers import contents, ended, fork, kill_at_random_times, kill_before_changes
 
 SETTINGS = {"per_class": 3, "batch_size": 2, "shard_size": 5, "seed": 77, "top_k": 30, "top_p": 0.9}
@@ -107,6 +107,16 @@ class TestGenerating:
         with varkern.patched(model, search):
             write(tmp_path, model)
         assert contents(tmp_path) == unbroken
+
+    def test_images_are_left_out_and_change_nothing(self, model, unbroken, tmp_path, monkeypatch):
+        """No decoder runs; a dataset made with every image decoded has the same bytes."""
+        with recorded(model.vae_proxy[0].decoder) as decoded:
+            write(tmp_path / "without", model)
+            assert not decoded
+            monkeypatch.setattr(generation, "generate", lambda *a, **o: varkern.generate(*a, **{**o, "decode": True}))
+            write(tmp_path / "with", model)
+            assert len(decoded) == 7  # 12 images in shards of 5, two at a time
+        assert contents(tmp_path / "without") == contents(tmp_path / "with") == unbroken
 
     def test_provenance(self, model, tmp_path):
         write(tmp_path, model, provenance={"var": {"file": "a.pth", "sha256": "12"}})

@@ -96,7 +96,8 @@ def generate_token_maps(
         for numbers in wanted:
             chosen = labels[torch.arange(numbers.start, numbers.stop) % len(labels)]
             with torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext():
-                tokens = generate(model, chosen, seeds=seeds[numbers.start : numbers.stop], **sampling).tokens
+                part = seeds[numbers.start : numbers.stop]
+                tokens = generate(model, chosen, seeds=part, decode=False, **sampling).tokens
             yield Batch(tokens, chosen)
 
     return write_token_maps(Path(folder), manifest, batches, "generating token maps")
