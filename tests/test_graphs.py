@@ -37,8 +37,10 @@ def again(generation, device):
     def replay():
         with torch.inference_mode(written.images.is_inference()):  # a graph writes whatever the mode is
             new = generation()
-            for old, value in zip(written.tokens, new.tokens, strict=True):
-                old.copy_(value)
+            for name in ("tokens", "scores", "choices"):
+                for old, value in zip(getattr(written, name), getattr(new, name), strict=True):
+                    if old is not None:
+                        old.copy_(value)
             written.images.copy_(new.images)
 
     return replay, written
