@@ -1,8 +1,9 @@
-"""Compare two files that pytest-benchmark wrote: is anything slower, beyond noise?
+"""Compare two files that pytest-benchmark wrote, or two generation.json: is anything slower, beyond noise?
 
     python -m bench.compare BASE.json NEW.json [--threshold 0.1]
 
-Where both files hold ``test_calibration``, a fixed piece of work that is none of ours, every time is first divided by
+Every cell of a generation.json is taken over the published loop's median beside it, which took turns with it. Where
+both files hold ``test_calibration``, a fixed piece of work that is none of ours, every time is first divided by
 its median in the same file, so that files of two machines, or of a busy and an idle hour, compare as far as they can.
 A benchmark has regressed if its median grew by more than the threshold and its lower quartile lies above the former
 upper quartile: then the two runs' middle halves do not even touch. Exit code 1: something regressed; 2: bad input.
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 CALIBRATION = "test_calibration"
+BESIDE = ", over the published loop"
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,22 @@ def read(path: Path) -> dict[str, Timing]:
         ValueError: if ``path`` is no such file.
     """
     try:
-        benchmarks = json.loads(path.read_text())["benchmarks"]
+        content = json.loads(path.read_text())
+        if "rows" in content:
+            return dict(timing for row in content["rows"] for timing in of_row(row))
+        benchmarks = content["benchmarks"]
         return {b["fullname"]: Timing(*(b["stats"][key] for key in ("q1", "median", "q3"))) for b in benchmarks}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file of pytest --benchmark-json: {error!r}") from error
+
+
+def of_row(row: dict) -> Iterator[tuple[str, Timing]]:
+    """One cell of a generation.json: every way of generating over the published loop's median."""
+    unit = statistics.median(row["seconds"]["published"])
+    for way, times in row["seconds"].items():
+        if way not in ("published", "upstream"):
+            quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+            yield f"d{row['depth']} B={row['B']} M={row['M']} {way}{BESIDE}", Timing(*quartiles).over(unit)
 
 
 def calibrated(timings: dict[str, Timing], calibration: str) -> dict[str, Timing]:
@@ -62,7 +78,8 @@ def compare(base: dict[str, Timing], new: dict[str, Timing], threshold: float) -
     calibration = next((n for n in base if n.endswith(f"::{CALIBRATION}") and n in new), None)
     if calibration:
         base, new = calibrated(base, calibration), calibrated(new, calibration)
-    unit, factor = ("calibrations", 1.0) if calibration else ("ms", 1e3)
+    relative = calibration or all(name.endswith(BESIDE) for name in base)
+    unit, factor = ("calibrations" if calibration else "x", 1.0) if relative else ("ms", 1e3)
     lines = [f"{'new/base':>8}  {'base':>10}  {'new':>10}  {unit}"]
     slower = 0
     for name in sorted(base.keys() & new.keys()):

@@ -1,25 +1,111 @@
 #!/usr/bin/env bash
-# Everything there is to run on a GPU: the tests, a memory check, every benchmark, the report. One command, from anywhere:
+# Everything there is to run on a GPU: tests, every benchmark, a memory check, the report. One command, from anywhere:
 #
-#     bench/gpu.sh [folder]        # default: bench/results/<device>
+#     bench/gpu.sh [folder [stage ...]]        # default: bench/results/<device>, all stages
 #
-# Writes <folder>/environment.txt, tests.txt, memcheck.txt (where compute-sanitizer exists), one .json and .txt a
-# benchmark, generation.json and parts.json with REPORT.md and its plots, and summary.txt. A part that fails does not stop
-# the others; the exit code says whether any did. VARKERN_UPSTREAM=DIR also times the published class from a checkout.
+# Writes <folder>/environment.txt, tests.txt, one .txt and -rounds.json a benchmark, generation.json and parts.json with
+# REPORT.md and its plots, memcheck.txt (where compute-sanitizer exists), stages.txt and summary.txt.
+#
+# All of it takes under nine minutes: every stage has a share of VARKERN_BENCH_SECONDS (default 530). What a stage leaves
+# over goes to those after it; one that runs longer is cut off, and what it had written by then counts. A stage that
+# fails or is cut off does not stop the others; stages.txt says what became of each, the exit code whether all is well.
+# VARKERN_UPSTREAM=DIR also times the published class from a checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+TINY=${VARKERN_BENCH_TINY:-0}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
+# Stage and share in hundredths, in the order in which they run. The report reads what generation wrote.
+STAGES=(tests:21 generation:39 report:3 sampling:10 fusion:8 scorer:8 density:7 memcheck:4)
+GRACE=5 # seconds between asking a stage to end and ending it
+
+folder=${1:-}
+[ $# -gt 0 ] && shift
+wanted=("$@")
+for name in "${wanted[@]}"; do
+    if [[ " ${STAGES[*]} " != *" $name:"* ]]; then
+        echo "no stage $name; there are: ${STAGES[*]%:*}" >&2
+        exit 2
+    fi
+done
+
 device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu")')
-if [ "$device" = cpu ] && [ "${VARKERN_BENCH_TINY:-0}" != 1 ]; then
+if [ "$device" = cpu ] && [ "$TINY" != 1 ]; then
     echo "no GPU found; VARKERN_BENCH_TINY=1 rehearses on the CPU" >&2
     exit 2
 fi
-folder=${1:-bench/results/$device}
+folder=${folder:-bench/results/$device}
+all_seconds=${VARKERN_BENCH_SECONDS:-530}
 mkdir -p "$folder"
+export VARKERN_BENCH_OUT=$folder
 failed=0
+
+is_wanted() {
+    [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $1 "* ]]
+}
+
+share_of() { # of one wanted stage, in seconds
+    local entry total=0 own=0
+    for entry in "${STAGES[@]}"; do
+        is_wanted "${entry%:*}" && total=$((total + ${entry#*:}))
+        [ "${entry%:*}" = "$1" ] && own=${entry#*:}
+    done
+    echo $((all_seconds * own / total))
+}
+
+later_shares() { # of all wanted stages after this one
+    local entry sum=0 after=0
+    for entry in "${STAGES[@]}"; do
+        [ $after = 1 ] && is_wanted "${entry%:*}" && sum=$((sum + $(share_of "${entry%:*}")))
+        [ "${entry%:*}" = "$1" ] && after=1
+    done
+    echo $sum
+}
+
+stage() { # name, then the command; its output goes to <folder>/<name>.txt
+    local name=$1 began=$SECONDS share limit code state=done
+    shift
+    share=$(share_of "$name")
+    limit=$((all_seconds - SECONDS - $(later_shares "$name") - GRACE))
+    timeout --signal=INT --kill-after=$GRACE $((limit > 1 ? limit : 1)) "$@" > "$folder/$name.txt" 2>&1
+    code=$?
+    if [ $code = 124 ] || [ $code = 137 ]; then
+        state="cut off"
+    elif [ $code != 0 ]; then
+        state=failed
+    fi
+    [ "$state" = done ] || failed=1
+    printf '%-11s %4d s of %4d  %s\n' "$name" $((SECONDS - began)) "$share" "$state" | tee -a "$folder/stages.txt" >&2
+}
+
+run_stage() {
+    case $1 in
+        tests)
+            # What the device changes comes first; all workers share it, and compile kernels side by side.
+            local order=(tests/test_graphs.py tests/test_waiting.py tests/test_chunks.py tests/ops tests/test_generate.py tests)
+            local workers=()
+            "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8)
+            [ "$TINY" = 1 ] && order=(tests/bench/test_compare.py) workers=()
+            stage tests "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${order[@]}"
+            ;;
+        memcheck)
+            command -v compute-sanitizer > /dev/null || return 0
+            stage memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -m pytest -q \
+                -p no:cacheprovider tests/ops -k "vocabulary or strides or nothing"
+            ;;
+        report)
+            stage report "$PYTHON" -m bench.report "$folder"
+            ;;
+        *)
+            local options=()
+            [ "$1" = generation ] && [ -n "${VARKERN_UPSTREAM:-}" ] && options=(--upstream="$VARKERN_UPSTREAM")
+            stage "$1" "$PYTHON" -m pytest "bench/test_$1.py" -q -s -p no:cacheprovider \
+                --benchmark-json="$folder/$1-rounds.json" "${options[@]}"
+            ;;
+    esac
+}
 
 "$PYTHON" - > "$folder/environment.txt" <<'PY'
 import platform
@@ -27,38 +113,24 @@ import torch
 import triton
 
 print("torch", torch.__version__, "triton", triton.__version__, "python", platform.python_version())
+print("cuda", torch.version.cuda, "hip", torch.version.hip)
 print("device", torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu")
 PY
 
-if [ "${VARKERN_BENCH_TINY:-0}" != 1 ]; then
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests 2>&1 | tail -n 40 > "$folder/tests.txt" || failed=1
-    if command -v compute-sanitizer > /dev/null; then
-        compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops \
-            -k "vocabulary or strides or nothing" 2>&1 | tail -n 20 > "$folder/memcheck.txt" || failed=1
-    fi
-fi
-
-export VARKERN_BENCH_OUT=$folder
-for file in bench/test_*.py; do
-    name=$(basename "$file" .py)
-    name=${name#test_}
-    [ "$name" = cpu ] && continue # not a GPU's affair
-    [ "$name" = generation ] && options=(${VARKERN_UPSTREAM:+--upstream="$VARKERN_UPSTREAM"}) || options=()
-    "$PYTHON" -m pytest "$file" -q -s -p no:cacheprovider --benchmark-json="$folder/$name-rounds.json" "${options[@]}" \
-        > "$folder/$name.txt" 2>&1 || failed=1
+: > "$folder/stages.txt"
+for entry in "${STAGES[@]}"; do
+    is_wanted "${entry%:*}" && run_stage "${entry%:*}"
 done
-"$PYTHON" -m bench.report "$folder" || failed=1
+printf '%-11s %4d s of %4d\n' all $SECONDS "$all_seconds" >> "$folder/stages.txt"
 
 {
-    cat "$folder/environment.txt"
-    for part in "$folder"/tests.txt "$folder"/memcheck.txt; do
-        [ -e "$part" ] && echo "$(basename "$part" .txt): $(tail -n 1 "$part")"
-    done
-    for file in bench/test_*.py; do
-        name=$(basename "$file" .py)
-        [ -e "$folder/${name#test_}.txt" ] || continue
+    cat "$folder/environment.txt" "$folder/stages.txt"
+    for entry in "${STAGES[@]}"; do
+        name=${entry%:*}
+        [ -s "$folder/$name.txt" ] || continue
         echo
-        cat "$folder/${name#test_}.txt"
+        echo "== $name"
+        if [ "$name" = tests ] || [ "$name" = memcheck ]; then tail -n 25 "$folder/$name.txt"; else cat "$folder/$name.txt"; fi
     done
 } | tee "$folder/summary.txt"
 exit $failed

@@ -2,9 +2,10 @@
 
     python -m bench.report bench/results/<device>
 
-Reads generation.json and parts.json of ``bench/test_generation.py``; writes REPORT.md, overhead.png (time against M, as
-the left of the LSRS paper's Fig. 6), memory.png (peak memory against M, as its right) and parts.png (the share of each
-part). Floors are those of ``bench/roofline.py`` where the device is in its table.
+Reads generation.json and parts.json of ``bench/test_generation.py``, finished or cut off; writes REPORT.md,
+overhead.png (time against M, as the left of the LSRS paper's Fig. 6), memory.png (peak memory against M, as its right)
+and parts.png (the share of each part). Floors are those of ``bench/roofline.py`` where the device is in its table.
+Every verdict and every sentence is made from the figures. Exit code 2: there is nothing to report.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+from functools import cache
 from pathlib import Path
 
-from bench.measure import DEVICES
-from bench.roofline import PARTS, count_model, published_models
+from bench.measure import DEVICES, Rates
+from bench.roofline import PARTS, Part, count_model, published_models
 
-# Time over the unpatched model's, as the issue sets it: (least depth, B, M) -> at most.
+# Time over the published loop's, as it is asked for: (depth, B, M) -> at most.
 BARS = {(16, 24, 4): 1.00, (20, 24, 4): 1.00, (24, 24, 4): 1.00, (30, 24, 4): 1.00}
-BARS |= {(30, 24, 128): 1.05, (16, 24, 128): 1.15, (16, 1, 4): 0.5}
+BARS |= {(30, 24, 128): 1.05, (16, 24, 128): 1.15, (16, 1, 1): 0.5, (16, 1, 4): 0.5}
+CPU_BARS = {(8, 2, 4): 1.05}
 WAYS = ("published", "patched", "graph", "upstream", "upstream patched")
 MEMORY_BAR = 1.05  # peak at M=128 over that at M=1
+FAR = 2.0  # times its floor at which a part is spoken of
 
 
 def median(row: dict, way: str) -> float | None:
@@ -38,24 +43,51 @@ def ratio(row: dict) -> float:
     return median(row, best_way(row)) / median(row, "published")
 
 
-def times_table(rows: list[dict]) -> list[str]:
-    ways = [
-        way for way in ("published", "patched", "graph", "upstream", "upstream patched") if way in rows[0]["seconds"]
-    ]
+def bars_of(device: str) -> dict[tuple[int, int, int], float]:
+    return CPU_BARS if device == "cpu" else BARS
+
+
+def times_table(rows: list[dict], bars: dict) -> list[str]:
+    ways = [way for way in WAYS if any(way in row["seconds"] for row in rows)]
     lines = ["| depth | B | M | " + " | ".join(f"{way} ms" for way in ways) + " | ours / published | peak GiB | bar |"]
     lines.append("| --- " * (len(ways) + 6) + "|")
     for row in rows:
         cells = []
         for way in ways:
-            times = row["seconds"][way]
-            cells.append(f"{statistics.median(times) * 1e3:.1f} ({times[0] * 1e3:.1f}-{times[-1] * 1e3:.1f})")
+            times = row["seconds"].get(way)
+            cells.append(spread_of(times) if times else "")
         peak = row["peak"].get(best_way(row))
-        bar = BARS.get((row["depth"], row["B"], row["M"]))
-        said = "" if bar is None else f"{bar:.2f} {'met' if ratio(row) <= bar else '**missed**'}"
+        bar = bars.get((row["depth"], row["B"], row["M"]))
+        said = "" if bar is None else f"{bar:.2f} {verdict(ratio(row), bar)}"
         memory = "" if peak is None else f"{peak / 2**30:.2f}"
         head = f"| {row['depth']} | {row['B']} | {row['M']} | "
         lines.append(head + " | ".join(cells) + f" | {ratio(row):.3f} | {memory} | {said} |")
     return lines
+
+
+def spread_of(times: list[float]) -> str:
+    return f"{statistics.median(times) * 1e3:.1f} ({times[0] * 1e3:.1f}-{times[-1] * 1e3:.1f})"
+
+
+def verdict(value: float, bar: float) -> str:
+    return "met" if value <= bar else "**missed**"
+
+
+def bar_lines(rows: list[dict], bars: dict) -> list[str]:
+    """One line on whether all that is asked was measured and met."""
+    ratios = {(row["depth"], row["B"], row["M"]): ratio(row) for row in rows}
+    met = [key for key, bar in bars.items() if key in ratios and ratios[key] <= bar]
+    missed = [key for key, bar in bars.items() if key in ratios and ratios[key] > bar]
+    absent = [key for key in bars if key not in ratios]
+    lines = [f"Bars of time: {len(met)} met, {len(missed)} missed, {len(absent)} not measured, of {len(bars)}."]
+    for word, keys in (("Missed", missed), ("Not measured", absent)):
+        if keys:
+            lines.append(f"{word}: " + ", ".join(cell_name(*key) for key in keys) + ".")
+    return lines
+
+
+def cell_name(depth: int, batch: int, m: int) -> str:
+    return f"d{depth} B={batch} M={m}"
 
 
 def upstream_line(rows: list[dict]) -> list[str]:
@@ -69,34 +101,106 @@ def upstream_line(rows: list[dict]) -> list[str]:
 def memory_lines(rows: list[dict]) -> list[str]:
     lines = []
     for depth, batch in dict.fromkeys((row["depth"], row["B"]) for row in rows):
-        peaks = {r["M"]: r["peak"].get("patched") for r in rows if (r["depth"], r["B"]) == (depth, batch)}
-        if peaks.get(128) and peaks.get(1):
-            grown = peaks[128] / peaks[1]
-            said = "met" if grown <= MEMORY_BAR else "**missed**"
-            lines.append(f"- d{depth}, B={batch}: M=128 takes {grown:.3f} times the peak memory of M=1 ({said})")
+        for way in ("patched", "graph"):
+            peaks = {r["M"]: r["peak"].get(way) for r in rows if (r["depth"], r["B"]) == (depth, batch)}
+            if peaks.get(128) and peaks.get(1):
+                grown = peaks[128] / peaks[1]
+                said = f"M=128 takes {grown:.3f} times the peak memory of M=1 ({verdict(grown, MEMORY_BAR)})"
+                lines.append(f"- d{depth}, B={batch}, {way}: {said}")
     return lines
 
 
-def parts_table(parts: dict[str, dict[str, float]], device: str) -> list[str]:
+def known_rates(device: str) -> Rates | None:
+    return next((rates for name, rates in DEVICES.items() if name in device), None)
+
+
+@cache
+def counts_of(cell: str) -> dict[str, Part]:
+    depth, batch, m = (int(part.lstrip("dBM=")) for part in cell.split())
+    return count_model(*models_of(depth), batch, m)
+
+
+models_of = cache(published_models)
+
+
+def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> list[str]:
     """Measured and least milliseconds of every part; parts beyond twice their floor are marked."""
-    rates = next((rates for name, rates in DEVICES.items() if name in device), None)
     lines = ["| cell | " + " | ".join(PARTS) + " |", "| --- " * (len(PARTS) + 1) + "|"]
     for cell, seconds in parts.items():
-        floors = {}
-        if rates:
-            depth, batch, m = (int(part.lstrip("dBM=")) for part in cell.split())
-            counts = count_model(*published_models(depth), batch, m)
-            floors = {name: counts[name].floor(rates) for name in PARTS}
         cells = []
         for name in PARTS:
             taken = seconds.get(name)
             text = "" if taken is None else f"{taken * 1e3:.2f}"
-            if taken is not None and floors.get(name):
-                over = taken / floors[name]
-                text += f" / {floors[name] * 1e3:.2f}" + (f" **x{over:.1f}**" if over > 2 else f" x{over:.1f}")
+            floor = counts_of(cell)[name].floor(rates) if rates else 0
+            if taken is not None and floor:
+                over = taken / floor
+                text += f" / {floor * 1e3:.2f}" + (f" **x{over:.1f}**" if over > FAR else f" x{over:.1f}")
             cells.append(text)
         lines.append(f"| {cell} | " + " | ".join(cells) + " |")
     return lines
+
+
+def far_lines(parts: dict[str, dict[str, float]], rows: list[dict], rates: Rates | None) -> list[str]:
+    """A sentence on each part that takes more than ``FAR`` times its floor somewhere: where, how far, and how much of
+    that the host's launching may be."""
+    if rates is None:
+        return ["No floors: the device is not in the table of `bench/measure.py`."]
+    by_cell = {cell_name(row["depth"], row["B"], row["M"]): row for row in rows}
+    lines = []
+    for name in PARTS:
+        times = {cell: seconds[name] for cell, seconds in parts.items() if name in seconds}
+        over = {cell: taken / floor for cell, taken in times.items() if (floor := counts_of(cell)[name].floor(rates))}
+        far = [cell for cell in over if over[cell] > FAR]
+        if not far:
+            if over:
+                lines.append(f"- **{name}**: within {FAR:g} times its floor in all of {len(over)} cells.")
+            continue
+        largest = max(int(cell.split()[1].removeprefix("B=")) for cell in over)
+        worst = max(far, key=over.get)
+        said = [distance(name, worst, times, over, by_cell.get(worst), rates)]
+        at_size = [cell for cell in far if f"B={largest} " in cell]
+        if at_size and (full := max(at_size, key=over.get)) != worst:
+            said.append(f"at {largest} images " + distance(name, full, times, over, by_cell.get(full), rates))
+        elif not at_size:
+            said.append(f"never at {largest} images")
+        lines.append(
+            f"- **{name}**: beyond {FAR:g} times its floor in {len(far)} of {len(over)} cells; " + "; ".join(said) + "."
+        )
+    return lines
+
+
+def distance(name: str, cell: str, times: dict, over: dict, row: dict | None, rates: Rates) -> str:
+    part = counts_of(cell)[name]
+    text = (
+        f"at most x{over[cell]:.1f}, in {cell}: {times[cell] * 1e3:.3f} ms against {part.floor(rates) * 1e3:.3f}, "
+        f"which {part.bound(rates)} bound"
+    )
+    if row and "graph" in row["seconds"]:
+        saved = 1 - median(row, "graph") / median(row, "patched")
+        text += f" (a graph takes {saved:.0%} off that whole generation: launching)"
+    return text
+
+
+def predicted_table(rows: list[dict], rates: Rates | None) -> list[str]:
+    """The sum of floors beside the measured time, and the cost of candidates by either."""
+    if rates is None:
+        return []
+    lines = ["| cell | sum of floors ms | ours ms | ratio | predicted M / M=1 | measured M / M=1 |", "| --- " * 6 + "|"]
+    ones = {(row["depth"], row["B"]): row for row in rows if row["M"] == 1}
+    for row in rows:
+        cell, one = cell_name(row["depth"], row["B"], row["M"]), ones.get((row["depth"], row["B"]))
+        floor, taken = floor_of(cell, rates), median(row, best_way(row))
+        head = f"| {cell} | {floor * 1e3:.2f} | {taken * 1e3:.2f} | {taken / floor:.2f} | "
+        if one is None:
+            lines.append(head + " | |")
+            continue
+        predicted = floor / floor_of(cell_name(row["depth"], row["B"], 1), rates)
+        lines.append(head + f"{predicted:.3f} | {taken / median(one, best_way(one)):.3f} |")
+    return ["Predicted by floors, and measured:", "", *lines, ""]
+
+
+def floor_of(cell: str, rates: Rates) -> float:
+    return sum(part.floor(rates) for part in counts_of(cell).values())
 
 
 def plot_against_m(folder: Path, rows: list[dict], value, quantity: str, name: str) -> None:
@@ -142,52 +246,81 @@ def plot_parts(folder: Path, parts: dict[str, dict[str, float]]) -> None:
     figure.savefig(folder / "parts.png", dpi=130)
 
 
-def render(folder: Path) -> str:
-    """Write the report of ``folder``; returns its text."""
-    generation = json.loads((folder / "generation.json").read_text())
-    parts = json.loads((folder / "parts.json").read_text())
-    rows = generation["rows"]
+def plots(folder: Path, rows: list[dict], parts: dict[str, dict[str, float]]) -> tuple[list[str], list[str]]:
+    """Draw what there are figures for; returns Markdown for the generations and for their parts."""
     plot_against_m(folder, rows, ratio, "time over the published loop's", "overhead.png")
     pictures = ["![time against M](overhead.png)"]
     if all(row["peak"].get(best_way(row)) for row in rows):
         plot_against_m(folder, rows, lambda r: r["peak"][best_way(r)] / 2**30, "peak memory, GiB", "memory.png")
         pictures.append("![memory against M](memory.png)")
+    if not parts:
+        return pictures, []
     plot_parts(folder, parts)
-    text = "\n".join(
+    return pictures, ["![share of each part](parts.png)"]
+
+
+def versions_line(generation: dict) -> str:
+    """Device and versions, as far as the run wrote them."""
+    names = ("torch", "triton", "cuda", "driver", "python")
+    return ", ".join(f"{name} {generation[name]}" for name in names if generation.get(name))
+
+
+def render(folder: Path) -> str:
+    """Write the report of ``folder``; returns its text.
+
+    Raises:
+        ValueError: if there are no figures.
+    """
+    generation, parts = (read(folder / name) for name in ("generation.json", "parts.json"))
+    rows = sorted(generation.get("rows", []), key=lambda row: (row["depth"], row["B"], row["M"]))
+    if not rows:
+        raise ValueError(f"{folder} has no generation.json with figures in it")
+    order = [cell_name(row["depth"], row["B"], row["M"]) for row in rows]
+    parts = {cell: parts[cell] for cell in order if cell in parts}
+    device, unfinished = generation["device"], not generation.get("finished", True)
+    rates, bars = known_rates(device), bars_of(device)
+    pictures, part_pictures = plots(folder, rows, parts)
+    sections = [
+        [f"# Generations on {device}"],
         [
-            f"# Generations on {generation['device']}",
-            "",
-            f"torch {generation['torch']}. Median (least-most) of generations that took turns in one run, by",
+            f"{versions_line(generation)}. Median (least-most) of generations that took turns in one run, by",
             "`python -m pytest bench/test_generation.py -q -s`; this page by `python -m bench.report FOLDER`.",
-            "",
-            *times_table(rows),
-            "",
-            *upstream_line(rows),
-            "",
-            *memory_lines(rows),
-            "",
-            " ".join(pictures),
-            "",
-            "## Parts",
-            "",
+        ],
+        ["**The run was cut off: cells are missing.**"] if unfinished else [],
+        times_table(rows, bars),
+        bar_lines(rows, bars),
+        upstream_line(rows),
+        memory_lines(rows),
+        [" ".join(pictures)],
+        ["## Parts"],
+        [
             "Milliseconds of each part without a graph / the least it must take (`bench/roofline.py`), and the ratio;",
             "bold beyond twice the floor. Without a graph the parts hold what the host takes to launch them.",
-            "",
-            *parts_table(parts, generation["device"]),
-            "",
-            "![share of each part](parts.png)",
-            "",
-        ]
-    )
+        ],
+        parts_table(parts, rates),
+        far_lines(parts, rows, rates),
+        predicted_table(rows, rates),
+        part_pictures,
+    ]
+    text = "\n\n".join("\n".join(section) for section in sections if section).rstrip() + "\n"
     (folder / "REPORT.md").write_text(text)
     return text
 
 
-def main() -> None:
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    render(parser.parse_args().folder)
+    try:
+        render(parser.parse_args(arguments).folder)
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

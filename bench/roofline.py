@@ -52,6 +52,11 @@ class Part:
         """Seconds at least."""
         return sum(max(operations / rates.half, moved / rates.bandwidth) for operations, moved in self.steps)
 
+    def bound(self, rates: Rates) -> str:
+        """What most of the floor is due to: ``"operations"`` or ``"bytes"``."""
+        by_bytes = sum(m / rates.bandwidth for o, m in self.steps if m / rates.bandwidth > o / rates.half)
+        return "bytes" if 2 * by_bytes > self.floor(rates) else "operations"
+
 
 def size_of(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -101,15 +106,15 @@ def count_model(
     pixels, channels = size * size, var.Cvae
     dtype, scorer_dtype = var.head.weight.dtype, next(scorer.parameters()).dtype
     cond = empty(rows, var.C, dtype=dtype)
-    for block in var.blocks:
-        block.attn.kv_caching(True)
+    block, alike = var.blocks[0], Part()  # all blocks do the same work, so one is counted for all
+    block.attn.kv_caching(True)
     for k, side in enumerate(var.patch_nums):
         length = side * side
         x = empty(rows, length, var.C, dtype=dtype)
         with counting(parts["blocks"]):
             modulation = var.shared_ada_lin(cond)
-            for block in var.blocks:
-                block(x=x, cond_BD=modulation, attn_bias=None)
+        with counting(alike):
+            block(x=x, cond_BD=modulation, attn_bias=None)
         with counting(parts["head"]):
             var.head(var.head_nm(x, cond))
         count = m if k >= first_scale else 1
@@ -124,8 +129,8 @@ def count_model(
         following = var.patch_nums[min(k + 1, len(var.patch_nums) - 1)] ** 2
         moved = 4 * batch * channels * (3 * pixels + following)  # f_hat read, written, read for the next input
         parts["winner"].steps.append((2 * 9 * channels * channels * pixels * batch, moved))
-    for block in var.blocks:
-        block.attn.kv_caching(False)
+    block.attn.kv_caching(False)
+    parts["blocks"].steps += alike.steps * len(var.blocks)
     with counting(parts["decoder"]):
         vae.decoder(vae.post_quant_conv(empty(batch, channels, size, size, dtype=dtype)))
     return parts

@@ -62,3 +62,24 @@ def test_bad_files(tmp_path, capsys):
     assert main([good, str(tmp_path / "none.json")]) == 2
     assert main([good, write(tmp_path / "other.json", z=1.0)]) == 2
     assert "share no benchmark" in capsys.readouterr().err
+
+
+def write_generation(path, published, patched, m=4):
+    rows = [{"depth": 16, "B": 1, "M": m, "seconds": {"published": published, "patched": patched}, "peak": {}}]
+    path.write_text(json.dumps({"device": "x", "rows": rows}))
+    return str(path)
+
+
+def test_whole_generations_compare_by_the_loop_beside_them(tmp_path, capsys):
+    base = write_generation(tmp_path / "base.json", [1.0, 1.0, 1.1], [0.5, 0.5, 0.51])
+    slower_machine = write_generation(tmp_path / "same.json", [2.0, 2.0, 2.1], [1.0, 1.02, 1.0])
+    assert main([base, slower_machine]) == 0
+    regressed = write_generation(tmp_path / "new.json", [1.0, 1.0, 1.1], [0.6, 0.61, 0.62])
+    assert main([base, regressed]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any("1.220" in line and "slower" in line and "d16 B=1 M=4 patched" in line for line in lines)
+    noisy = write_generation(tmp_path / "noisy.json", [1.0, 1.0, 1.1], [0.4, 0.6, 0.62])
+    assert main([base, noisy]) == 0
+    once = write_generation(tmp_path / "once.json", [1.0], [0.5])
+    assert main([base, once]) == 0
+    assert main([base, write_generation(tmp_path / "other.json", [1.0], [0.5], m=16)]) == 2

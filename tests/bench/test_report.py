@@ -4,32 +4,102 @@ import json
 
 import pytest
 
-from bench.report import render
+from bench.report import main, render
+
+
+def row(depth, batch, m, published, patched, graph=None, peak=2**30, graph_peak=None):
+    seconds = {"published": [published], "patched": [patched]} | ({} if graph is None else {"graph": [graph]})
+    return {
+        "depth": depth,
+        "B": batch,
+        "M": m,
+        "seconds": seconds,
+        "peak": dict.fromkeys(seconds, peak) | ({"graph": graph_peak or peak} if graph else {}),
+    }
+
+
+def write(folder, rows, parts, device="NVIDIA H200", **more):
+    generation = {"device": device, "torch": "2.11.0", "triton": "3.6.0", "rows": rows, **more}
+    (folder / "generation.json").write_text(json.dumps(generation))
+    (folder / "parts.json").write_text(json.dumps(parts))
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    def row(m, published, patched, graph, peak):
-        seconds = {"published": [published], "patched": [patched], "graph": [graph]}
-        peaks = dict.fromkeys(seconds, peak)
-        return {"depth": 16, "B": 24, "M": m, "seconds": seconds, "peak": peaks}
-
-    rows = [row(1, 0.1, 0.1, 0.09, 2**30), row(4, 0.1, 0.1, 0.099, 2**30), row(128, 0.1, 0.2, 0.12, 2**31)]
-    generation = {"device": "NVIDIA H200", "torch": "2.11.0", "rows": rows}
-    (tmp_path / "generation.json").write_text(json.dumps(generation))
-    parts = {"blocks": 0.0154, "head": 0.01, "sampler": 0.0001, "winner": 0.0001, "decoder": 0.0097}
-    (tmp_path / "parts.json").write_text(json.dumps({"d16 B=24 M=1": parts}))
-    return tmp_path
+    rows = [
+        row(16, 24, 1, 0.1, 0.1, 0.09),
+        row(16, 24, 4, 0.1, 0.1, 0.099),
+        row(16, 24, 128, 0.1, 0.2, 0.12, peak=2**31, graph_peak=2**30 + 2**24),
+        row(16, 1, 4, 0.1, 0.06, 0.04),
+    ]
+    floors = {"blocks": 0.015394, "head": 0.00028817, "sampler": 0.00011152, "winner": 5.5e-6, "decoder": 0.0096952}
+    parts = {
+        "d16 B=24 M=1": {**floors, "head": 0.01, "winner": 0.0001},
+        "d16 B=24 M=128": {**floors, "scorer": 0.0045, "F": 0.01},
+        "d16 B=1 M=4": {"blocks": 0.03, "head": 0.001, "decoder": 0.0005},
+    }
+    return write(tmp_path, rows, parts)
 
 
 def test_report(folder):
     text = render(folder)
+    assert "torch 2.11.0, triton 3.6.0. Median" in text and "cut off" not in text
     assert "| 16 | 24 | 4 | 100.0 (100.0-100.0) | 100.0 (100.0-100.0) | 99.0 (99.0-99.0) | 0.990 |" in text
-    assert "| 1.00 met |" in text and "| 1.15 **missed** |" in text
-    assert "M=128 takes 2.000 times the peak memory of M=1 (**missed**)" in text
-    cells = next(line for line in text.splitlines() if line.startswith("| d16 B=24 M=1")).split("|")
+    assert "| 1.00 met |" in text and "| 1.15 **missed** |" in text and "| 0.50 met |" in text
+    assert "Bars of time: 2 met, 1 missed, 5 not measured, of 8." in text
+    assert "\nMissed: d16 B=24 M=128.\nNot measured: d20 B=24 M=4," in text
+    assert "B=24, patched: M=128 takes 2.000 times the peak memory of M=1 (**missed**)" in text
+    assert "B=24, graph: M=128 takes 1.016 times the peak memory of M=1 (met)" in text
+    cells = next(line for line in text.splitlines() if line.startswith("| d16 B=24 M=1 ")).split("|")
     blocks, head = cells[2].split(), cells[3].split()
-    assert blocks[0] == "15.40" and blocks[3] == "x1.0"
-    assert head[0] == "10.00" and head[3].startswith("**x")
+    assert blocks[0] == "15.39" and blocks[3] == "x1.0"
+    assert head[0] == "10.00" and head[3] == "**x34.7**"
     for name in ("overhead.png", "memory.png", "parts.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and name in text
+
+
+def test_every_part_beyond_twice_its_floor_has_its_sentence(folder):
+    text = render(folder)
+    said = {line.split("**")[1]: line for line in text.splitlines() if line.startswith("- **")}
+    assert set(said) == {"blocks", "head", "sampler", "F", "scorer", "winner", "decoder"}
+    assert said["sampler"] == "- **sampler**: within 2 times its floor in all of 2 cells."
+    assert "within 2 times" in said["scorer"] and "within 2 times" in said["decoder"]
+    # One image: launching is 1 - 0.04 / 0.06 of the generation; the blocks' floor there is the weights' bytes.
+    assert said["blocks"].startswith("- **blocks**: beyond 2 times its floor in 1 of 3 cells; ")
+    assert "in d16 B=1 M=4: 30.000 ms against" in said["blocks"] and "which bytes bound" in said["blocks"]
+    assert "(a graph takes 33% off that whole generation: launching); never at 24 images." in said["blocks"]
+    assert "beyond 2 times its floor in 2 of 3 cells" in said["head"] and "x34.7, in d16 B=24 M=1" in said["head"]
+    assert "10.000 ms against 0.288, which operations bound" in said["head"]
+    assert "x18.1, in d16 B=24 M=1" in said["winner"] and "beyond" in said["F"]
+
+
+def test_predicted_beside_measured(folder):
+    """Floors of 25.49 and 25.63 ms at M=1 and 4 (``python -m bench.roofline``); 90 and 99 ms as replayed."""
+    lines = render(folder).splitlines()
+    start = lines.index("Predicted by floors, and measured:") + 4
+    cells = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[start : start + 4]
+    }
+    assert cells["d16 B=24 M=1"] == ["25.49", "90.00", "3.53", "1.000", "1.000"]
+    assert cells["d16 B=24 M=4"] == ["25.63", "99.00", "3.86", "1.005", "1.100"]
+    assert cells["d16 B=1 M=4"][3:] == ["", ""]  # there is no M=1 beside it
+
+
+def test_what_a_cut_off_run_left(tmp_path):
+    """One cell, no parts yet, and M=1 missing."""
+    text = render(write(tmp_path, [row(30, 8, 4, 1.0, 0.9)], {}, finished=False))
+    assert "**The run was cut off: cells are missing.**" in text and "0.900" in text and "parts.png" not in text
+    assert "0 met, 0 missed, 8 not measured" in text
+
+
+def test_a_cpu_has_its_own_bar_and_no_floors(tmp_path):
+    rows = [row(8, 2, 4, 1.0, 1.04, peak=None), row(8, 2, 1, 1.0, 1.0, peak=None)]
+    text = render(write(tmp_path, rows, {"d8 B=2 M=4": {"blocks": 1.0}}, device="cpu"))
+    assert "| 1.05 met |" in text and "Bars of time: 1 met, 0 missed, 0 not measured, of 1." in text
+    assert "No floors" in text and "Predicted" not in text and "memory.png" not in text
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "has no generation.json with figures in it" in capsys.readouterr().err
