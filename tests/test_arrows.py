@@ -28,7 +28,8 @@ ALLOWED = {
     "generate": {"checks", "draws", "errors", "families", "search", "spec"},
     "graphs": {"checks", "draws", "families", "generate", "ops", "search", "spec"},
     "patching": {"checks", "errors", "families", "generate", "graphs", "search"},
-    "varkern": {"errors", "generate", "models", "ops", "patching", "scorer", "search"},
+    "planning": {"checks", "errors", "families", "generate", "ops", "progress", "search", "spec"},
+    "varkern": {"errors", "generate", "models", "ops", "patching", "planning", "scorer", "search"},
     "training": {"data", "files", "models", "ops", "progress", "scorer"},
     "evaluation": {
         "checks",
