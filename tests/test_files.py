@@ -42,3 +42,15 @@ def test_a_path_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError), atomically(tmp_path / "folder") as unfinished:
         unfinished.write_bytes(b"whole")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_processes_write_side_by_side(tmp_path, monkeypatch):
+    """Under torchrun two processes may find at the same time that a file is due; each is whole, the later one stays."""
+    path = tmp_path / "figures.json"
+    with atomically(path) as first:
+        monkeypatch.setenv("RANK", "1")
+        with atomically(path) as second:
+            first.write_text("first")
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]

@@ -6,41 +6,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from varkern.progress import progress_bar
 
 from .features import Extracted, Extractor
+from .gathering import Gathering, Measured
 from .images import ImageSet, PixelFacts, sides
 from .metrics import FrechetParts, Moments, frechet_parts
 from .precision_recall import precision_recall
-from .statistics import RunningMoments, RunningScore, StoredStatistics
+from .statistics import StoredStatistics
 
 PUBLISHED_IMAGES = 50_000  # as published figures are taken
 KINDS = {"fid": "features", "sfid": "spatial features"}
 BRIGHTNESS_APART = 40.0  # of 255; no two halves of one data set differ so much
-
-
-@dataclass
-class Measured:
-    """The statistics of one set of images, or of a file of statistics.
-
-    Args:
-        moments: of the features; None if there are fewer than two images.
-        spatial: of the spatial features, if the extractor has them.
-        count: images; None if a file does not tell.
-        score: the Inception score, if the extractor has logits.
-        features: ``[N, D]`` float32 of the first images, for precision and recall; None if there are no images.
-        facts: what the pixels tell; None without images.
-    """
-
-    moments: Moments | None
-    spatial: Moments | None
-    count: int | None
-    score: float | None = None
-    features: Tensor | None = None
-    facts: PixelFacts | None = None
 
 
 @dataclass
@@ -69,7 +46,7 @@ def measure(
 ) -> Measured:
     """Run the extractor over a set of images, once, in memory that does not grow with their number.
 
-    Memory holds ``3 * D²`` float64 numbers a feature space, one batch, and ``keep * D`` float32 numbers.
+    Memory holds one batch and what :class:`.gathering.Gathering` keeps.
 
     Args:
         images: the set.
@@ -83,8 +60,7 @@ def measure(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    moments, spatial, score, facts = RunningMoments(), RunningMoments(), RunningScore(), PixelFacts()
-    kept: list[Tensor] = []
+    gathering, facts = Gathering(keep), PixelFacts()
     with progress_bar() as progress:
         task = progress.add_task(f"features of {images.name}"[-40:], total=len(images), note="")
         for batch in images.batches(batch_size):
@@ -94,22 +70,9 @@ def measure(
             check_finite(extracted, extractor, images, start)
             if start == 0 and wanted is not None:
                 check_fit(extracted, wanted, extractor)
-            moments.add(extracted.features)
-            if start < keep:
-                kept.append(extracted.features[: keep - start].float())
-            if extracted.spatial is not None:
-                spatial.add(extracted.spatial)
-            if extracted.logits is not None:
-                score.add(extracted.logits.double().softmax(1), start)
+            gathering.add(extracted, start)
             progress.advance(task, len(batch))
-    return Measured(
-        moments.moments() if moments.count > 1 else None,
-        spatial.moments() if spatial.count > 1 else None,
-        facts.count,
-        score.score() if score.sums else None,
-        torch.cat(kept) if kept else None,
-        facts,
-    )
+    return gathering.measured(facts)
 
 
 def check_finite(extracted: Extracted, extractor: Extractor, images: ImageSet, start: int) -> None:
@@ -145,6 +108,27 @@ def from_stored(stored: StoredStatistics) -> Measured:
     return Measured(stored.moments, stored.spatial, stored.count)
 
 
+def measured_reference(
+    reference: ImageSet | None,
+    stored: StoredStatistics | None,
+    extractor: Extractor,
+    batch_size: int = 64,
+    keep: int = PUBLISHED_IMAGES,
+) -> Measured:
+    """What the reference measures; the arguments are those of :func:`evaluate`.
+
+    Raises:
+        ValueError: if there are neither images nor statistics, or they do not fit.
+    """
+    if reference is None and stored is None:
+        raise ValueError("reference must have images or statistics")
+    to = from_stored(stored) if stored is not None else None
+    if reference is None or (to is not None and keep == 0):
+        return to
+    seen = measure(reference, extractor, batch_size, keep, stored)
+    return seen if to is None else Measured(to.moments, to.spatial, to.count, None, seen.features, seen.facts)
+
+
 def compare(generated: Measured, reference: Measured, extractor: str, k: int = 3) -> Report:
     """All figures of ``generated`` against ``reference``.
 
@@ -158,7 +142,7 @@ def compare(generated: Measured, reference: Measured, extractor: str, k: int = 3
         extractor: its name.
         k: of precision and recall.
     """
-    if generated.count is None or generated.facts is None:
+    if generated.count is None:
         raise ValueError("generated must be measured from images")
     report = Report(extractor, generated.count, reference.count)
     parts = _frechet(report, "fid", generated.moments, reference.moments, generated, reference)
@@ -264,12 +248,7 @@ def evaluate(
     Raises:
         ValueError: if neither reference is given, or something does not fit.
     """
-    if reference is None and stored is None:
-        raise ValueError("reference must have images or statistics")
-    to = from_stored(stored) if stored is not None else None
-    if reference is not None and (to is None or keep > 0):
-        seen = measure(reference, extractor, batch_size, keep, stored)
-        to = seen if to is None else Measured(to.moments, to.spatial, to.count, None, seen.features, seen.facts)
+    to = measured_reference(reference, stored, extractor, batch_size, keep)
     if keep_statistics is not None and to.moments is not None:
         keep_statistics(StoredStatistics(to.moments, to.spatial, to.count, extractor.name))
     wanted = StoredStatistics(to.moments, to.spatial, None, None if stored is None else stored.features)

@@ -1,0 +1,365 @@
+"""Sweeps: the figures are those of the images, whoever makes them in how many runs; nothing foreign is joined."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import varkern
+from tests.helpers import NUM_CLASSES, on, small_scorer, small_var
+from varkern.evaluation import sweep as sweeping
+from varkern.evaluation.arrays import ImageArray
+from varkern.evaluation.cells import Cell, from_json
+from varkern.evaluation.evaluate import evaluate, measured_reference
+from varkern.evaluation.features import Extracted, Extractor
+from varkern.evaluation.pictures import to_pixels
+from varkern.evaluation.sweep import Models, Settings, Sweep, density_ratios
+
+SIDE = 12  # pixels of the small model's images
+PROJECTION = torch.randn(3 * SIDE * SIDE, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+OPTIONS = {"cfg": 1.5, "top_k": 20, "top_p": 0.9}
+CELLS = [Cell(), Cell(m=3), Cell(m=(1, 2, 1, 4, 2), pick="resample"), Cell(n=6, representatives=3, min_distance=0.0)]
+SETTINGS = Settings(images=30, repeats=2, seed=9, batch_size=8, options=OPTIONS, neighbors=20)
+TIMES = ("seconds", "peak_bytes")
+
+
+def extract(images):
+    features = images.double().flatten(1) / 255 @ PROJECTION.to(images.device)
+    return Extracted(features, torch.cat((features, features[:, :2] / 2), 1), features[:, :3])  # 7 logits: 7 classes
+
+
+@pytest.fixture
+def extractor(device):
+    return Extractor("own", extract, device)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Images of another model as reference."""
+    path = tmp_path_factory.mktemp("real") / "real.npz"
+    with varkern.use_backend("torch"):
+        images = varkern.generate(small_var(seed=5), torch.arange(40) % NUM_CLASSES, seeds=3).images
+    np.savez(path, to_pixels(images))
+    return ImageArray(path)
+
+
+@pytest.fixture
+def reference(real, extractor):
+    return measured_reference(real, None, extractor, keep=20)
+
+
+@pytest.fixture
+def models(device):
+    loaded = []
+
+    def load():
+        loaded.append("model")
+        return on(small_var(), device)
+
+    models = Models({"": load}, {"": lambda: small_scorer().to(device)}, {"": "first"})
+    models.loaded = loaded
+    return models
+
+
+@pytest.fixture
+def sweep(models, extractor, reference):
+    def make(folder, cells=CELLS, settings=SETTINGS, **changed):
+        given = {"models": models, "extractor": extractor, "reference": reference, **changed}
+        return Sweep(folder, cells, settings, **given)
+
+    return make
+
+
+def figures(entries):
+    return {
+        entry.cell.name: [{k: v for k, v in repeat.items() if k not in TIMES} for repeat in entry.repeats]
+        for entry in entries
+    }
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(sweeping, "SPLIT", 8)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_figures_are_those_of_the_images(sweep, models, extractor, real, tmp_path, device, cell):
+    """Generated again in one call a batch, written to a file, and measured as ``varkern evaluate`` does."""
+    (entry,) = sweep(tmp_path / "sweep", [cell], replace(SETTINGS, repeats=1)).run()
+    (found,) = entry.repeats
+    search = cell.search(small_scorer().to(device), found["alpha"])
+    labels, seeds = torch.arange(30) % NUM_CLASSES, varkern.image_seeds(9, 30)
+    told = [
+        varkern.generate(on(small_var(), device), labels[part], search=search, seeds=seeds[part], **OPTIONS)
+        for part in torch.arange(30).split(8)
+    ]
+    pixels = to_pixels(torch.cat([part.images for part in told]))
+    np.savez(tmp_path / "images.npz", pixels)
+    report = evaluate(ImageArray(tmp_path / "images.npz"), real, None, extractor, batch_size=8, keep=20)
+    for name in ("fid", "sfid", "inception_score", "precision", "recall"):
+        assert found[name] == pytest.approx(getattr(report, name), rel=1e-9), name
+    for name, value in report.fid_parts._asdict().items():
+        assert name == "distance" or found[name] == pytest.approx(value, rel=1e-9)
+    best = extract(torch.from_numpy(pixels).movedim(-1, 1)).logits.argmax(1)
+    assert found["accuracy"] == (best == labels).double().mean().item()
+    assert found["seconds"] > 0 and from_json(found["cell"]) == cell and found["seed"] == 9
+    if cell.n == 1:
+        assert found["dense"] is None and found["alpha"] is None
+    else:
+        densities = torch.cat([part.scores[1] for part in told]).cpu()
+        dense = densities.amax(1) >= found["alpha"] * densities.mean(1)
+        assert found["dense"] == dense.double().mean().item() and 0 < found["dense"] < 1
+
+
+def test_seeds_and_cells_differ(sweep, tmp_path):
+    """Two seeds and two cells are four different sets of images."""
+    alone, searched = (
+        entry.repeats for entry in sweep(tmp_path, [Cell(), Cell(n=2, representatives=1, alpha=9.0)]).run()
+    )
+    assert [repeat["seed"] for repeat in alone] == [9, 10]
+    assert len({repeat["fid"] for repeat in (*alone, *searched)}) == 4
+
+
+def test_parts_and_processes_change_nothing(sweep, tmp_path, monkeypatch):
+    whole = figures(sweep(tmp_path / "whole").run())
+    monkeypatch.setattr(sweeping, "SPLIT", 8)
+    found = []
+    for world in (1, 3):
+        folder = tmp_path / f"{world}"
+        told = [sweep(folder, share=(rank, world)).run() for rank in range(world)]
+        assert all(entries is None for entries in told[:-1]) and told[-1] is not None
+        found.append(figures(told[-1]))
+        assert not list((folder / "progress").rglob("*.safetensors"))
+    assert all(other == found[0] for other in found[1:])
+    for name, repeats in found[0].items():
+        for repeat, wanted in zip(repeats, whole[name], strict=True):
+            for key, value in wanted.items():
+                assert repeat[key] == (pytest.approx(value, rel=1e-10) if isinstance(value, float) else value), key
+
+
+def test_torchrun_tells_the_share(sweep, tmp_path, monkeypatch, small_parts):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert sweep(tmp_path).run() is None
+    monkeypatch.setenv("RANK", "0")
+    assert sweep(tmp_path).run() is not None
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(ValueError, match="RANK must be in"):
+        sweep(tmp_path)
+
+
+class TestGoingOn:
+    def test_interrupted(self, sweep, tmp_path, monkeypatch, small_parts):
+        unbroken, made = figures(sweep(tmp_path / "unbroken").run()), []
+        make = Sweep.make
+
+        def limited(self, unit, advance):
+            if len(made) % 6 == 5:
+                made.append(None)
+                raise KeyboardInterrupt
+            made.append(unit)
+            make(self, unit, advance)
+
+        monkeypatch.setattr(Sweep, "make", limited)
+        entries = None
+        for _ in range(20):
+            try:
+                entries = sweep(tmp_path / "broken").run()
+                break
+            except KeyboardInterrupt:
+                continue
+        assert figures(entries) == unbroken
+        units = [unit for unit in made if unit is not None]
+        assert len(units) == len(set(units)) == 4 * 2 * 4 and len(made) > len(units)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot fork")
+    def test_killed_at_any_time(self, sweep, tmp_path, small_parts):
+        """A forked run is killed after a random while, again and again, until one comes to its end."""
+        unbroken = figures(sweep(tmp_path / "unbroken", CELLS[:2]).run())
+        folder, random = tmp_path / "killed", np.random.default_rng(0)
+        kills = 0
+        for attempt in range(60):
+            child = os.fork()
+            if child == 0:
+                torch.set_num_threads(1)
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), 1)
+                    sweep(folder, CELLS[:2]).run()
+                os._exit(0)
+            time.sleep(random.uniform(0.02, 0.3) * (1 + attempt / 10))
+            os.kill(child, signal.SIGKILL)
+            if os.waitpid(child, 0)[1] == 0:
+                break
+            kills += 1
+        assert kills >= 3
+        assert figures(sweep(folder, CELLS[:2]).run()) == unbroken
+
+    def test_what_is_there_is_not_made_again(self, sweep, models, tmp_path, monkeypatch):
+        first = sweep(tmp_path).run()
+        monkeypatch.setattr(sweeping, "generate", lambda *given, **named: pytest.fail("an image was made"))
+        del models.loaded[:]
+        models._model = None
+        assert sweep(tmp_path).run() == first and not models.loaded
+
+    def test_more_cells_and_more_seeds(self, sweep, tmp_path, monkeypatch):
+        sweep(tmp_path, CELLS[:1], replace(SETTINGS, repeats=1)).run()
+        made, make = [], Sweep.make
+        monkeypatch.setattr(Sweep, "make", lambda self, unit, *given: (made.append(unit), make(self, unit, *given)))
+        entries = sweep(tmp_path, CELLS[:2]).run()
+        assert [(unit.repeat, unit.cell) for unit in made] == [(0, CELLS[1]), (1, CELLS[0]), (1, CELLS[1])]
+        assert [len(entry.repeats) for entry in entries] == [2, 2]
+
+    @pytest.mark.parametrize(
+        "changed", [{"images": 31}, {"seed": 8}, {"options": {"cfg": 2.0}}, {"batch_size": 4}, {"facts": {"var": "b"}}]
+    )
+    def test_other_settings_are_refused(self, sweep, tmp_path, changed):
+        sweep(tmp_path, CELLS[:1], replace(SETTINGS, repeats=1)).run()
+        with pytest.raises(ValueError, match="holds files made with other settings"):
+            sweep(tmp_path, CELLS[:1], replace(SETTINGS, repeats=1, **changed)).run()
+
+    def test_another_scorer_of_the_same_name_is_refused(self, sweep, models, tmp_path):
+        sweep(tmp_path, CELLS[:2]).run()
+        other = Models(models.models, models.scorers, {"": "second"})
+        assert sweep(tmp_path, CELLS[:1], models=other).run() is not None
+        with pytest.raises(ValueError, match=r"made with another scorer \(first there, second now\)"):
+            sweep(tmp_path, CELLS[:2], models=other).run()
+
+    def test_a_second_run_at_the_same_time_is_refused(self, sweep, tmp_path, monkeypatch):
+        make, refused = Sweep.make, []
+
+        def nested(self, unit, advance):
+            if not refused and os.fork() == 0:  # a lock is a process's own
+                try:
+                    sweep(tmp_path).run()
+                except ValueError as error:
+                    (tmp_path / "refused").write_text(str(error))
+                os._exit(0)
+            if not refused:
+                refused.append(os.wait())
+            make(self, unit, advance)
+
+        monkeypatch.setattr(Sweep, "make", nested)
+        sweep(tmp_path, CELLS[:1]).run()
+        assert "is being written by another process" in (tmp_path / "refused").read_text()
+
+
+class TestTiming:
+    def test_nothing_but_time(self, sweep, tmp_path, monkeypatch):
+        """One batch more is made than is timed, and its time is left out."""
+        calls, generate = [], sweeping.generate
+
+        def timed(model, labels, **given):
+            calls.append(len(labels))
+            told = generate(model, labels, **given)
+            return told._replace(seconds=[100.0 if len(calls) % 3 == 1 else float(len(calls))])
+
+        monkeypatch.setattr(sweeping, "generate", timed)
+        settings = replace(SETTINGS, images=8, batch_size=4, repeats=1, timing=True)
+        entries = sweep(tmp_path, CELLS[:2], settings, extractor=None, reference=None).run()
+        assert calls == [4] * 6
+        assert [entry.repeats[0]["seconds"] for entry in entries] == [(2 + 3) / 2 / 4, (5 + 6) / 2 / 4]
+        assert all("fid" not in entry.repeats[0] and entry.repeats[0]["accuracy"] is None for entry in entries)
+
+
+class TestAlpha:
+    def test_every_other_image_is_dense(self, sweep, models, tmp_path, device):
+        cell = Cell(n=6, min_distance=0.0)
+        (entry,) = sweep(tmp_path, [cell], replace(SETTINGS, repeats=1)).run()
+        ratios = density_ratios(on(small_var(), device), cell, OPTIONS)
+        assert len(ratios) == sweeping.CALIBRATION_IMAGES
+        assert entry.repeats[0]["alpha"] == round(float(ratios.median()), 4)
+        search = replace(cell, alpha=entry.repeats[0]["alpha"]).density()
+        labels = torch.arange(200) % NUM_CLASSES
+        told = varkern.generate(on(small_var(), device), labels, search=search, seeds=77, **OPTIONS)
+        # 200 other images: six standard errors, false alarms below 1e-8, and as much for the median's own error.
+        assert abs(search.dense(told.scores[1]).double().mean().item() - 0.5) < 6 * 0.5 * (1 / 200 + 1 / 500) ** 0.5
+
+    def test_found_once_for_searches_of_the_same_samples(self, sweep, tmp_path, monkeypatch):
+        found, ratios = [], sweeping.density_ratios
+        monkeypatch.setattr(sweeping, "density_ratios", lambda *given: (found.append(given[1]), ratios(*given))[1])
+        cells = [Cell(n=6), Cell(n=6, representatives=2), Cell(n=6, scale=2), Cell(n=6, metric="cosine")]
+        sweep(tmp_path, cells, replace(SETTINGS, repeats=2, images=10)).run()
+        assert found == [cells[0], cells[2], cells[3]]
+
+
+class TestWrong:
+    @pytest.mark.parametrize(
+        "cells, changed, message",
+        [
+            ([], {}, "cells must be at least one"),
+            (CELLS, {"images": 1}, "images must be >= 2, got 1"),
+            (CELLS, {"repeats": 0}, "repeats must be >= 1, got 0"),
+            (CELLS, {"batch_size": 0}, "batch_size must be >= 1, got 0"),
+            (CELLS, {"neighbors": -1}, "neighbors must be >= 0, got -1"),
+            ([Cell(m=2, scorer="other")], {}, "wants scorer 'other', and there is none: given are ''"),
+            ([Cell(model="d16")], {}, "wants model 'd16'"),
+        ],
+    )
+    def test_told_at_once(self, sweep, tmp_path, cells, changed, message):
+        with pytest.raises(ValueError, match=message):
+            sweep(tmp_path / "out", cells, replace(SETTINGS, **changed))
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("missing", ["extractor", "reference"])
+    def test_nothing_to_measure_by(self, sweep, tmp_path, missing):
+        with pytest.raises(ValueError, match="extractor and reference must be given"):
+            sweep(tmp_path, **{missing: None})
+
+    @pytest.mark.parametrize(
+        "cell, message",
+        [
+            (Cell(m=2, first_scale=5), "first_scale must be < 5"),
+            (Cell(m=(1, 2, 4)), "m must have one number for each of 5 scales"),
+            (Cell(m=2, pick="worst"), "pick must be"),
+            (Cell(n=4, scale=7), "scale"),
+        ],
+    )
+    def test_a_cell_that_does_not_fit(self, sweep, tmp_path, monkeypatch, cell, message):
+        monkeypatch.setattr(sweeping, "generate", lambda *given, **named: pytest.fail("an image was made"))
+        with pytest.raises(ValueError, match=message):
+            sweep(tmp_path, [Cell(), cell]).run()
+
+    def test_features_that_are_not_finite(self, sweep, tmp_path, device):
+        def spoiled(images):
+            features = extract(images).features
+            features[2, 1] = float("nan")
+            return features, None
+
+        with pytest.raises(ValueError, match=r"features of 1 images are NaN or infinite, the first of image 2 in cell"):
+            sweep(tmp_path, CELLS[:1], extractor=Extractor("own", spoiled, device)).run()
+        assert not list(tmp_path.rglob("*.safetensors"))
+        assert sweep(tmp_path, CELLS[:1]).run() is not None
+
+    def test_a_reference_of_another_extractor(self, sweep, tmp_path, device):
+        shorter = Extractor("own", lambda images: (extract(images).features[:, :4], None), device)
+        with pytest.raises(ValueError, match="statistics have 5 features, but own gives 4"):
+            sweep(tmp_path, CELLS[:1], extractor=shorter).run()
+
+
+def test_one_model_at_a_time(sweep, extractor, reference, device, tmp_path):
+    loaded = []
+
+    def loader(name, seed):
+        def load():
+            loaded.append(name)
+            return on(small_var(seed=seed), device)
+
+        return load
+
+    models = Models({"a": loader("a", 0), "b": loader("b", 3)}, {"a": lambda: small_scorer().to(device)}, {"a": "x"})
+    cells = [Cell(model="a"), Cell(model="a", m=2, scorer="a"), Cell(model="b")]
+    entries = sweep(tmp_path, cells, replace(SETTINGS, repeats=1), models=models).run()
+    assert loaded == ["a", "b", "a", "b"]  # looked at once before any work, then used
+    assert len({entry.repeats[0]["fid"] for entry in entries}) == 3
+
+
+def test_results_are_json(sweep, tmp_path):
+    sweep(tmp_path, CELLS[:2], replace(SETTINGS, repeats=1)).run()
+    path = tmp_path / "results" / "m=3" / "seed-9.json"
+    assert json.loads(path.read_text())["scorer"] == "first"
+    assert json.loads((tmp_path / "settings.json").read_text())["images"] == 30

@@ -1,0 +1,145 @@
+"""Tables and pictures of a sweep: every figure at its place, the same again from the stored JSON."""
+
+import csv
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from varkern.evaluation import sweep_report
+from varkern.evaluation.cells import Cell
+from varkern.evaluation.presets import COST, PARTS, PRESETS, Preset
+from varkern.evaluation.sweep import Entry
+from varkern.evaluation.sweep_report import Found, Summary, from_file, markdown, page, summary, write
+
+SETTINGS = {"images": 2000, "seed": 5, "cfg": 0.0, "top_p": 0.96, "timing": False, "features": "demo"}
+
+
+def result(seed, fid, **others):
+    return {"seed": seed, "fid": fid, "recall": 0.5, "seconds": 0.004 + seed / 1e3, "missing": {}, **others}
+
+
+def found(cells, paper=({},), settings=SETTINGS, shown=("fid", "recall", "seconds"), repeats=2):
+    paper = [*paper, *[{}] * (len(cells) - len(paper))]
+    preset = Preset("own", "A title", "A claim.", tuple(zip(cells, paper, strict=True)), shown)
+    entries = [
+        Entry(cell, [result(seed, 10.0 * number + seed) for seed in range(repeats)])
+        for number, cell in enumerate(cells)
+    ]
+    return Found(preset, entries, settings, "varkern sweep --out DIR")
+
+
+def lines(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+
+
+def test_summary():
+    entry = Entry(Cell(), [{"fid": 3.0, "seconds": 0.25}, {"fid": 4.0, "seconds": 0.125}, {"fid": 8.0, "sfid": None}])
+    assert summary(entry, "fid") == Summary(5.0, 2.5)
+    assert summary(entry, "seconds") == Summary(125.0, None)  # the least, in ms
+    assert summary(entry, "sfid") is None and summary(entry, "recall") is None
+    assert summary(Entry(Cell(), [{"fid": 3.0}]), "fid") == Summary(3.0, None)
+
+
+def test_markdown():
+    table = lines(markdown(found([Cell(), Cell(m=4, pick="resample"), Cell(m=8, first_scale=0)], [{"fid": 1.95}])))
+    assert table[0] == ["m", "first_scale", "pick", "Fréchet distance", "recall", "ms an image", "paper: FID"]
+    assert table[2] == ["1", "", "", "0.50 ± 0.50", "0.500 ± 0.000", "4.00", "1.95"]
+    assert table[3] == ["4", "1", "resample", "10.50 ± 0.50", "0.500 ± 0.000", "4.00", ""]
+    assert table[4] == ["8", "0", "greedy", "20.50 ± 0.50", "0.500 ± 0.000", "4.00", ""]
+
+
+def test_inception_is_named_where_it_is():
+    other = {**SETTINGS, "features": "inception"}
+    assert lines(markdown(found([Cell(), Cell(m=2)], settings=other)))[0][1] == "FID"
+
+
+def test_density_searches_tell_what_they_found_dense():
+    cells = [Cell(), Cell(n=20), Cell(n=20, strategy="top")]
+    given = found(cells)
+    given.entries[1].repeats[0].update(alpha=1.5, dense=0.25)
+    given.entries[1].repeats[1].update(alpha=1.5, dense=0.75)
+    table = lines(markdown(given))
+    assert table[0][:4] == ["n", "strategy", "alpha", "found dense"]
+    row = dict(zip(table[0], table[3], strict=True))
+    assert (row["n"], row["strategy"], row["alpha"], row["found dense"]) == (
+        "20",
+        "hybrid",
+        "1.50 ± 0.00",
+        "0.50 ± 0.25",
+    )
+    assert dict(zip(table[0], table[4], strict=True))["alpha"] == ""
+
+
+def test_page_says_what_it_is_of():
+    text = page(found([Cell(), Cell(m=2)]))
+    assert text.startswith("### A title\n") and "The paper: A claim." in text
+    assert "2,000 images a cell and seed, seeds 5 to 6; cfg=0.0, top_p=0.96" in text
+    assert "`varkern sweep --out DIR`" in text
+    assert "seed 5;" in page(found([Cell(), Cell(m=2)], repeats=1))
+
+
+def test_csv_has_every_seed():
+    rows = list(csv.DictReader(io.StringIO(sweep_report.as_csv(found([Cell(), Cell(m=(1, 2, 4))])))))
+    assert [(row["m"], row["seed"], row["fid"]) for row in rows] == [
+        ("1", "0", "0.0"),
+        ("1", "1", "1.0"),
+        ("1:2:4", "0", "10.0"),
+        ("1:2:4", "1", "11.0"),
+    ]
+    assert rows[0]["sfid"] == "" and float(rows[1]["seconds"]) == 0.005
+
+
+def test_files(tmp_path):
+    given = found([Cell(), Cell(m=2), Cell(m=(1, 2, 4)), Cell(n=5, alpha=2.0)])
+    paths = write(given, tmp_path)
+    assert [path.name for path in paths] == ["own.md", "own.csv", "own.json", "own.png"]
+    again = from_file(paths[2], given.preset)
+    assert again == given and page(again) == paths[0].read_text()
+    assert json.loads(paths[2].read_text())["settings"]["images"] == 2000
+    with Image.open(paths[3]) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 200
+
+
+@pytest.mark.parametrize(
+    "cells, axes",
+    [
+        ([Cell(), Cell(m=2), Cell(m=4)], ["m", "seconds"]),
+        ([Cell(), Cell(m=2), Cell(m=2, first_scale=0), Cell(m=(1, 5, 2))], ["first_scale", "seconds"]),
+        ([Cell(), Cell(n=20), Cell(n=50, scale=2)], ["n", "scale", "seconds"]),
+        ([Cell(), Cell(m=2)], ["seconds"]),
+    ],
+)
+def test_axes(cells, axes):
+    assert [axis.name for axis in sweep_report.axes_of(found(cells))] == axes
+
+
+def test_times_of_one_m_are_drawn(tmp_path):
+    given = found([Cell(), Cell(m=2)], settings={**SETTINGS, "timing": True}, shown=COST)
+    assert [axis.name for axis in sweep_report.axes_of(given)] == ["m"] and len(write(given, tmp_path)) == 4
+
+
+def test_lines_are_told_apart_by_what_the_axis_does_not_show():
+    given = found([Cell(), Cell(m=2), Cell(m=4), Cell(m=4, pick="resample"), Cell(m=4, first_scale=0)])
+    axis = next(axis for axis in sweep_report.axes_of(given) if axis.name == "m")
+    labels = [sweep_report.line_of(given, cell, "m") for cell in given.preset.cells[1:]]
+    assert labels == ["first_scale=1, pick=best"] * 2 + ["first_scale=1, pick=resample", "first_scale=0, pick=best"]
+    assert [axis.value(entry) for entry in given.entries] == [None, 2.0, 4.0, 4.0, 4.0]
+    assert sweep_report.line_of(given, Cell(m=4), "first_scale") == "m=4, pick=best"
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
+def test_every_preset_is_drawn(preset, tmp_path):
+    """Nothing in a table or picture depends on figures that a run may lack."""
+    settings = {**SETTINGS, "features": "inception", "timing": preset.timing}
+    figures = {**result(0, 2.0), **dict.fromkeys(PARTS + COST, 1.0)}
+    entries = [Entry(cell, [figures]) for cell in preset.cells]
+    given = Found(preset, entries, settings, "varkern sweep")
+    paths = write(given, tmp_path)
+    table = lines(markdown(given))
+    assert len(table) == len(preset.cells) + 2 and len({len(row) for row in table}) == 1
+    assert paths[-1].stat().st_size > 5000
+    for row, (cell, printed) in zip(table[2:], preset.rows, strict=True):
+        for name, value in printed.items():
+            assert row[table[0].index(f"paper: {sweep_report.FIGURES[name][0]}")] == f"{value:g}", (cell, name)

@@ -1,0 +1,131 @@
+"""What is kept of a set of images in one pass over their features; shares of a set are stored and merged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from varkern.files import atomically
+
+from .features import Extracted
+from .images import PixelFacts
+from .metrics import Moments
+from .statistics import RunningMoments, RunningScore
+
+
+@dataclass
+class Measured:
+    """The statistics of one set of images, or of a file of statistics.
+
+    Args:
+        moments: of the features; None if there are fewer than two images.
+        spatial: of the spatial features, if the extractor has them.
+        count: images; None if a file does not tell.
+        score: the Inception score, if the extractor has logits.
+        features: ``[N, D]`` float32 of the first images, for precision and recall; None if there are no images.
+        facts: what the pixels tell; None if nobody looked at them.
+    """
+
+    moments: Moments | None
+    spatial: Moments | None
+    count: int | None
+    score: float | None = None
+    features: Tensor | None = None
+    facts: PixelFacts | None = None
+
+
+class Gathering:
+    """Moments, the Inception score's sums and the first features, in memory that does not grow with the images.
+
+    Memory holds ``3 * D²`` float64 numbers a feature space and ``keep * D`` float32 numbers.
+
+    Args:
+        keep: of how many images, the first by number, the features are kept.
+    """
+
+    def __init__(self, keep: int = 0):
+        self.keep, self.count = keep, 0
+        self.moments, self.spatial, self.score = RunningMoments(), RunningMoments(), RunningScore()
+        self.kept: dict[int, Tensor] = {}  # number of its first image: features [n, D]
+
+    def add(self, extracted: Extracted, start: int) -> None:
+        """Take in the features of the images ``start``, ``start + 1``, ... of the set."""
+        self.count += len(extracted.features)
+        self.moments.add(extracted.features)
+        if start < self.keep and len(extracted.features):
+            self.kept[start] = extracted.features[: self.keep - start].float()
+        if extracted.spatial is not None:
+            self.spatial.add(extracted.spatial)
+        if extracted.logits is not None:
+            self.score.add(extracted.logits.double().softmax(1), start)
+
+    def merge(self, other: Gathering) -> None:
+        """Take in what ``other`` has gathered of other images of the same set.
+
+        Raises:
+            ValueError: if it has another number of features.
+        """
+        self.count += other.count
+        self.moments.merge(other.moments)
+        self.spatial.merge(other.spatial)
+        self.score.merge(other.score)
+        self.kept |= other.kept
+
+    def measured(self, facts: PixelFacts | None = None) -> Measured:
+        """The statistics of all that was gathered."""
+        kept = [self.kept[start] for start in sorted(self.kept)]
+        return Measured(
+            self.moments.moments() if self.moments.count > 1 else None,
+            self.spatial.moments() if self.spatial.count > 1 else None,
+            self.count,
+            self.score.score() if self.score.sums else None,
+            torch.cat(kept) if kept else None,
+            facts,
+        )
+
+    def save(self, path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -> None:
+        """Write it to one safetensors file, whole or not at all, with ``notes``, JSON values by name."""
+        tensors = {f"kept.{start}": features for start, features in self.kept.items()}
+        for name, running in (("moments", self.moments), ("spatial", self.spatial)):
+            if running.mean is not None and running.scatter is not None:
+                tensors |= {f"{name}.mean": running.mean, f"{name}.scatter": running.scatter}
+        for number, (_, total, plogp) in self.score.sums.items():
+            tensors |= {f"score.{number}.total": total, f"score.{number}.plogp": plogp}
+        counts = {
+            "count": self.count,
+            "keep": self.keep,
+            "moments": self.moments.count,
+            "spatial": self.spatial.count,
+            "score": {str(number): sums[0] for number, sums in self.score.sums.items()},
+        }
+        metadata = {"counts": json.dumps(counts), "notes": json.dumps(dict(notes or {}))}
+        with atomically(path) as unfinished:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> tuple[Gathering, dict[str, Any]]:
+        """What :meth:`save` wrote: the gathering and its notes."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        counts = json.loads(metadata["counts"])
+        gathering = cls(counts["keep"])
+        gathering.count = counts["count"]
+        for name, running in (("moments", gathering.moments), ("spatial", gathering.spatial)):
+            running.count = counts[name]
+            running.mean, running.scatter = tensors.get(f"{name}.mean"), tensors.get(f"{name}.scatter")
+        gathering.score.sums = {
+            int(number): (count, tensors[f"score.{number}.total"], tensors[f"score.{number}.plogp"])
+            for number, count in counts["score"].items()
+        }
+        prefix = "kept."
+        gathering.kept = {int(n.removeprefix(prefix)): x for n, x in tensors.items() if n.startswith(prefix)}
+        return gathering, json.loads(metadata["notes"])

@@ -1,0 +1,453 @@
+"""Generating, measuring and timing every cell of a sweep, over one or more runs and by one or more processes.
+
+The work is cut into units: one part (5,000 images at most) of one cell under one seed. A unit is a function of the
+settings alone. What is gathered of it, the features' moments and sums but no images, is written to a file; when all
+parts of a cell and seed are there they are merged into its figures. A run that was killed keeps what is written. Under
+``torchrun`` rank r of W makes units r, r+W, r+2W, ... and no process waits for another: whoever writes the last part
+merges, and whoever sees the last cell done has the whole sweep.
+
+All cells see the same seeds, so that a cell differs from another by its search alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from varkern.checks import check_request
+from varkern.data.writer import locked, ranks
+from varkern.families import recognise
+from varkern.files import atomically
+from varkern.generate import generate
+from varkern.ops import image_seeds
+from varkern.progress import progress_bar
+from varkern.search import Search
+from varkern.spec import ModelSpec, Request
+
+from .cells import Cell
+from .evaluate import check_finite, check_fit, compare
+from .features import Extractor
+from .gathering import Gathering, Measured
+from .pictures import to_pixels
+from .sampling import autocasting, claim
+from .statistics import SPLIT, StoredStatistics
+
+PROGRESS, RESULTS = "progress", "results"
+CALIBRATION_SEED, CALIBRATION_IMAGES = 4_000_000, 500
+"""An alpha by rule is found on these images, which no sweep of a lower seed measures."""
+CALIBRATION_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a sweep share.
+
+    Args:
+        images: of every cell and seed, all classes equally often.
+        repeats: seeds; repeat r takes its image seeds from ``seed + r``.
+        seed: the first.
+        batch_size: images at a time.
+        options: further arguments of :func:`varkern.generate`: ``cfg``, ``top_k``, ``top_p``.
+        autocast: None, or the dtype to generate under ``torch.autocast`` with.
+        neighbors: precision and recall look at the first so many images of either set; 0: not taken.
+        timing: True: no figures of quality; every cell generates one batch to warm up and ``images`` timed ones.
+        facts: JSON values that belong to the sweep, such as which model's file it is of: a folder made with others is
+            refused.
+    """
+
+    images: int = 50_000
+    repeats: int = 1
+    seed: int = 0
+    batch_size: int = 25
+    options: Mapping[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+    neighbors: int = 50_000
+    timing: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """What must be equal for a folder to be taken up again; the number of seeds may grow."""
+        return {
+            **self.facts,
+            "images": self.images,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            **self.options,
+            "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
+            "neighbors": self.neighbors,
+            "timing": self.timing,
+        }
+
+    def parts(self) -> list[range]:
+        """The images of one cell and seed in parts; whole splits of the Inception score."""
+        return [range(start, min(start + SPLIT, self.images)) for start in range(0, self.images, SPLIT)]
+
+
+class Models:
+    """The models and scorers that cells name; they are loaded when they are first wanted, models one at a time.
+
+    Args:
+        models: what loads a model, by name.
+        scorers: what loads a scorer, by name.
+        scorer_facts: JSON values that tell one scorer from another, by name, such as its file's checksum.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Callable[[], Any]],
+        scorers: Mapping[str, Callable[[], Callable]],
+        scorer_facts: Mapping[str, Any] | None = None,
+    ):
+        self.models, self.scorers, self.facts = models, scorers, scorer_facts or {}
+        self._model: tuple[str, Any] | None = None
+        self._scorers: dict[str, Callable] = {}
+
+    def model(self, name: str) -> Any:
+        if self._model is None or self._model[0] != name:
+            self._model = None  # before the next one is loaded
+            self._model = name, self.models[name]()
+        return self._model[1]
+
+    def num_scales(self, name: str) -> int:
+        """K of a model."""
+        model = self.model(name)
+        return recognise(model).spec(model).num_scales
+
+    def scorer(self, cell: Cell) -> Callable | None:
+        """The cell's scorer; None if it has no best-of-M."""
+        if cell.m == 1:
+            return None
+        if cell.scorer not in self._scorers:
+            self._scorers[cell.scorer] = self.scorers[cell.scorer]()
+        return self._scorers[cell.scorer]
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Raise ``ValueError`` for a name that is not known."""
+        for cell in cells:
+            for what, name, known in (("model", cell.model, self.models), ("scorer", cell.scorer, self.scorers)):
+                if name not in known and (what == "model" or cell.m != 1):
+                    wanted = f"a {what}" if name == "" else f"{what} {name!r}"
+                    given = ", ".join(map(repr, known)) or "none"
+                    raise ValueError(f"cell {cell.name} wants {wanted}, and there is none: given are {given}")
+
+
+class Unit(NamedTuple):
+    """One part of one cell under one seed."""
+
+    repeat: int
+    cell: Cell
+    part: int
+
+
+class Entry(NamedTuple):
+    """A cell and its figures, one dictionary a seed, as far as they are there."""
+
+    cell: Cell
+    repeats: list[dict[str, Any]]
+
+
+class Sweep:
+    """A sweep in its folder.
+
+    Args:
+        folder: is made if it is not there. Sweeps of the same settings share it: a cell is made once.
+        cells: at least one.
+        settings: of all cells.
+        models: that the cells name.
+        extractor: of features; None if only time is wanted.
+        reference: of the real images; None likewise.
+        share: this process' number and that of all; None: as ``torchrun`` tells them.
+
+    Raises:
+        ValueError, TypeError, UnsupportedModelError: if something is wrong, before any image is made.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        cells: Sequence[Cell],
+        settings: Settings,
+        models: Models,
+        extractor: Extractor | None = None,
+        reference: Measured | None = None,
+        share: tuple[int, int] | None = None,
+    ):
+        self.folder, self.cells, self.settings, self.models = Path(folder), list(cells), settings, models
+        self.extractor, self.reference = extractor, reference
+        self.rank, self.world = ranks() if share is None else share
+        for name, least in (("images", 2), ("repeats", 1), ("batch_size", 1), ("neighbors", 0)):
+            if getattr(settings, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(settings, name)}")
+        if not self.cells:
+            raise ValueError("cells must be at least one, got none")
+        if not settings.timing and (extractor is None or reference is None):
+            raise ValueError("extractor and reference must be given, unless only time is wanted")
+        models.check(self.cells)
+
+    def run(self) -> list[Entry] | None:
+        """Make what is missing; returns all figures, or None if other processes have still some to make."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder, self.rank):
+            claim(self.folder, self.settings.as_json())
+            self.check()
+            mine = self.units()[self.rank :: self.world]
+            with progress_bar() as progress:
+                total = sum(len(self.settings.parts()[unit.part]) for unit in mine)
+                task = progress.add_task("images", total=total, note="")
+                for unit in mine:
+                    progress.update(task, note=f"seed {self.seed_of(unit)}: {unit.cell.name}"[:60])
+                    if self.result(unit.cell, unit.repeat) is None and not self.part_path(unit).exists():
+                        self.make(unit, lambda count: progress.advance(task, count))
+                    else:
+                        progress.advance(task, len(self.settings.parts()[unit.part]))
+                    self.merge(unit.cell, unit.repeat)
+        return self.complete()
+
+    def check(self) -> None:
+        """Raise for a cell still to be made that does not fit its model."""
+        repeats = range(self.settings.repeats)
+        missing = [cell for cell in self.cells if any(self.result(cell, repeat) is None for repeat in repeats)]
+        for name in dict.fromkeys(cell.model for cell in missing):
+            for cell in (cell for cell in missing if cell.model == name):
+                checked(self.models.model(name), cell.search(self.models.scorer(cell), 1.0), self.options(cell))
+
+    def units(self) -> list[Unit]:
+        """All units; seeds go around the cells, so that a sweep cut short is whole in the seeds that it has."""
+        parts = range(len(self.settings.parts()))
+        return [Unit(r, cell, part) for r in range(self.settings.repeats) for cell in self.cells for part in parts]
+
+    def complete(self) -> list[Entry] | None:
+        """All figures, or None if some are missing."""
+        entries = self.entries()
+        return entries if all(len(entry.repeats) == self.settings.repeats for entry in entries) else None
+
+    def entries(self) -> list[Entry]:
+        """The figures that are there."""
+        found = []
+        for cell in self.cells:
+            results = [self.result(cell, repeat) for repeat in range(self.settings.repeats)]
+            found.append(Entry(cell, [result for result in results if result is not None]))
+        return found
+
+    def seed_of(self, unit: Unit) -> int:
+        return self.settings.seed + unit.repeat
+
+    def result_path(self, cell: Cell, repeat: int) -> Path:
+        return self.folder / RESULTS / cell.name / f"seed-{self.settings.seed + repeat}.json"
+
+    def part_path(self, unit: Unit) -> Path:
+        name = f"seed-{self.seed_of(unit)}-part-{unit.part}.safetensors"
+        return self.folder / PROGRESS / unit.cell.name / name
+
+    def result(self, cell: Cell, repeat: int) -> dict[str, Any] | None:
+        """The figures of one cell and seed; None if they are not there.
+
+        Raises:
+            ValueError: if they were made with another scorer of that name.
+        """
+        try:
+            result = json.loads(self.result_path(cell, repeat).read_text())
+        except FileNotFoundError:
+            return None
+        if cell.m != 1 and result["scorer"] != self.models.facts.get(cell.scorer):
+            raise ValueError(
+                f"{self.folder} holds figures of {cell.name} made with another scorer ({result['scorer']} there, "
+                f"{self.models.facts.get(cell.scorer)} now): choose another folder"
+            )
+        return result
+
+    def make(self, unit: Unit, advance: Callable[[int], None]) -> None:
+        """Generate one part, batch by batch, and write what is gathered of it."""
+        settings, cell = self.settings, unit.cell
+        model = self.models.model(cell.model)
+        device, options = recognise(model).device(model), self.options(cell)
+        alpha = self.alpha(model, cell) if cell.wants_alpha else None
+        search = cell.search(self.models.scorer(cell), alpha)
+        num_classes = checked(model, search, options).num_classes
+        seeds = image_seeds(self.seed_of(unit), settings.images)
+        gathering, notes = Gathering(settings.neighbors), Notes(alpha=alpha)
+        batches = in_batches(settings.parts()[unit.part], settings.batch_size)
+        for batch in batches[:1] * settings.timing + batches:
+            labels = torch.arange(batch.start, batch.stop) % num_classes
+            reset_peak(device)
+            with autocasting(model, settings.autocast):
+                made = generate(model, labels, search=search, seeds=seeds[batch.start : batch.stop], **options)
+            notes.seconds.append(sum(made.seconds) / len(batch))
+            notes.peak_bytes = max(notes.peak_bytes, peak(device))
+            if cell.n != 1 and cell.strategy == "hybrid":
+                notes.dense += int(cell.density(alpha).dense(made.scores[cell.scale]).sum())
+                notes.searched += len(batch)
+            if not settings.timing:
+                # As they are when read back from files: 8 bits a colour.
+                extracted = self.extractor(torch.from_numpy(to_pixels(made.images)).movedim(-1, 1))
+                check_finite(extracted, self.extractor, Unstored(cell.name), batch.start)
+                if gathering.count == 0 and self.reference.moments is not None:
+                    wanted = StoredStatistics(self.reference.moments, self.reference.spatial, None, None)
+                    check_fit(extracted, wanted, self.extractor)
+                gathering.add(extracted, batch.start)
+                if extracted.logits is not None and extracted.logits.shape[1] == num_classes:
+                    notes.hits += int((extracted.logits.argmax(1).cpu() == labels).sum())
+                    notes.judged += len(batch)
+            advance(0 if settings.timing and len(notes.seconds) == 1 else len(batch))
+        if settings.timing:
+            del notes.seconds[0]  # the batch that warmed up
+        path = self.part_path(unit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gathering.save(path, asdict(notes))
+
+    def options(self, cell: Cell) -> dict[str, Any]:
+        return dict(self.settings.options) | ({} if cell.cfg is None else {"cfg": cell.cfg})
+
+    def merge(self, cell: Cell, repeat: int) -> None:
+        """Make the figures of a cell and seed if all its parts are there."""
+        parts = [self.part_path(Unit(repeat, cell, part)) for part in range(len(self.settings.parts()))]
+        path = self.result_path(cell, repeat)
+        if path.exists() or not all(part.exists() for part in parts):
+            return
+        try:
+            loaded = [Gathering.load(part) for part in parts]
+        except FileNotFoundError:  # another rank has merged them meanwhile
+            return
+        whole, notes = loaded[0][0], Notes(**loaded[0][1])
+        for other, its_notes in loaded[1:]:
+            whole.merge(other)
+            notes.merge(Notes(**its_notes))
+        result = {
+            "cell": cell.settings,
+            "seed": self.settings.seed + repeat,
+            "scorer": None if cell.m == 1 else self.models.facts.get(cell.scorer),
+            **({} if self.settings.timing else self.figures(whole)),
+            **notes.figures(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomically(path) as unfinished:
+            unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+    def figures(self, gathering: Gathering) -> dict[str, Any]:
+        """FID and its parts, sFID, Inception score, precision and recall."""
+        measured = gathering.measured()
+        if measured.features is not None:  # stored on the CPU, too slow a place for their distances
+            measured.features = measured.features.to(self.extractor.device)
+        report = compare(measured, self.reference, self.extractor.name).as_json()
+        parts = {name: value for name, value in (report["fid_parts"] or {}).items() if name != "distance"}
+        taken = {name: report[name] for name in ("fid", "sfid", "inception_score", "precision", "recall")}
+        return {**taken, **parts, "missing": report["missing"]}
+
+    def alpha(self, model: Any, cell: Cell) -> float:
+        """The median alpha of a cell's samples, found once a folder."""
+        names = ("n", "scale", "metric", "per", "bandwidth", "cfg", "model")
+        path = self.folder / "alpha" / f"{','.join(f'{name}={getattr(cell, name)}' for name in names)}.json"
+        if not path.exists():
+            with autocasting(model, self.settings.autocast):
+                ratios = density_ratios(model, cell, self.options(cell))
+            facts = {"alpha": round(float(ratios.median()), 4), "images": len(ratios), "seed": CALIBRATION_SEED}
+            path.parent.mkdir(exist_ok=True)
+            with atomically(path) as unfinished:
+                unfinished.write_text(json.dumps(facts) + "\n")
+        return float(json.loads(path.read_text())["alpha"])
+
+
+@dataclass
+class Notes:
+    """What is noted of a part beside its features.
+
+    Args:
+        alpha: of the density search, where it was found by rule.
+        seconds: an image, of every batch.
+        peak_bytes: the most memory that a batch took; 0 where nobody counts, on a CPU.
+        dense, searched: images that the hybrid found dense, of how many.
+        hits, judged: images whose most probable class is the wanted one, of how many.
+    """
+
+    alpha: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    dense: int = 0
+    searched: int = 0
+    hits: int = 0
+    judged: int = 0
+
+    def merge(self, other: Notes) -> None:
+        self.seconds += other.seconds
+        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        for name in ("dense", "searched", "hits", "judged"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def figures(self) -> dict[str, float | None]:
+        """JSON values by name; None where there is nothing to tell."""
+        return {
+            "alpha": self.alpha,
+            "seconds": statistics.median(self.seconds),
+            "peak_bytes": self.peak_bytes or None,
+            "dense": self.dense / self.searched if self.searched else None,
+            "accuracy": self.hits / self.judged if self.judged else None,
+        }
+
+
+class Unstored:
+    """How an error names an image that has no file."""
+
+    def __init__(self, name: str):
+        self.name = f"cell {name}"
+
+    def describe(self, number: int) -> str:
+        return f"image {number}"
+
+
+def in_batches(numbers: range, batch_size: int) -> list[range]:
+    return [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+
+
+def checked(model: Any, search: Search | None, options: Mapping[str, Any]) -> ModelSpec:
+    """The model's sizes, once a search and options are seen to fit it.
+
+    Raises:
+        ValueError, TypeError, UnsupportedModelError: if they do not.
+    """
+    family, rest = recognise(model), dict(options)
+    request = Request(
+        1, torch.zeros(1, dtype=torch.int64), image_seeds(0, 1), rest.pop("top_k", 0), rest.pop("top_p", 0.0), rest
+    )
+    spec = family.spec(model, request)
+    check_request(family, model, spec, request, search, "philox")
+    return spec
+
+
+def density_ratios(
+    model: Any,
+    cell: Cell,
+    options: Mapping[str, Any],
+    images: int | None = None,
+    seed: int = CALIBRATION_SEED,
+) -> Tensor:
+    """max/mean of the densities of each image's samples, ``[images]`` float64: what a hybrid compares with alpha."""
+    search = replace(cell, m=1, strategy="top", min_distance=0.0).density()
+    num_classes = checked(model, search, options).num_classes
+    images = CALIBRATION_IMAGES if images is None else images
+    seeds, parts = image_seeds(seed, images), []
+    for batch in in_batches(range(images), CALIBRATION_BATCH):
+        labels = torch.arange(batch.start, batch.stop) % num_classes
+        chosen = seeds[batch.start : batch.stop]
+        told = generate(model, labels, search=search, seeds=chosen, decode=False, **options)
+        parts.append(told.scores[cell.scale].double().cpu())
+    densities = torch.cat(parts)
+    return densities.amax(1) / densities.mean(1)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

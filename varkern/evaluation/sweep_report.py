@@ -1,0 +1,322 @@
+"""What a sweep found, as Markdown, CSV, JSON and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from varkern.files import atomically
+
+from .cells import Cell, from_json, written
+from .presets import Preset
+from .sweep import Entry
+
+FIGURES = {  # title, digits after the point
+    "fid": ("FID", 2),
+    "sfid": ("sFID", 2),
+    "inception_score": ("Inception score", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "accuracy": ("accuracy", 3),
+    "mean_difference": ("mean difference²", 3),
+    "trace_term": ("trace term", 3),
+    "trace_generated": ("Tr Σ_g", 2),
+    "cross_term": ("2 Tr (Σ_r Σ_g)^½", 2),
+    "dense": ("found dense", 2),
+    "alpha": ("alpha", 2),
+    "seconds": ("ms an image", 2),
+    "peak_bytes": ("peak memory, GiB", 2),
+}
+UNITS = {"seconds": 1e3, "peak_bytes": 2**-30}
+COSTS = tuple(UNITS)
+# Inception's own words for figures of other features would promise what they do not hold.
+OTHER_FEATURES = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "inception_score": "class score"}
+
+
+class Summary(NamedTuple):
+    """A figure over the seeds: its mean and half its range; of costs the least, and no range."""
+
+    value: float
+    spread: float | None
+
+
+class Found(NamedTuple):
+    """All that a report is made from."""
+
+    preset: Preset
+    entries: list[Entry]
+    settings: dict[str, Any]
+    command: str
+
+    def as_json(self) -> dict[str, Any]:
+        cells = [{"settings": entry.cell.settings, "repeats": entry.repeats} for entry in self.entries]
+        return {"preset": self.preset.name, "command": self.command, "settings": self.settings, "cells": cells}
+
+
+def from_file(path: Path, preset: Preset) -> Found:
+    """What :func:`write` wrote as JSON."""
+    report = json.loads(path.read_text())
+    entries = [Entry(from_json(cell["settings"]), cell["repeats"]) for cell in report["cells"]]
+    return Found(preset, entries, report["settings"], report["command"])
+
+
+def summary(entry: Entry, name: str) -> Summary | None:
+    """One figure of a cell; None if it was not taken."""
+    values = [repeat[name] * UNITS.get(name, 1) for repeat in entry.repeats if repeat.get(name) is not None]
+    if not values:
+        return None
+    if name in COSTS:  # whatever else the machine does only adds to these
+        return Summary(min(values), None)
+    return Summary(sum(values) / len(values), (max(values) - min(values)) / 2 if len(values) > 1 else None)
+
+
+def titles(found: Found) -> dict[str, str]:
+    """The figures' names in a heading."""
+    own = {} if inception(found) else OTHER_FEATURES
+    return {name: own.get(name, title) for name, (title, _) in FIGURES.items()}
+
+
+def inception(found: Found) -> bool:
+    return found.settings.get("features", "inception") == "inception"
+
+
+def varying(cells: Sequence[Cell]) -> list[str]:
+    """The settings in which cells differ, those that tell most first."""
+    return [f.name for f in fields(Cell) if len({getattr(cell, f.name) for cell in cells}) > 1]
+
+
+def shown(found: Found) -> list[str]:
+    """The figures that the table shows: those of the preset that were taken, and what a hybrid found."""
+    names = list(found.preset.shown)
+    if any(cell.n != 1 and cell.strategy == "hybrid" for cell in found.preset.cells):
+        names = ["alpha", "dense", *names]
+    return [name for name in names if any(summary(entry, name) for entry in found.entries)]
+
+
+def setting(cell: Cell, name: str) -> str:
+    """A setting as the table has it; empty where it does not matter to the cell."""
+    value, default = getattr(cell, name), Cell.__dataclass_fields__[name].default
+    idle = (cell.m == 1 and name in ("m", "first_scale", "pick", "scorer")) or (
+        cell.n == 1 and name in ("n", "scale", "representatives", "strategy", "metric")
+    )
+    if name == "m" and cell.m == 1 and cell.n == 1:
+        return "1"
+    if idle or (value == default and (value is None or value == "")):
+        return ""
+    if name == "alpha" and (cell.n == 1 or cell.strategy != "hybrid"):
+        return ""
+    return {"best": "greedy"}.get(value, written(value)) if isinstance(value, str) else written(value)
+
+
+def markdown(found: Found) -> str:
+    """The table: a row a cell, mean ± half the range over the seeds, and the paper's figures beside them."""
+    columns, names, heading = varying(found.preset.cells), shown(found), titles(found)
+    columns = [name for name in columns if name != "alpha" or "alpha" not in names] or ["m"]
+    printed = [name for name in FIGURES if any(name in row for row in found.preset.paper.values())]
+    head = [*columns, *(heading[name] for name in names), *(f"paper: {FIGURES[name][0]}" for name in printed)]
+    lines = [head, ["---"] * len(head)]
+    for entry in found.entries:
+        paper = found.preset.paper.get(entry.cell, {})
+        lines.append(
+            [
+                *(setting(entry.cell, name) for name in columns),
+                *(text(summary(entry, name), FIGURES[name][1]) for name in names),
+                *(f"{paper[name]:g}" if name in paper else "" for name in printed),
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def rows(entries: Mapping[str, Entry], names: Sequence[str]) -> str:
+    """A table of figures of other features than Inception's, a row for each name of ``entries``."""
+    lines = [["", *(OTHER_FEATURES.get(name, FIGURES[name][0]) for name in names)], ["---"] * (len(names) + 1)]
+    for title, entry in entries.items():
+        lines.append([title, *(text(summary(entry, name), FIGURES[name][1]) for name in names)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def text(value: Summary | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value.value:.{digits}f}" + ("" if value.spread is None else f" ± {value.spread:.{digits}f}")
+
+
+def page(found: Found) -> str:
+    """The table with what it is of, what the paper says and the command."""
+    settings, repeats = found.settings, max(len(entry.repeats) for entry in found.entries)
+    seeds = (
+        f"seed {settings['seed']}" if repeats == 1 else f"seeds {settings['seed']} to {settings['seed'] + repeats - 1}"
+    )
+    cost = "of times the least" + (" (of one batch each)" if settings["timing"] else " (the median over batches)")
+    lines = [f"### {found.preset.title}", ""]
+    if found.preset.claim:
+        lines += [f"The paper: {found.preset.claim}", ""]
+    sampling = ", ".join(f"{name}={settings[name]}" for name in ("cfg", "top_k", "top_p") if name in settings)
+    lines += [
+        f"`{found.command}`: {settings['images']:,} images a cell and seed, {seeds}; {sampling}. "
+        f"Mean ± half the range over the seeds; {cost}.",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + markdown(found)
+
+
+def as_csv(found: Found) -> str:
+    """One line a cell and seed, every setting and every figure."""
+    settings = [field.name for field in fields(Cell)]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*settings, "seed", *({"alpha": "alpha_found"}.get(name, name) for name in FIGURES)])
+    for entry in found.entries:
+        for repeat in entry.repeats:
+            chosen = [written(getattr(entry.cell, name)) for name in settings]
+            writer.writerow([*chosen, repeat["seed"], *(repeat.get(name) for name in FIGURES)])
+    return buffer.getvalue()
+
+
+def write(found: Found, folder: Path) -> list[Path]:
+    """``NAME.md``, ``NAME.csv``, ``NAME.json`` and ``NAME.png`` in ``folder``; returns their paths."""
+    stem = folder / found.preset.name
+    contents = {
+        ".md": page(found),
+        ".csv": as_csv(found),
+        ".json": json.dumps(found.as_json(), indent=1) + "\n",
+    }
+    paths = []
+    for suffix, content in contents.items():
+        paths.append(stem.with_name(stem.name + suffix))
+        with atomically(paths[-1]) as unfinished:
+            unfinished.write_text(content)
+    paths.append(stem.with_name(stem.name + ".png"))
+    draw(found, paths[-1])
+    return paths
+
+
+class Axis(NamedTuple):
+    """What a picture's panel stands on."""
+
+    name: str
+    title: str
+    value: Callable[[Entry], float | None]
+    logarithmic: bool
+
+
+def axes_of(found: Found) -> list[Axis]:
+    """A panel for each of M, n, the first scale, the density search's scale and the time, where they vary."""
+    cells = found.preset.cells
+
+    def numbers(name: str, wanted: Callable[[Cell], bool]) -> set[int]:
+        return {getattr(cell, name) for cell in cells if wanted(cell)}
+
+    def best(cell: Cell) -> bool:
+        return cell.m != 1 and isinstance(cell.m, int)
+
+    def dense(cell: Cell) -> bool:
+        return cell.n != 1
+
+    axes = []
+    for name, title, wanted, logarithmic in (
+        ("m", "candidates M", best, True),
+        ("first_scale", "first searched scale", best, False),
+        ("n", "candidates n", dense, True),
+        ("scale", "searched scale", dense, False),
+    ):
+        if len(numbers(name, wanted)) > 1:
+            axes.append(Axis(name, title, setting_of(name, wanted), logarithmic))
+    if not found.settings["timing"]:
+        axes.append(Axis("seconds", FIGURES["seconds"][0], seconds_of, False))
+    return axes or [Axis("m", "candidates M", setting_of("m", best), False)]
+
+
+def setting_of(name: str, wanted: Callable[[Cell], bool]) -> Callable[[Entry], float | None]:
+    def value(entry: Entry) -> float | None:
+        return float(getattr(entry.cell, name)) if wanted(entry.cell) else None
+
+    return value
+
+
+def seconds_of(entry: Entry) -> float | None:
+    found = summary(entry, "seconds")
+    return None if found is None else found.value
+
+
+def drawn(found: Found) -> list[str]:
+    """The figures that the picture shows: costs, FID's parts, or FID and what tells quality from diversity."""
+    if found.settings["timing"]:
+        wanted: tuple[str, ...] = COSTS
+    elif "trace_term" in found.preset.shown:
+        wanted = ("fid", "mean_difference", "trace_term")
+    elif inception(found):
+        wanted = ("fid", "inception_score", "recall")
+    else:
+        wanted = ("fid", "precision", "recall")
+    return [name for name in wanted if any(summary(entry, name) for entry in found.entries)]
+
+
+def draw(found: Found, path: Path) -> None:
+    """Quality against M, first scale and seconds, a line for every other setting, the model alone dashed; as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names, axes = drawn(found), axes_of(found)
+    figure = Figure(figsize=(0.6 + 3.9 * len(axes), 1.2 + 2.4 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    # What the lines are differs from axis to axis: a setting that one of them shows is no other line there.
+    for column, axis in zip(figure.subfigures(1, len(axes), squeeze=False)[0], axes, strict=True):
+        panels = column.subplots(len(names), 1, squeeze=False)[:, 0]
+        for panel, name in zip(panels, names, strict=True):
+            draw_panel(panel, found, name, axis)
+        handles, labels = panels[0].get_legend_handles_labels()
+        columns = 2 if len(labels) > 4 else 1
+        column.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+    figure.suptitle(found.preset.title, fontsize=10)
+    with atomically(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110)
+
+
+def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
+    """One figure over one axis."""
+    lines: dict[str, list[Entry]] = {}
+    for entry in found.entries:
+        if entry.cell.m == 1 and entry.cell.n == 1:
+            value = summary(entry, name)
+            if value is not None:
+                label = " ".join(["the model alone", *(f"{k}={v}" for k, v in entry.cell.settings.items())])
+                panel.axhline(value.value, color="grey", linestyle="--", linewidth=1, label=label)
+        elif axis.value(entry) is not None:
+            lines.setdefault(line_of(found, entry.cell, axis.name), []).append(entry)
+    for label, entries in lines.items():
+        points = [(axis.value(entry), found_value) for entry in entries if (found_value := summary(entry, name))]
+        points.sort(key=lambda point: point[0])
+        panel.errorbar(
+            [x for x, _ in points],
+            [y.value for _, y in points],
+            yerr=[y.spread or 0.0 for _, y in points],
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            label=label,
+        )
+    if axis.logarithmic:
+        ticks = sorted({x for entries in lines.values() for entry in entries if (x := axis.value(entry)) is not None})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    elif axis.name != "seconds":
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_xlabel(axis.title, fontsize=9)
+    panel.set_ylabel(titles(found)[name], fontsize=9)
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+
+
+def line_of(found: Found, cell: Cell, axis: str) -> str:
+    """What tells a cell's line from others: the settings that vary and that the axis does not show."""
+    hidden = {"seconds": {"m", "n"}}.get(axis, {axis})
+    names = [name for name in varying(found.preset.cells) if name not in hidden | {"alpha", "m" if cell.m == 1 else ""}]
+    parts = [f"{name}={written(getattr(cell, name))}" for name in names if setting(cell, name)]
+    return ", ".join(parts) or "searched"
