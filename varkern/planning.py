@@ -124,8 +124,10 @@ def plan(
     What this does not see. With ``pick="best"`` a larger score is a better picture only up to a point (LSRS, Table 5),
     and at the first scale, where diversity is decided, hardly ever (its Table 3): leave out ``choices`` too large to be
     good, and the first scale, as by default; ``pick="resample"`` has no such turn. Gains are those of a scorer that may
-    be wrong, at prefixes that the model drew, not at those that a search would have chosen before. Costs are of eager
-    generations at this batch size, on the device as it is; ``cuda_graph=True`` of :func:`varkern.patch` changes them.
+    be wrong: on the demo model plans gained more score than uniform M of equal cost, and no better a Fréchet distance
+    (``varkern/demo/README.md``). They are measured at prefixes that the model drew, not at those that a search would
+    have chosen before. Costs are of eager generations at this batch size, on the device as it is; ``cuda_graph=True``
+    of :func:`varkern.patch` changes them.
 
     Args:
         model: a class-conditional model, VAR or FlexVAR, patched or not; it is not changed.

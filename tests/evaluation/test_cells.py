@@ -22,6 +22,7 @@ def scorer(labels, features, scale):
         (Cell(m=(1, 4, 2), first_scale=2), Cell(m=(1, 4, 2))),
         (Cell(m=4, temperature=2.0), Cell(m=4)),
         (Cell(n=1, scale=3, alpha=2.0, metric="cosine"), Cell()),
+        (Cell(n=5, min_distance=0, alpha=2, cfg=1), Cell(n=5, min_distance=0.0, alpha=2.0, cfg=1.0)),
         (Cell(n=5, strategy="top", alpha=2.0, threshold="paper"), Cell(n=5, strategy="top")),
     ],
 )

@@ -12,13 +12,15 @@ import torch
 
 import varkern
 from tests.helpers import NUM_CLASSES, on, small_scorer, small_var
+from varkern.evaluation import calibration
 from varkern.evaluation import sweep as sweeping
 from varkern.evaluation.arrays import ImageArray
+from varkern.evaluation.calibration import density_ratios
 from varkern.evaluation.cells import Cell, from_json
 from varkern.evaluation.evaluate import evaluate, measured_reference
 from varkern.evaluation.features import Extracted, Extractor
 from varkern.evaluation.pictures import to_pixels
-from varkern.evaluation.sweep import Models, Settings, Sweep, density_ratios
+from varkern.evaluation.sweep import Models, Settings, Sweep
 
 SIDE = 12  # pixels of the small model's images
 PROJECTION = torch.randn(3 * SIDE * SIDE, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -186,17 +188,22 @@ class TestGoingOn:
         for attempt in range(60):
             child = os.fork()
             if child == 0:
-                torch.set_num_threads(1)
-                with open(os.devnull, "w") as nowhere:
-                    os.dup2(nowhere.fileno(), 1)
-                    sweep(folder, CELLS[:2]).run()
-                os._exit(0)
+                try:
+                    torch.set_num_threads(1)
+                    with open(os.devnull, "w") as nowhere:
+                        os.dup2(nowhere.fileno(), 1)
+                        sweep(folder, CELLS[:2]).run()
+                    os._exit(0)
+                except BaseException:
+                    os._exit(1)
             time.sleep(random.uniform(0.02, 0.3) * (1 + attempt / 10))
             os.kill(child, signal.SIGKILL)
-            if os.waitpid(child, 0)[1] == 0:
+            status = os.waitpid(child, 0)[1]
+            assert status == 0 or os.WIFSIGNALED(status), "a run that went on where another was killed failed"
+            if status == 0:
                 break
             kills += 1
-        assert kills >= 3
+        assert kills >= 3 and status == 0
         assert figures(sweep(folder, CELLS[:2]).run()) == unbroken
 
     def test_what_is_there_is_not_made_again(self, sweep, models, tmp_path, monkeypatch):
@@ -228,6 +235,31 @@ class TestGoingOn:
         assert sweep(tmp_path, CELLS[:1], models=other).run() is not None
         with pytest.raises(ValueError, match=r"made with another scorer \(first there, second now\)"):
             sweep(tmp_path, CELLS[:2], models=other).run()
+
+    @pytest.mark.parametrize("what", ["scorer", "model"])
+    def test_parts_made_with_another_are_refused(self, sweep, models, tmp_path, monkeypatch, small_parts, what):
+        """A run killed between the parts of a cell, and taken up with another scorer or model of the same name."""
+        make = Sweep.make
+
+        def once(self, unit, advance):
+            if unit.part:
+                raise KeyboardInterrupt
+            make(self, unit, advance)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Sweep, "make", once)
+            sweep(tmp_path, CELLS[1:2]).run()
+        facts = {"scorer_facts": {"": "first"}, f"{what}_facts": {"": "second"}}
+        other = Models(models.models, models.scorers, **facts)
+        with pytest.raises(ValueError, match=f"made with another {what}"):
+            sweep(tmp_path, CELLS[1:2], models=other).run()
+        assert sweep(tmp_path, CELLS[1:2]).run() is not None
+
+    def test_a_refused_run_leaves_no_settings(self, sweep, tmp_path):
+        wrong = replace(SETTINGS, options={**OPTIONS, "top_p": 1.5})
+        with pytest.raises(ValueError, match="top_p"):
+            sweep(tmp_path, CELLS[:1], wrong).run()
+        assert sweep(tmp_path, CELLS[:1]).run() is not None
 
     def test_a_second_run_at_the_same_time_is_refused(self, sweep, tmp_path, monkeypatch):
         make, refused = Sweep.make, []
@@ -271,7 +303,7 @@ class TestAlpha:
         cell = Cell(n=6, min_distance=0.0)
         (entry,) = sweep(tmp_path, [cell], replace(SETTINGS, repeats=1)).run()
         ratios = density_ratios(on(small_var(), device), cell, OPTIONS)
-        assert len(ratios) == sweeping.CALIBRATION_IMAGES
+        assert len(ratios) == calibration.CALIBRATION_IMAGES
         assert entry.repeats[0]["alpha"] == round(float(ratios.median()), 4)
         search = replace(cell, alpha=entry.repeats[0]["alpha"]).density()
         labels = torch.arange(200) % NUM_CLASSES

@@ -66,10 +66,18 @@ def test_density_searches_tell_what_they_found_dense():
     assert (row["n"], row["strategy"], row["alpha"], row["found dense"]) == (
         "20",
         "hybrid",
-        "1.50 ± 0.00",
+        "1.50",
         "0.50 ± 0.25",
     )
     assert dict(zip(table[0], table[4], strict=True))["alpha"] == ""
+    assert table[2][:4] == ["alone", "", "", ""]
+
+
+def test_what_is_the_same_in_all_cells_that_have_it_is_no_column():
+    cells = [Cell(), Cell(n=20, min_distance=0.0), Cell(n=50, min_distance=0.0), Cell(m=4, first_scale=0)]
+    assert sweep_report.varying(cells) == ["m", "n"]
+    assert sweep_report.varying([*cells, Cell(n=50)]) == ["m", "n", "min_distance"]
+    assert sweep_report.varying([Cell(), Cell(cfg=2.0)]) == ["cfg"]
 
 
 def test_page_says_what_it_is_of():
@@ -78,6 +86,23 @@ def test_page_says_what_it_is_of():
     assert "2,000 images a cell and seed, seeds 5 to 6; cfg=0.0, top_p=0.96" in text
     assert "`varkern sweep --out DIR`" in text
     assert "seed 5;" in page(found([Cell(), Cell(m=2)], repeats=1))
+
+
+def test_page_says_what_is_missing(tmp_path):
+    """Too few images for a distance: the reason stands there, and nothing is drawn of nothing."""
+    given = found([Cell(), Cell(m=2)], shown=("fid", "trace_term"))
+    for entry in given.entries:
+        for repeat in entry.repeats:
+            repeat.update(fid=None, missing={"fid": "too few images", "precision": "not asked for"})
+    text = page(given)
+    assert "Not taken: Fréchet distance: too few images\n" in text and "not asked for" not in text
+    assert [path.suffix for path in write(given, tmp_path)] == [".md", ".csv", ".json"]
+
+
+def test_m_of_every_scale_has_no_first_scale():
+    cells = [Cell(m=4, first_scale=0), Cell(m=4, first_scale=2), Cell(m=(8, 2, 1))]
+    table = lines(markdown(found(cells)))
+    assert [row[:2] for row in table[2:]] == [["4", "0"], ["4", "2"], ["8:2:1", ""]]
 
 
 def test_csv_has_every_seed():
@@ -124,9 +149,9 @@ def test_lines_are_told_apart_by_what_the_axis_does_not_show():
     given = found([Cell(), Cell(m=2), Cell(m=4), Cell(m=4, pick="resample"), Cell(m=4, first_scale=0)])
     axis = next(axis for axis in sweep_report.axes_of(given) if axis.name == "m")
     labels = [sweep_report.line_of(given, cell, "m") for cell in given.preset.cells[1:]]
-    assert labels == ["first_scale=1, pick=best"] * 2 + ["first_scale=1, pick=resample", "first_scale=0, pick=best"]
+    assert labels == ["first_scale=1, pick=greedy"] * 2 + ["first_scale=1, pick=resample", "first_scale=0, pick=greedy"]
     assert [axis.value(entry) for entry in given.entries] == [None, 2.0, 4.0, 4.0, 4.0]
-    assert sweep_report.line_of(given, Cell(m=4), "first_scale") == "m=4, pick=best"
+    assert sweep_report.line_of(given, Cell(m=4), "first_scale") == "m=4, pick=greedy"
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())

@@ -45,6 +45,10 @@ class Batch(NamedTuple):
     """Names of the images that could not be read; n is smaller by their number."""
 
 
+class BeingWrittenError(ValueError):
+    """Another process holds a folder."""
+
+
 BatchSource = Callable[[Sequence[range]], Iterable[Batch]]
 """Takes the batches that are wanted, as ranges of images' numbers, and gives them one by one, in that order. What it
 gives for a range must depend on the range alone, not on what came before it."""
@@ -248,7 +252,7 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
     """Holds the place of one rank in a folder, against a second run of the same command.
 
     Raises:
-        ValueError: if another process holds it.
+        BeingWrittenError: if another process holds it.
     """
     # A record lock: it goes with its process, however that ends, and forked children do not inherit it.
     (folder / PROGRESS).mkdir(exist_ok=True)
@@ -256,7 +260,7 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"{folder} is being written by another process") from error
+            raise BeingWrittenError(f"{folder} is being written by another process") from error
         except OSError:  # a file system without locks: then two runs at once only waste time
             pass
         yield

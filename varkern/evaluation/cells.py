@@ -53,6 +53,9 @@ class Cell:
     model: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "alpha", "bandwidth", "min_distance", "cfg"):  # 0 and 0.0 are one name
+            if isinstance(value := getattr(self, name), int):
+                self._set(name, float(value))
         if not isinstance(self.m, int):
             self._set("m", 1 if set(self.m) == {1} else tuple(self.m))
         idle = set()

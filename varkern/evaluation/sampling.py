@@ -62,7 +62,7 @@ def open_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process may have been as quick
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

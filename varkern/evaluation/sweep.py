@@ -15,35 +15,30 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from varkern.checks import check_request
 from varkern.data.writer import locked, ranks
 from varkern.families import recognise
 from varkern.files import atomically
 from varkern.generate import generate
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
-from varkern.search import Search
-from varkern.spec import ModelSpec, Request
 
+from .calibration import CALIBRATION_SEED, checked, density_ratios, in_batches
 from .cells import Cell
 from .evaluate import check_finite, check_fit, compare
 from .features import Extractor
 from .gathering import Gathering, Measured
+from .images import SETTINGS
 from .pictures import to_pixels
 from .sampling import autocasting, claim
 from .statistics import SPLIT, StoredStatistics
 
 PROGRESS, RESULTS = "progress", "results"
-CALIBRATION_SEED, CALIBRATION_IMAGES = 4_000_000, 500
-"""An alpha by rule is found on these images, which no sweep of a lower seed measures."""
-CALIBRATION_BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Settings:
     """What all cells of a sweep share.
 
     Args:
-        images: of every cell and seed, all classes equally often.
+        images: of every cell and seed; the classes take turns.
         repeats: seeds; repeat r takes its image seeds from ``seed + r``.
         seed: the first.
         batch_size: images at a time.
@@ -92,12 +87,14 @@ class Settings:
 
 
 class Models:
-    """The models and scorers that cells name; they are loaded when they are first wanted, models one at a time.
+    """The models and scorers that cells name; they are loaded when they are wanted, one of each at a time.
 
     Args:
         models: what loads a model, by name.
         scorers: what loads a scorer, by name.
-        scorer_facts: JSON values that tell one scorer from another, by name, such as its file's checksum.
+        scorer_facts: JSON values that tell one scorer from another, by name, such as its file's checksum. Figures made
+            with others are never joined.
+        model_facts: the same of models.
     """
 
     def __init__(
@@ -105,10 +102,12 @@ class Models:
         models: Mapping[str, Callable[[], Any]],
         scorers: Mapping[str, Callable[[], Callable]],
         scorer_facts: Mapping[str, Any] | None = None,
+        model_facts: Mapping[str, Any] | None = None,
     ):
-        self.models, self.scorers, self.facts = models, scorers, scorer_facts or {}
+        self.models, self.scorers = models, scorers
+        self.scorer_facts, self.model_facts = scorer_facts or {}, model_facts or {}
         self._model: tuple[str, Any] | None = None
-        self._scorers: dict[str, Callable] = {}
+        self._scorer: tuple[str, Callable] | None = None
 
     def model(self, name: str) -> Any:
         if self._model is None or self._model[0] != name:
@@ -125,9 +124,16 @@ class Models:
         """The cell's scorer; None if it has no best-of-M."""
         if cell.m == 1:
             return None
-        if cell.scorer not in self._scorers:
-            self._scorers[cell.scorer] = self.scorers[cell.scorer]()
-        return self._scorers[cell.scorer]
+        if self._scorer is None or self._scorer[0] != cell.scorer:
+            self._scorer = cell.scorer, self.scorers[cell.scorer]()
+        return self._scorer[1]
+
+    def facts(self, cell: Cell) -> dict[str, Any]:
+        """What a cell's figures are made with, beside the sweep's settings."""
+        return {
+            "scorer": None if cell.m == 1 else self.scorer_facts.get(cell.scorer),
+            "model": self.model_facts.get(cell.model),
+        }
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Raise ``ValueError`` for a name that is not known."""
@@ -183,6 +189,7 @@ class Sweep:
         self.folder, self.cells, self.settings, self.models = Path(folder), list(cells), settings, models
         self.extractor, self.reference = extractor, reference
         self.rank, self.world = ranks() if share is None else share
+        self.place = self.rank if share is None else -1  # of its lock: no rank's
         for name, least in (("images", 2), ("repeats", 1), ("batch_size", 1), ("neighbors", 0)):
             if getattr(settings, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(settings, name)}")
@@ -195,16 +202,19 @@ class Sweep:
     def run(self) -> list[Entry] | None:
         """Make what is missing; returns all figures, or None if other processes have still some to make."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder, self.rank):
-            claim(self.folder, self.settings.as_json())
+        with locked(self.folder, self.place):
+            if (self.folder / SETTINGS).exists():
+                claim(self.folder, self.settings.as_json())
             self.check()
+            claim(self.folder, self.settings.as_json())
             mine = self.units()[self.rank :: self.world]
             with progress_bar() as progress:
                 total = sum(len(self.settings.parts()[unit.part]) for unit in mine)
                 task = progress.add_task("images", total=total, note="")
                 for unit in mine:
                     progress.update(task, note=f"seed {self.seed_of(unit)}: {unit.cell.name}"[:60])
-                    if self.result(unit.cell, unit.repeat) is None and not self.part_path(unit).exists():
+                    # In this order: a part is removed only after its result is written.
+                    if not self.has_part(unit) and self.result(unit.cell, unit.repeat) is None:
                         self.make(unit, lambda count: progress.advance(task, count))
                     else:
                         progress.advance(task, len(self.settings.parts()[unit.part]))
@@ -247,22 +257,40 @@ class Sweep:
         name = f"seed-{self.seed_of(unit)}-part-{unit.part}.safetensors"
         return self.folder / PROGRESS / unit.cell.name / name
 
+    def has_part(self, unit: Unit) -> bool:
+        """True if a part waits to be merged.
+
+        Raises:
+            ValueError: if it was made with another model or scorer of that name.
+        """
+        try:
+            notes = Gathering.load(self.part_path(unit))[1]
+        except FileNotFoundError:
+            return False
+        self.compare(unit.cell, notes)
+        return True
+
     def result(self, cell: Cell, repeat: int) -> dict[str, Any] | None:
         """The figures of one cell and seed; None if they are not there.
 
         Raises:
-            ValueError: if they were made with another scorer of that name.
+            ValueError: if they were made with another model or scorer of that name.
         """
         try:
             result = json.loads(self.result_path(cell, repeat).read_text())
         except FileNotFoundError:
             return None
-        if cell.m != 1 and result["scorer"] != self.models.facts.get(cell.scorer):
-            raise ValueError(
-                f"{self.folder} holds figures of {cell.name} made with another scorer ({result['scorer']} there, "
-                f"{self.models.facts.get(cell.scorer)} now): choose another folder"
-            )
+        self.compare(cell, result)
         return result
+
+    def compare(self, cell: Cell, made: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless what was made of a cell was made with its model and scorer."""
+        for what, now in self.models.facts(cell).items():
+            if made.get(what) != now:
+                raise ValueError(
+                    f"{self.folder} holds figures of {cell.name} made with another {what} ({made.get(what)} there, "
+                    f"{now} now): choose another folder"
+                )
 
     def make(self, unit: Unit, advance: Callable[[int], None]) -> None:
         """Generate one part, batch by batch, and write what is gathered of it."""
@@ -301,7 +329,7 @@ class Sweep:
             del notes.seconds[0]  # the batch that warmed up
         path = self.part_path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        gathering.save(path, asdict(notes))
+        gathering.save(path, {"notes": asdict(notes), **self.models.facts(cell)})
 
     def options(self, cell: Cell) -> dict[str, Any]:
         return dict(self.settings.options) | ({} if cell.cfg is None else {"cfg": cell.cfg})
@@ -316,22 +344,23 @@ class Sweep:
             loaded = [Gathering.load(part) for part in parts]
         except FileNotFoundError:  # another rank has merged them meanwhile
             return
-        whole, notes = loaded[0][0], Notes(**loaded[0][1])
-        for other, its_notes in loaded[1:]:
-            whole.merge(other)
-            notes.merge(Notes(**its_notes))
+        whole, notes = Gathering(self.settings.neighbors), Notes(alpha=loaded[0][1]["notes"]["alpha"])
+        for part, stored in loaded:
+            self.compare(cell, stored)
+            whole.merge(part)
+            notes.merge(Notes(**stored["notes"]))
         result = {
             "cell": cell.settings,
             "seed": self.settings.seed + repeat,
-            "scorer": None if cell.m == 1 else self.models.facts.get(cell.scorer),
+            **self.models.facts(cell),
             **({} if self.settings.timing else self.figures(whole)),
             **notes.figures(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomically(path) as unfinished:
             unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        for part in parts:
-            part.unlink(missing_ok=True)
+        for made in parts:
+            made.unlink(missing_ok=True)
 
     def figures(self, gathering: Gathering) -> dict[str, Any]:
         """FID and its parts, sFID, Inception score, precision and recall."""
@@ -344,7 +373,7 @@ class Sweep:
         return {**taken, **parts, "missing": report["missing"]}
 
     def alpha(self, model: Any, cell: Cell) -> float:
-        """The median alpha of a cell's samples, found once a folder."""
+        """The median alpha of a cell's samples, found once a folder, without best-of-M at the scales before."""
         names = ("n", "scale", "metric", "per", "bandwidth", "cfg", "model")
         path = self.folder / "alpha" / f"{','.join(f'{name}={getattr(cell, name)}' for name in names)}.json"
         if not path.exists():
@@ -402,46 +431,6 @@ class Unstored:
 
     def describe(self, number: int) -> str:
         return f"image {number}"
-
-
-def in_batches(numbers: range, batch_size: int) -> list[range]:
-    return [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-
-
-def checked(model: Any, search: Search | None, options: Mapping[str, Any]) -> ModelSpec:
-    """The model's sizes, once a search and options are seen to fit it.
-
-    Raises:
-        ValueError, TypeError, UnsupportedModelError: if they do not.
-    """
-    family, rest = recognise(model), dict(options)
-    request = Request(
-        1, torch.zeros(1, dtype=torch.int64), image_seeds(0, 1), rest.pop("top_k", 0), rest.pop("top_p", 0.0), rest
-    )
-    spec = family.spec(model, request)
-    check_request(family, model, spec, request, search, "philox")
-    return spec
-
-
-def density_ratios(
-    model: Any,
-    cell: Cell,
-    options: Mapping[str, Any],
-    images: int | None = None,
-    seed: int = CALIBRATION_SEED,
-) -> Tensor:
-    """max/mean of the densities of each image's samples, ``[images]`` float64: what a hybrid compares with alpha."""
-    search = replace(cell, m=1, strategy="top", min_distance=0.0).density()
-    num_classes = checked(model, search, options).num_classes
-    images = CALIBRATION_IMAGES if images is None else images
-    seeds, parts = image_seeds(seed, images), []
-    for batch in in_batches(range(images), CALIBRATION_BATCH):
-        labels = torch.arange(batch.start, batch.stop) % num_classes
-        chosen = seeds[batch.start : batch.stop]
-        told = generate(model, labels, search=search, seeds=chosen, decode=False, **options)
-        parts.append(told.scores[cell.scale].double().cpu())
-    densities = torch.cat(parts)
-    return densities.amax(1) / densities.mean(1)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from varkern.files import atomically
 
-from .cells import Cell, from_json, written
+from .cells import BEST_OF_M, DENSITY, Cell, from_json, written
 from .presets import Preset
 from .sweep import Entry
 
@@ -34,6 +34,7 @@ FIGURES = {  # title, digits after the point
 }
 UNITS = {"seconds": 1e3, "peak_bytes": 2**-30}
 COSTS = tuple(UNITS)
+WIDE = 4  # a distance that spans more has a logarithmic axis
 # Inception's own words for figures of other features would promise what they do not hold.
 OTHER_FEATURES = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "inception_score": "class score"}
 
@@ -46,23 +47,25 @@ class Summary(NamedTuple):
 
 
 class Found(NamedTuple):
-    """All that a report is made from."""
+    """All that a report is made from; ``times`` says how they were taken."""
 
     preset: Preset
     entries: list[Entry]
     settings: dict[str, Any]
     command: str
+    times: str = "the median over batches"
 
     def as_json(self) -> dict[str, Any]:
         cells = [{"settings": entry.cell.settings, "repeats": entry.repeats} for entry in self.entries]
-        return {"preset": self.preset.name, "command": self.command, "settings": self.settings, "cells": cells}
+        facts = {"preset": self.preset.name, "command": self.command, "times": self.times}
+        return {**facts, "settings": self.settings, "cells": cells}
 
 
 def from_file(path: Path, preset: Preset) -> Found:
     """What :func:`write` wrote as JSON."""
     report = json.loads(path.read_text())
     entries = [Entry(from_json(cell["settings"]), cell["repeats"]) for cell in report["cells"]]
-    return Found(preset, entries, report["settings"], report["command"])
+    return Found(preset, entries, report["settings"], report["command"], report["times"])
 
 
 def summary(entry: Entry, name: str) -> Summary | None:
@@ -72,7 +75,8 @@ def summary(entry: Entry, name: str) -> Summary | None:
         return None
     if name in COSTS:  # whatever else the machine does only adds to these
         return Summary(min(values), None)
-    return Summary(sum(values) / len(values), (max(values) - min(values)) / 2 if len(values) > 1 else None)
+    spread = (max(values) - min(values)) / 2 if len(values) > 1 and name != "alpha" else None
+    return Summary(sum(values) / len(values), spread)
 
 
 def titles(found: Found) -> dict[str, str]:
@@ -85,9 +89,21 @@ def inception(found: Found) -> bool:
     return found.settings.get("features", "inception") == "inception"
 
 
+def matters(cell: Cell, name: str) -> bool:
+    """True if a setting means something to a cell."""
+    if name in ("first_scale", "last_scale"):
+        return cell.m != 1 and isinstance(cell.m, int)
+    if name in BEST_OF_M:
+        return cell.m != 1
+    if name in DENSITY:
+        return cell.n != 1 and (name != "alpha" or cell.strategy == "hybrid")
+    return True
+
+
 def varying(cells: Sequence[Cell]) -> list[str]:
-    """The settings in which cells differ, those that tell most first."""
-    return [f.name for f in fields(Cell) if len({getattr(cell, f.name) for cell in cells}) > 1]
+    """The settings in which the cells differ that have them."""
+    names = [field.name for field in fields(Cell)]
+    return [n for n in names if len({getattr(cell, n) for cell in cells if matters(cell, n)}) > 1]
 
 
 def shown(found: Found) -> list[str]:
@@ -99,18 +115,13 @@ def shown(found: Found) -> list[str]:
 
 
 def setting(cell: Cell, name: str) -> str:
-    """A setting as the table has it; empty where it does not matter to the cell."""
-    value, default = getattr(cell, name), Cell.__dataclass_fields__[name].default
-    idle = (cell.m == 1 and name in ("m", "first_scale", "pick", "scorer")) or (
-        cell.n == 1 and name in ("n", "scale", "representatives", "strategy", "metric")
-    )
-    if name == "m" and cell.m == 1 and cell.n == 1:
-        return "1"
-    if idle or (value == default and (value is None or value == "")):
+    """A setting as the table has it; empty where it means nothing to the cell."""
+    value = getattr(cell, name)
+    if not matters(cell, name) or value is None or value == "":
         return ""
-    if name == "alpha" and (cell.n == 1 or cell.strategy != "hybrid"):
+    if (name == "m" and cell.n != 1 and value == 1) or (name == "n" and value == 1):
         return ""
-    return {"best": "greedy"}.get(value, written(value)) if isinstance(value, str) else written(value)
+    return "greedy" if value == "best" else written(value)
 
 
 def markdown(found: Found) -> str:
@@ -122,9 +133,12 @@ def markdown(found: Found) -> str:
     lines = [head, ["---"] * len(head)]
     for entry in found.entries:
         paper = found.preset.paper.get(entry.cell, {})
+        chosen = [setting(entry.cell, name) for name in columns]
+        if entry.cell.m == entry.cell.n == 1 and not chosen[0]:
+            chosen[0] = "alone"
         lines.append(
             [
-                *(setting(entry.cell, name) for name in columns),
+                *chosen,
                 *(text(summary(entry, name), FIGURES[name][1]) for name in names),
                 *(f"{paper[name]:g}" if name in paper else "" for name in printed),
             ]
@@ -152,17 +166,26 @@ def page(found: Found) -> str:
     seeds = (
         f"seed {settings['seed']}" if repeats == 1 else f"seeds {settings['seed']} to {settings['seed'] + repeats - 1}"
     )
-    cost = "of times the least" + (" (of one batch each)" if settings["timing"] else " (the median over batches)")
     lines = [f"### {found.preset.title}", ""]
     if found.preset.claim:
         lines += [f"The paper: {found.preset.claim}", ""]
     sampling = ", ".join(f"{name}={settings[name]}" for name in ("cfg", "top_k", "top_p") if name in settings)
     lines += [
         f"`{found.command}`: {settings['images']:,} images a cell and seed, {seeds}; {sampling}. "
-        f"Mean ± half the range over the seeds; {cost}.",
+        f"Mean ± half the range over the seeds; of times ({found.times}) the least.",
         "",
+        *(f"Not taken: {reason}\n" for reason in missing(found)),
     ]
     return "\n".join(lines) + "\n" + markdown(found)
+
+
+def missing(found: Found) -> list[str]:
+    """Figures that the table should show and that could not be taken, each with its reason."""
+    reasons: dict[str, str] = {}
+    for entry in found.entries:
+        for repeat in entry.repeats:
+            reasons |= {n: why for n, why in repeat.get("missing", {}).items() if n in found.preset.shown}
+    return [f"{titles(found)[name]}: {reason}" for name, reason in reasons.items()]
 
 
 def as_csv(found: Found) -> str:
@@ -179,7 +202,7 @@ def as_csv(found: Found) -> str:
 
 
 def write(found: Found, folder: Path) -> list[Path]:
-    """``NAME.md``, ``NAME.csv``, ``NAME.json`` and ``NAME.png`` in ``folder``; returns their paths."""
+    """``NAME.md``, ``NAME.csv``, ``NAME.json`` and, if there is anything to draw, ``NAME.png``; returns their paths."""
     stem = folder / found.preset.name
     contents = {
         ".md": page(found),
@@ -191,8 +214,9 @@ def write(found: Found, folder: Path) -> list[Path]:
         paths.append(stem.with_name(stem.name + suffix))
         with atomically(paths[-1]) as unfinished:
             unfinished.write_text(content)
-    paths.append(stem.with_name(stem.name + ".png"))
-    draw(found, paths[-1])
+    if drawn(found):
+        paths.append(stem.with_name(stem.name + ".png"))
+        draw(found, paths[-1])
     return paths
 
 
@@ -289,6 +313,8 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
                 panel.axhline(value.value, color="grey", linestyle="--", linewidth=1, label=label)
         elif axis.value(entry) is not None:
             lines.setdefault(line_of(found, entry.cell, axis.name), []).append(entry)
+    if axis.name != "seconds":  # one point is no line
+        lines = {k: v for k, v in lines.items() if len({axis.value(entry) for entry in v}) > 1} or lines
     for label, entries in lines.items():
         points = [(axis.value(entry), found_value) for entry in entries if (found_value := summary(entry, name))]
         points.sort(key=lambda point: point[0])
@@ -308,6 +334,14 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     elif axis.name != "seconds":
         panel.xaxis.get_major_locator().set_params(integer=True)
+    values = [y.value for entry in found.entries if (y := summary(entry, name))]
+    if name == "fid" and min(values) > 0 and max(values) > WIDE * min(values):
+        low, high = panel.get_ylim()
+        panel.set_yscale("log")
+        ticks = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
+        panel.set_yticks([t for t in ticks if max(low, min(values)) * 0.7 <= t <= high], minor=False)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
     panel.set_xlabel(axis.title, fontsize=9)
     panel.set_ylabel(titles(found)[name], fontsize=9)
     panel.tick_params(labelsize=8)
@@ -317,6 +351,6 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
 def line_of(found: Found, cell: Cell, axis: str) -> str:
     """What tells a cell's line from others: the settings that vary and that the axis does not show."""
     hidden = {"seconds": {"m", "n"}}.get(axis, {axis})
-    names = [name for name in varying(found.preset.cells) if name not in hidden | {"alpha", "m" if cell.m == 1 else ""}]
-    parts = [f"{name}={written(getattr(cell, name))}" for name in names if setting(cell, name)]
+    names = [name for name in varying(found.preset.cells) if name not in hidden | {"alpha"}]
+    parts = [f"{name}={setting(cell, name)}" for name in names if setting(cell, name)]
     return ", ".join(parts) or "searched"

@@ -1,0 +1,314 @@
+"""``varkern demo scorers``: what is trained and judged, that a kill changes nothing, and the table."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from varkern import Scorer, cli, load_vae
+from varkern.data import TokenMaps
+from varkern.demo import run, scorers, train
+from varkern.evaluation import scores
+from varkern.ops import use_backend
+from varkern.training import loop
+from varkern.training import scorer as scorer_training
+from varkern.training.pairs import make_pairs
+from varkern.training.scorer import read_facts
+
+TINY = scorers.Comparison(train.Recipe(batch_size=4, scorer_epochs=1.1, real_maps=60, generated_maps=50), pairs=70)
+NAMES = ("pointwise", "pairwise", "pairwise-from-scale-1")
+FIRST_SCALES = {"shipped": 0, "pairwise": 0, "pointwise": 0, "pairwise-from-scale-1": 1}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What a tiny comparison that nothing interrupted left, and the text that it returned."""
+    folder = tmp_path_factory.mktemp("scorers") / "new"
+    with use_backend("torch"):
+        return folder, scorers.run(folder, comparison=TINY)
+
+
+@pytest.fixture(scope="module")
+def report(unbroken):
+    return json.loads((unbroken[0] / "scorers.json").read_text())
+
+
+@pytest.fixture
+def won(unbroken):
+    """By scorer and scale, ``[N]`` float64: 1, 1/2 or 0 for each judged pair, without the code that is tested."""
+    folder, _ = unbroken
+    vae = load_vae(run.WEIGHTS / "vae.safetensors")
+    real, generated = (TokenMaps.open(folder / "tokens" / name) for name in ("judged-real", "judged-generated"))
+    (batch,) = make_pairs(real, generated, 0.0, 0).training.fixed_batches(len(real))
+    everyone = torch.arange(len(batch.labels))
+    features = [
+        train.fuse_all_scales(vae.quantize, maps.split(side), everyone)
+        for maps, side in ((real, batch[0]), (generated, batch[1]))
+    ]
+    ends = np.cumsum([side * side for side in train.PATCH_NUMS])
+    same = torch.stack([(batch.real[:, :end] == batch.generated[:, :end]).all(1) for end in ends], dim=1)
+    assert same[:, 0].any() and not same[:, -1].any()
+    found = {}
+    for name, first in FIRST_SCALES.items():
+        path = run.WEIGHTS / "scorer.safetensors" if name == "shipped" else folder / f"{name}.safetensors"
+        scorer = Scorer.from_pretrained(path).double()
+        with torch.inference_mode():
+            above, below = (scorer(batch.labels, f.double(), torch.arange(len(train.PATCH_NUMS))) for f in features)
+        result = torch.where(same, 0.5, (above > below).double()).numpy()
+        found[name] = {scale: result[:, scale] for scale in range(first, len(train.PATCH_NUMS))}
+    return found
+
+
+def tensors_differ(first, second):
+    first, second = load_file(first), load_file(second)
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+class TestWhatIsTrained:
+    def test_files(self, unbroken):
+        folder, text = unbroken
+        files = [f"{name}{suffix}" for name in NAMES for suffix in (".safetensors", ".csv")]
+        expected = [*files, "scorers.json", "scorers.md", "settings.json", "tokens"]
+        assert sorted(p.name for p in folder.iterdir() if p.suffix != ".tensorboard") == sorted(expected)
+        assert (folder / "scorers.md").read_text() == text
+
+    def test_pairwise_is_what_demo_train_makes(self, unbroken, tmp_path):
+        for name in ("vae", "var"):
+            shutil.copy(run.WEIGHTS / f"{name}.safetensors", tmp_path)
+        train.train_scorer(TINY.recipe, tmp_path, torch.device("cpu"))
+        assert not tensors_differ(tmp_path / "scorer.safetensors", unbroken[0] / "pairwise.safetensors")
+
+    def test_trainings_differ_in_one_setting_each(self, unbroken):
+        facts = {name: read_facts(unbroken[0] / f"{name}.safetensors") for name in NAMES}
+        whole = facts["pairwise"]["settings"]
+        assert (whole["loss"], whole["first_scale"], whole["epochs"]) == ("pairwise", 0, 1.1)
+        assert facts["pointwise"]["settings"] == whole | {"loss": "pointwise"}
+        assert facts["pairwise-from-scale-1"]["settings"] == whole | {"first_scale": 1}
+        assert len({facts[name]["step"] for name in NAMES}) == 1
+
+    def test_the_published_comparison_is_a_quarter_of_the_training(self):
+        training = scorers.Comparison().trainings()
+        assert list(training) == list(NAMES)  # the order that the baseline of none depends on
+        assert {value.steps(58_795)[0] for value in training.values()} == {1470}
+        assert 4 * training["pairwise"].epochs == train.Recipe().scorer_epochs
+
+    def test_what_is_judged_was_not_trained_on(self, unbroken):
+        sizes, rows, seeds = {}, {}, {}
+        for name in ("real", "generated", "judged-real", "judged-generated"):
+            maps = TokenMaps.open(unbroken[0] / "tokens" / name, verify=True)
+            sizes[name], rows[name] = len(maps), {tuple(row) for row in maps.gather(range(len(maps))).tolist()}
+            seeds[name] = maps.manifest.source["seed"]
+        assert sizes == {"real": 60, "generated": 50, "judged-real": 70, "judged-generated": 70}
+        # Whole batches of one seed would be equal; the few maps here fill none.
+        assert seeds["real"] != seeds["judged-real"] and seeds["generated"] != seeds["judged-generated"]
+        assert not rows["real"] & rows["judged-real"] and not rows["generated"] & rows["judged-generated"]
+
+
+class TestFigures:
+    def test_accuracy(self, report, won):
+        assert report["pairs"] == 70 and report["scorers"].keys() == won.keys()
+        for name, by_scale in won.items():
+            rows = report["scorers"][name]
+            assert [row["scale"] for row in rows] == list(by_scale)
+            for row in rows:
+                p = by_scale[row["scale"]].mean()
+                assert row["accuracy"] == pytest.approx(p, abs=1e-6)
+                assert row["accuracy_standard_error"] == pytest.approx(math.sqrt(p * (1 - p) / 70), abs=1e-6)
+
+    def test_changes(self, report, won):
+        assert report["changes"].keys() == {"shipped", "pointwise", "pairwise-from-scale-1"}
+        for name, rows in report["changes"].items():
+            assert [row["scale"] for row in rows] == list(won[name])
+            for row in rows:
+                differences = won[name][row["scale"]] - won["pairwise"][row["scale"]]
+                assert row["change"] == pytest.approx(differences.mean(), abs=1e-6)
+                assert row["standard_error"] == pytest.approx(np.std(differences) / math.sqrt(70), abs=1e-6)
+
+    def test_an_equal_pair_is_half_a_win_in_the_change_too(self):
+        baseline = scorers.by_scale(torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 1.0], [1.0, 1.0]]), 0)
+        other = scorers.by_scale(torch.tensor([[0.5], [0.0], [1.0], [1.0]]), 1)
+        (row,) = scorers.changes_of(baseline, other)
+        assert row == {"scale": 1, "change": pytest.approx(0.125), "standard_error": pytest.approx(0.2165064 / 2)}
+
+    def test_the_file_holds_no_time_and_is_short(self, report):
+        """So that it depends on nothing but its settings, and is short enough to keep beside the page that shows it."""
+        assert report.keys() == {"settings", "pairs", "pairs_are", "scorers", "changes"}
+        assert not [word for word in ("seconds", "share", "histogram") if word in json.dumps(report)]
+
+
+def killed(monkeypatch, module, name, nth, when):
+    """Make the ``nth`` call of ``module.name`` be killed, before it begins or in it, as ``when`` arranges."""
+    original, calls = getattr(module, name), []
+
+    def counted(*given, **options):
+        calls.append(given)
+        if len(calls) == nth:
+            return when(original, *given, **options)
+        return original(*given, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def at_once(original, *given, **options):
+    raise KeyboardInterrupt
+
+
+def amid_training(monkeypatch):
+    """A kill between two checkpoints, two thirds through."""
+
+    def fit(original, name, model, batch_loss, *, steps, **options):
+        def loss(step):
+            if step == steps * 2 // 3:
+                raise KeyboardInterrupt
+            monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0 if step <= steps // 3 else 1e9)
+            return batch_loss(step)
+
+        original(name, model, loss, steps=steps, **options)
+
+    return fit
+
+
+class TestResuming:
+    @pytest.mark.parametrize(
+        ("at", "left"), [("second training", 2), ("before the third training", 1), ("third scorer judged", 0)]
+    )
+    def test_a_killed_comparison_ends_the_same(self, unbroken, tmp_path, monkeypatch, at, left):
+        with monkeypatch.context() as patch:
+            if at == "second training":
+                killed(patch, scorer_training, "fit", 2, amid_training(patch))
+            elif at == "before the third training":
+                killed(patch, scorer_training, "fit", 3, at_once)
+            else:
+                killed(patch, scores, "score_pairs", 3, at_once)
+            with pytest.raises(KeyboardInterrupt):
+                scorers.run(tmp_path, comparison=TINY)
+        assert not (tmp_path / "scorers.json").exists()
+        assert (tmp_path / "pairwise.checkpoint.pt").exists() == (at == "second training")
+        trained = killed(monkeypatch, scorer_training, "fit", None, None)
+        encoded = killed(monkeypatch, train.digits, "real_batch", None, None)
+        assert scorers.run(tmp_path, comparison=TINY) == unbroken[1]
+        assert len(trained) == left and len(encoded) == (left > 0)  # only what is judged on was not there
+        assert (tmp_path / "scorers.json").read_bytes() == (unbroken[0] / "scorers.json").read_bytes()
+        for name in NAMES:
+            assert not tensors_differ(unbroken[0] / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+        assert not list(tmp_path.glob("*.checkpoint.pt"))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"recipe": replace(TINY.recipe, seed=1)}, r"seed 0 there, 1 now"),
+            ({"recipe": replace(TINY.recipe, scorer_epochs=1.2)}, r"scorer_epochs 1\.1 there, 1\.2 now"),
+            ({"pairs": 71}, r"pairs 70 there, 71 now"),
+            ({"pairs_seed": 9}, r"pairs_seed 8000000 there, 9 now"),
+        ],
+        ids=["seed", "epochs", "pairs", "pairs' seed"],
+    )
+    def test_other_settings_are_refused(self, unbroken, monkeypatch, changes, message):
+        before = {path: path.stat().st_mtime_ns for path in unbroken[0].rglob("*")}
+        with pytest.raises(ValueError, match=message):
+            scorers.run(unbroken[0], comparison=replace(TINY, **changes))
+        assert {path: path.stat().st_mtime_ns for path in unbroken[0].rglob("*")} == before
+
+    @pytest.mark.parametrize("name", ["vae", "var", "scorer"])
+    def test_other_weights_are_refused(self, unbroken, tmp_path, name):
+        folder = shutil.copytree(run.WEIGHTS, tmp_path / "weights")
+        content = bytearray((folder / f"{name}.safetensors").read_bytes())
+        content[-4] ^= 1
+        (folder / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=f"made with other settings \\({name} "):
+            scorers.run(unbroken[0], comparison=TINY, weights=folder)
+
+    def test_a_scorer_of_another_training_is_refused(self, unbroken, tmp_path):
+        folder = shutil.copytree(unbroken[0], tmp_path / "out")
+        shutil.copy(folder / "pointwise.safetensors", folder / "pairwise.safetensors")
+        with pytest.raises(ValueError, match=r"pairwise\.safetensors is a scorer of other settings \(loss 'pointwise'"):
+            scorers.run(folder, comparison=TINY)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"pairs": 9}, "pairs must be >= 10, one a class, got 9"),
+            ({"recipe": train.Recipe(real_maps=0)}, "real_maps must be >= 10, one a class, got 0"),
+            ({"recipe": train.Recipe(generated_maps=-1)}, "generated_maps must be >= 10, one a class, got -1"),
+            ({"pairs_seed": 1_000_000}, "pairs_seed must not be a seed of the training's token maps, got 1000000"),
+            ({"pairs_seed": 0}, "pairs_seed must not be a seed of the training's token maps, got 0"),
+        ],
+        ids=["pairs", "real_maps", "generated_maps", "sampling seed", "seed"],
+    )
+    def test_settings(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            scorers.Comparison(**changes)
+
+    def test_no_weights(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"nowhere/vae\.safetensors"):
+            scorers.run(tmp_path / "out", comparison=TINY, weights=tmp_path / "nowhere")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "--out"),
+            (["--out", "{out}", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+            (["--out", "{out}/file/below"], "file"),
+        ],
+        ids=["no folder", "device", "a file in the way"],
+    )
+    def test_command(self, tmp_path, capsys, arguments, message):
+        (tmp_path / "file").touch()
+        assert cli.main(["demo", "scorers", *(text.format(out=tmp_path) for text in arguments)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("varkern: ") and error.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class TestTable:
+    def test_from_a_report(self):
+        def accuracies(*values, first=0):
+            rows = enumerate(values, first)
+            return [{"scale": scale, "accuracy": v, "accuracy_standard_error": v / 100} for scale, v in rows]
+
+        def changes(*values, first=0):
+            return [{"scale": k, "change": v, "standard_error": abs(v) / 2} for k, v in enumerate(values, first)]
+
+        report = {
+            "scorers": {
+                "shipped": accuracies(0.5, 0.875),
+                "pointwise": accuracies(0.52, 0.7),
+                "pairwise": accuracies(0.51, 0.75),
+                "pairwise-from-scale-1": accuracies(0.8, first=1),
+            },
+            "changes": {
+                "shipped": changes(-0.01, 0.125),
+                "pointwise": changes(0.01, -0.05),
+                "pairwise-from-scale-1": changes(0.05, first=1),
+            },
+        }
+        assert scorers.markdown(report).splitlines() == [
+            "| scale | pairwise, with the first scale | without the first scale | change | pointwise | change"
+            " | shipped | change |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| 0 | 0.510 (0.005) | - | - | 0.520 (0.005) | +0.010 (0.005) | 0.500 (0.005) | -0.010 (0.005) |",
+            "| 1 | 0.750 (0.007) | 0.800 (0.008) | +0.050 (0.025) | 0.700 (0.007) | -0.050 (0.025) | 0.875 (0.009)"
+            " | +0.125 (0.062) |",
+        ]
+
+    def test_of_the_file(self, unbroken, report):
+        assert scorers.markdown(report) == unbroken[1]
+
+    def test_command(self, unbroken, capsys, monkeypatch):
+        """On a finished comparison it only judges again."""
+        monkeypatch.setattr(scorers, "Comparison", lambda: TINY)
+        before = (unbroken[0] / "scorers.json").read_bytes()
+        assert cli.main(["demo", "scorers", "--out", str(unbroken[0])]) == 0
+        captured = capsys.readouterr()
+        assert unbroken[1] in captured.out and "wrote the scorers" in captured.out and not captured.err
+        assert (unbroken[0] / "scorers.json").read_bytes() == before
