@@ -70,7 +70,7 @@ class TestEvaluate:
         assert report["settings"] == {"generated": "images", "reference": "real.npz"}
         captured = capsys.readouterr()
         assert f"{report['fid']:.4f}" in captured.out and "Tr Σ_g" in captured.out and "sFID" in captured.out
-        assert "not taken: sFID: features demo come without spatial features" in captured.out
+        assert "not taken: sFID: 80 generated images but 252 features" in captured.out
         warnings = captured.err.splitlines()
         assert len(warnings) == 1 and warnings[0].startswith("varkern: warning: 80 generated images")
 

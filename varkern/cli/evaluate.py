@@ -13,7 +13,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from varkern.demo import run as demo_run
 from varkern.evaluation import evaluate as evaluation
@@ -127,25 +126,11 @@ def find_extractor(name: str, device: torch.device, inception_weights: Path | No
         return extractors.inception(device, inception_weights)
     if inception_weights is not None:
         raise ValueError(f"inception_weights are for features inception, not {name}")
-    return demo_extractor(device) if name == "demo" else extractors.from_name(name, device)
+    if name == "demo":
+        from varkern.demo.measuring import extractor
 
-
-def demo_extractor(device: torch.device) -> extractors.Extractor:
-    """The classifier of the digits demo: 64 features and 10 logits of images of 24x24 pixels."""
-    from varkern.demo.digits import SIDE
-    from varkern.demo.train import load_classifier
-
-    classifier = load_classifier(demo_run.WEIGHTS, device)
-
-    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
-        if images.shape[-2:] != (SIDE, SIDE):
-            raise ValueError(
-                f"features demo are of digits of {SIDE}x{SIDE} pixels, got {images.shape[-1]}x{images.shape[-2]}"
-            )
-        features = classifier.features(images.float() / 127.5 - 1)
-        return features, classifier.head(features)
-
-    return extractors.Extractor("demo", extract, device)
+        return extractor(demo_run.WEIGHTS, device)
+    return extractors.from_name(name, device)
 
 
 def as_table(report: evaluation.Report) -> Table:

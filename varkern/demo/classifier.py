@@ -10,6 +10,7 @@ from varkern.models.initialization import initialize
 from .digits import NUM_CLASSES
 
 FEATURES = 64
+CONVOLUTIONS = 8  # layers of the body, the last rectifier included
 
 
 class DigitClassifier(nn.Module):
@@ -36,7 +37,15 @@ class DigitClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """``[N, 64]`` features of images ``[N, 3, 24, 24]``."""
-        return self.body(images.mean(1, keepdim=True))
+        return self.from_maps(self.maps(images))
+
+    def maps(self, images: Tensor) -> Tensor:
+        """What the convolutions give, ``[N, 64, 6, 6]``."""
+        return self.body[:CONVOLUTIONS](images.mean(1, keepdim=True))
+
+    def from_maps(self, maps: Tensor) -> Tensor:
+        """:meth:`features` from :meth:`maps`."""
+        return self.body[CONVOLUTIONS:](maps)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(images)))

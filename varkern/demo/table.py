@@ -1,318 +1,277 @@
-"""Measures what searches do to the demo model: ``varkern demo table`` writes table.json and prints the Markdown."""
+"""The papers' tables on the demo model: ``varkern demo table`` makes all figures of README.md beside this file."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from varkern.evaluation.metrics import Moments, accuracy, frechet_distance, inception_score, moments
-from varkern.files import atomically
-from varkern.generate import generate
-from varkern.models import VAR, load_var
-from varkern.progress import progress_bar
+from varkern.data import file_sha256
+from varkern.data.writer import PROGRESS, BeingWrittenError, locked, ranks
+from varkern.evaluation import sweep_report
+from varkern.evaluation.cells import MEDIAN, Cell, unique
+from varkern.evaluation.evaluate import compare, measure
+from varkern.evaluation.explain import save_json
+from varkern.evaluation.features import Extractor
+from varkern.evaluation.gathering import Measured
+from varkern.evaluation.presets import PRESETS, Preset
+from varkern.evaluation.sweep import Entry, Models, Settings, Sweep
+from varkern.models import load_var
+from varkern.planning import plan
 from varkern.scorer import Scorer
-from varkern.search import BestOfM, Combined, DensitySearch, Search
 
-from . import digits
-from .classifier import DigitClassifier, embed
-from .train import (
-    PATCH_NUMS,
-    SAMPLING,
-    draw_same_class,
-    fuse_all_scales,
-    generated_token_maps,
-    load_classifier,
-    real_token_maps,
-)
+from . import measuring, scorers
+from .run import WEIGHTS
+from .train import PATCH_NUMS, SAMPLING
 
-WEIGHTS = Path(__file__).parent / "weights"
+CPU = torch.device("cpu")
 REPORTED_SEED = 5_000_000  # settings were chosen on other seeds than those reported
 REFERENCE_IMAGES = 20_000
-PICKS = ("best", "resample")
-DENSITY_SCALE = 1
-# By rule, not by result: for every n the median of max/mean of an image's densities, so that the hybrid finds one image
-# in two dense (``density_ratios`` of 2,000 images, seed 4,000,000).
-ALPHA = {20: 1.36, 50: 1.42, 100: 1.44}
+MOST_CANDIDATES = 256
+BATCH_SIZE, TIMED_IMAGES = 100, 24
 # One pair of candidates in ten is nearer; nearly all (99%) are nearer than the published 1.8, of another codebook.
 NEAR = 0.65
+DENSITY = {"alpha": MEDIAN, "min_distance": 0.0}
+UNIFORM, PLANNED = (2, 4, 8), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One row of the first table: which best-of-M."""
-
-    first_scale: int
-    m: int
-    pick: str
-
-    @property
-    def name(self) -> str:
-        return f"first_scale={self.first_scale} m={self.m} pick={self.pick}"
-
-    def search(self, models: Models) -> Search | None:
-        if self.m == 1:
-            return None
-        return BestOfM(models.scorer, self.m, self.first_scale, pick=self.pick, maps_at_once=2048)
-
-
-@dataclass(frozen=True)
-class DensityCell:
-    """One row of the second table: which density search; ``then_m``: with best-of-M at all later scales."""
-
-    strategy: str
-    n: int
-    min_distance: float = 0.0
-    threshold: str = "released"
-    then_m: int = 1
-
-    @property
-    def name(self) -> str:
-        return " ".join(["density", *(f"{name}={value}" for name, value in asdict(self).items())])
-
-    def density(self) -> DensitySearch:
-        return DensitySearch(
-            self.n,
-            alpha=ALPHA[self.n],
-            scales=DENSITY_SCALE,
-            strategy=self.strategy,
-            min_distance=self.min_distance,
-            threshold=self.threshold,
-        )
-
-    def search(self, models: Models) -> Search:
-        if self.then_m == 1:
-            return self.density()
-        return Combined(self.density(), BestOfM(models.scorer, self.then_m, DENSITY_SCALE + 1, maps_at_once=2048))
+def own_presets() -> list[Preset]:
+    """What is measured here and in neither paper."""
+    best = [Cell(m=m, pick=pick) for pick in ("best", "resample") for m in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    later = [Cell(m=m, first_scale=k, pick=pick) for pick in ("best", "resample") for k in (0, 2) for m in (4, 16, 64)]
+    hybrid = Cell(n=50, min_distance=0.0)
+    losses = [Cell(m=m, pick="resample", scorer=name) for name in ("pointwise", "pairwise") for m in (4, 16, 32)]
+    first = [Cell(m=m, scorer=f"pairwise{name}") for name in ("", "-from-scale-1") for m in (4, 8, 16, 32)]
+    apart = [hybrid, replace(hybrid, min_distance=NEAR), replace(hybrid, threshold="paper")]
+    small = [Cell(n=n, strategy="small", min_distance=0.0) for n in (20, 50, 100)]
+    combined = [replace(hybrid, m=4, first_scale=2), Cell(m=4, first_scale=2)]
+    return [
+        own("best-of-m", "Best of M: greedy and resampled, by M and first searched scale", best + later),
+        own("densities", "Density search: least dense, kept apart, threshold as printed", [Cell(), *small, *apart]),
+        own("combined", "Density search at scale 1, best of 4 after it", [Cell(), hybrid, *combined]),
+        own("without-first-scale", "Greedy, by a scorer trained with the first scale or without", [Cell(), *first]),
+        own("losses-resampled", "Resampled, by scorers trained by either loss", [Cell(), *losses]),
+    ]
 
 
-def cells() -> Iterator[Cell | DensityCell]:
-    """Every search that the tables measure; M=1 stands once, it searches nothing."""
-    yield Cell(1, 1, "best")
-    for pick in PICKS:
-        for m in (2, 4, 8, 16, 32, 64):
-            yield Cell(1, m, pick)
-        for first_scale in (0, 2):
-            for m in (4, 16, 64):
-                yield Cell(first_scale, m, pick)
-    for strategy in ("top", "small", "random", "hybrid"):
-        for n in ALPHA:
-            yield DensityCell(strategy, n)
-    yield DensityCell("hybrid", 50, min_distance=NEAR)
-    yield DensityCell("hybrid", 50, threshold="paper")
-    yield DensityCell("hybrid", 50, then_m=4)
+def own(name: str, title: str, cells: Sequence[Cell]) -> Preset:
+    return Preset(name, title, "", tuple((cell, {}) for cell in unique(cells)))
 
 
-@dataclass
-class Models:
-    var: VAR
-    scorer: Scorer
-    classifier: DigitClassifier
-    device: torch.device
+def adapted(preset: Preset, max_m: int = MOST_CANDIDATES) -> Preset:
+    """A preset as the demo model has it: its scales, alpha by rule, no distance between representatives.
 
+    Cells of more than ``max_m`` candidates, or of scales that the model lacks, are left out.
 
-def load_models(folder: Path, device: torch.device | str) -> Models:
-    """The four models that ``varkern demo train`` wrote to ``folder``."""
-    device = torch.device(device)
-    return Models(
-        load_var(folder / "var.safetensors", vae=folder / "vae.safetensors", device=device),
-        Scorer.from_pretrained(folder / "scorer.safetensors", device=device),
-        load_classifier(folder, device),
-        device,
-    )
-
-
-def reference_moments(models: Models, images: int, seed: int) -> tuple[Moments, dict[str, float]]:
-    """Moments of jittered real digits, and the figures that ``images`` others get against them."""
-    real, _ = digits.real_batch(REFERENCE_IMAGES, torch.Generator().manual_seed(seed))
-    reference = moments(embed(models.classifier, real)[0])
-    others, labels = digits.real_batch(images, torch.Generator().manual_seed(seed + 1))
-    return reference, figures(models, reference, others, labels)
-
-
-def figures(models: Models, reference: Moments, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """The table's figures for images ``[N, 3, 24, 24]`` in [-1, 1] of the wanted classes ``[N]``."""
-    features, probabilities = embed(models.classifier, images)
-    return {
-        "frechet": frechet_distance(reference, moments(features)),
-        "inception": inception_score(probabilities),
-        "accuracy": accuracy(probabilities, labels),
-    }
-
-
-def reconstructions(models: Models, reference: Moments, images: int, seed: int) -> float:
-    """Fréchet distance of real digits that went through the VQ-VAE: the floor that its decoder sets."""
-    real, _ = digits.real_batch(images, torch.Generator().manual_seed(seed + 7))
-    vae = models.var.vae_proxy[0]
-    with torch.inference_mode():
-        parts = [vae.img_to_reconstructed_img(part.to(models.device), last_one=True) for part in real.split(500)]
-    return frechet_distance(reference, moments(embed(models.classifier, torch.cat(parts))[0]))
-
-
-@torch.inference_mode()
-def scorer_accuracy(models: Models, pairs: int, seed: int) -> list[float]:
-    """For every scale, how often the scorer puts a real digit's map above a generated one's of the same class."""
-    quantizer = models.var.vae_quant_proxy[0]
-    real, labels = real_token_maps(models.var.vae_proxy[0], pairs, seed + 11, models.device)
-    generated, generated_labels = generated_token_maps(models.var, pairs, seed + 500, models.device)
-    torch.manual_seed(seed)
-    partners = draw_same_class(generated_labels, labels)
-    scales = torch.arange(len(PATCH_NUMS), device=models.device)
-    wins = torch.zeros(len(PATCH_NUMS), dtype=torch.float64)
-    for part in torch.arange(pairs, device=models.device).split(500):
-        scores = [
-            models.scorer(labels[part], fuse_all_scales(quantizer, maps, chosen), scales)
-            for maps, chosen in ((real, part), (generated, partners[part]))
-        ]
-        # An early scale has so few different maps that pairs are often equal: half a win each.
-        wins += ((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])).double().sum(0).cpu()
-    return (wins / pairs).tolist()
-
-
-def density_ratios(models: Models, n: int, images: int, seed: int) -> Tensor:
-    """max/mean of each image's ``n`` densities, ``[images]`` float64: what a density search compares with alpha."""
-    labels = torch.arange(images) % digits.NUM_CLASSES
-    search = DensitySearch(n, scales=DENSITY_SCALE, min_distance=0)
-    densities = generate(models.var, labels, search=search, seeds=seed, **SAMPLING).scores[DENSITY_SCALE].double()
-    return densities.amax(1) / densities.mean(1)
-
-
-def measure(models: Models, reference: Moments, cell: Cell | DensityCell, images: int, seed: int) -> dict[str, float]:
-    """Generate ``images`` digits, every class equally often, and take their figures.
-
-    A density search also tells ``dense``, the share of images that it found dense.
+    Raises:
+        ValueError: if the preset is of models of several depths, or nothing is left.
     """
-    search = cell.search(models)
-    labels = torch.arange(images) % digits.NUM_CLASSES
-    batches, dense = [], []
-    start = time.perf_counter()
-    for number, batch in enumerate(labels.split(1000)):
-        result = generate(models.var, batch, search=search, seeds=seed + number, **SAMPLING)
-        batches.append(result.images.float() * 2 - 1)
-        if isinstance(cell, DensityCell):
-            dense.append(cell.density().dense(result.scores[DENSITY_SCALE]))
-    seconds = time.perf_counter() - start
-    shares = {"dense": torch.cat(dense).double().mean().item()} if dense else {}
-    return {**figures(models, reference, torch.cat(batches), labels), **shares, "seconds": seconds}
+    if any(cell.model for cell in preset.cells):
+        raise ValueError(f"{preset.name} compares models of several depths, and there is one demo model")
+    rows = {}
+    for cell, printed in preset.rows:
+        cell = replace(cell, **(DENSITY if cell.n != 1 and cell.min_distance is None else {}))
+        if cell.fits(len(PATCH_NUMS)) and cell.most_candidates() <= max_m:
+            rows.setdefault(cell, printed)
+    if not rows:
+        raise ValueError(f"max_m must leave at least one cell of {preset.name}, got {max_m}")
+    return replace(preset, rows=tuple(rows.items()), **SAMPLING, top_k=0)
 
 
-def run(
-    out: Path,
-    images: int = 5000,
-    repeats: int = 3,
-    device: str = "cpu",
-    weights: Path = WEIGHTS,
-    seed: int = REPORTED_SEED,
-) -> str:
-    """Measure every cell ``repeats`` times, going on from ``out/table.json`` if it is there.
-
-    Args:
-        out: folder for ``table.json`` and ``table.md``.
-        images: generated a cell and repeat.
-        repeats: seeds a cell.
-        device: where to generate.
-        weights: folder of the four models.
-        seed: the first seed; every repeat takes its own thousand.
-
-    Returns:
-        the table in Markdown.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "table.json"
-    settings = {"images": images, "repeats": repeats, "seed": seed, "weights": fingerprint(weights)}
-    report = {"settings": settings, "device": str(device), "torch": torch.__version__, "cells": {}}
-    if path.exists():
-        report = json.loads(path.read_text())
-        if report["settings"] != settings:
-            raise ValueError(f"{path} was made with other settings: {report['settings']}, now {settings}")
-    models = load_models(weights, device)
-    reference, report["real"] = reference_moments(models, images, seed)
-    report["reconstructed"] = {"frechet": reconstructions(models, reference, images, seed)}
-    report["scorer_accuracy"] = scorer_accuracy(models, images, seed)
-    for cell in cells():
-        report["cells"].setdefault(cell.name, {**asdict(cell), "repeats": []})
-    # Repeats go around the cells, so that a table cut short is whole in the seeds that it has.
-    wanted = [(repeat, cell) for repeat in range(repeats) for cell in cells()]
-    with progress_bar() as progress:
-        task = progress.add_task("cells", total=len(wanted), note="")
-        for repeat, cell in wanted:
-            entry = report["cells"][cell.name]
-            if repeat == len(entry["repeats"]):
-                entry["repeats"].append(measure(models, reference, cell, images, seed + 1000 * repeat))
-                write_text(path, json.dumps(report, indent=1))
-            progress.update(task, advance=1, note=cell.name)
-    write_text(path, json.dumps(report, indent=1))
-    text = markdown(report)
-    write_text(out / "table.md", text)
-    return text
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomically(path) as unfinished:
-        unfinished.write_text(text)
+def presets() -> dict[str, Preset]:
+    """All that is measured, by name. Tables 4 and 3a are of models of other depths, Fig. 3 joins two others."""
+    left_out = ("lsrs-table4", "lsrs-fig3", "var-scaling-table3a")
+    chosen = [adapted(preset) for preset in PRESETS.values() if preset.name not in left_out]
+    # The longest last, and at the very end what is only timed.
+    chosen.sort(key=lambda preset: (preset.timing, preset.name == "lsrs-table9"))
+    return {preset.name: preset for preset in (*chosen[:-2], *own_presets(), *chosen[-2:])}
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the four models' files, so that figures of different weights are never averaged."""
+    """A hash of the models' files but the scorer's, so that figures of different weights are never joined."""
     digest = hashlib.sha256()
-    for name in ("vae", "var", "scorer", "classifier"):
+    for name in ("vae", "var", "classifier"):
         digest.update((folder / f"{name}.safetensors").read_bytes())
     return digest.hexdigest()[:16]
 
 
-def summary(entry: dict, key: str) -> str:
-    """Mean and spread (largest minus smallest, halved) over the repeats."""
-    values = [repeat[key] for repeat in entry["repeats"]]
-    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
-    digits_after = {"frechet": 1, "inception": 2, "accuracy": 3, "dense": 2, "seconds": 1}[key]
-    return f"{mean:.{digits_after}f} ± {spread:.{digits_after}f}"
+def measure_digits(extractor: Extractor, seed: int, keep: int) -> Measured:
+    """What 20,000 real digits measure, ``keep`` of them for precision and recall."""
+    return measure(measuring.RealDigits(REFERENCE_IMAGES, seed), extractor, BATCH_SIZE, keep)
 
 
-def summaries(entry: dict) -> str:
-    return " | ".join(summary(entry, key) for key in ("frechet", "inception", "accuracy"))
+def load_models(out: Path, weights: Path, device: torch.device) -> Models:
+    """The digits model, the shipped scorer and those that ``varkern demo scorers`` trains, in ``out/scorers``.
+
+    Scorers that are not there yet, or not judged yet, are trained and judged first.
+
+    Raises:
+        ValueError: if those that are there were trained on other weights, or have to be trained under ``torchrun``.
+    """
+    folder, comparison = out / "scorers", scorers.Comparison()
+    trained = {name: folder / f"{name}.safetensors" for name in comparison.trainings()}
+    judged = folder / "scorers.json"
+    if not all(path.exists() for path in (*trained.values(), judged)):
+        if ranks()[1] > 1:
+            raise ValueError(f"{folder} lacks scorers, which one process trains: varkern demo scorers --out {folder}")
+        scorers.run(folder, device, weights=weights)
+    made_with, wanted = json.loads(judged.read_text())["settings"], comparison.settings(weights)
+    if different := [name for name in wanted if made_with.get(name) != wanted[name]]:
+        raise ValueError(
+            f"{folder} holds scorers made with other settings ({', '.join(different)}): choose another folder"
+        )
+    files = {"": weights / "scorer.safetensors", **trained}
+    return Models(
+        {"": partial(load_var, weights / "var.safetensors", vae=weights / "vae.safetensors", device=device)},
+        {name: partial(Scorer.from_pretrained, path, device=device) for name, path in files.items()},
+        {name: file_sha256(path)[:16] for name, path in files.items()},
+    )
 
 
-def markdown(report: dict) -> str:
-    """The report as two Markdown tables: best of M, and, if any was measured, density search."""
-    lines = [
-        "| first_scale | M | pick | Fréchet distance | inception-style score | accuracy on the wanted class |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| real digits, another draw | | | {frechet:.1f} | {inception:.2f} | {accuracy:.3f} |".format(**report["real"]),
-        f"| real digits through the VQ-VAE | | | {report['reconstructed']['frechet']:.1f} | | |",
-    ]
-    by_density = [entry for entry in report["cells"].values() if "strategy" in entry]
-    for entry in report["cells"].values():
-        if "strategy" in entry:
-            continue
-        pick = {"best": "greedy", "resample": "resample"}[entry["pick"]] if entry["m"] > 1 else "none"
-        first = entry["first_scale"] if entry["m"] > 1 else ""
-        lines.append(f"| {first} | {entry['m']} | {pick} | {summaries(entry)} |")
-    if by_density:
-        lines += ["", *density_markdown(by_density)]
-    accuracies = " ".join(f"{value:.2f}" for value in report["scorer_accuracy"])
-    lines += ["", f"Scorer accuracy by scale, real against generated: {accuracies}."]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Demo:
+    """The demo's sweeps.
+
+    Args:
+        out: folder for the figures; ``out/scorers`` is that of ``varkern demo scorers``.
+        images: generated a cell and seed.
+        repeats: seeds a cell.
+        device: where to generate.
+        weights: folder of the four models.
+        seed: the first seed.
+    """
+
+    out: Path
+    images: int = 2000
+    repeats: int = 3
+    device: torch.device = CPU
+    weights: Path = WEIGHTS
+    seed: int = REPORTED_SEED
+
+    def settings(self, **changed: Any) -> Settings:
+        facts = {"weights": fingerprint(self.weights), "device": self.device.type}
+        options = {**SAMPLING, "top_k": 0}
+        whole = Settings(self.images, self.repeats, self.seed, BATCH_SIZE, options, None, self.images, facts=facts)
+        return replace(whole, **changed)
+
+    def run(self) -> list[Path] | None:
+        """Measure, time and plan all, going on where a killed run stopped; write tables and pictures.
+
+        Returns:
+            the files written; None if other processes (``torchrun``) have still cells to make.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        models = load_models(self.out, self.weights, self.device)
+        extractor = measuring.extractor(self.weights, self.device)
+        reference = measure_digits(extractor, self.seed, self.images)
+        wanted = presets()
+        measured = {
+            name: Sweep(self.out, preset.cells, self.settings(), models, extractor, reference)
+            for name, preset in wanted.items()
+            if not preset.timing
+        }
+        for sweep in measured.values():
+            sweep.run()
+        found = {name: sweep.complete() for name, sweep in measured.items()}
+        if None in found.values():
+            return None
+        # Plans and times are one process' work, after all else: two that share a machine slow one another.
+        concluding = self.out / PROGRESS / "conclusion"
+        concluding.mkdir(exist_ok=True)
+        with contextlib.suppress(BeingWrittenError), locked(concluding, 0):
+            return self.conclude(wanted, found, models, extractor, reference)
+        return None
+
+    def conclude(
+        self,
+        wanted: dict[str, Preset],
+        found: dict[str, list[Entry]],
+        models: Models,
+        extractor: Extractor,
+        reference: Measured,
+    ) -> list[Path]:
+        """Plan, time, and write everything."""
+        planned = self.planned(models)
+        wanted[planned.name] = planned
+        sweep = Sweep(self.out, planned.cells, self.settings(), models, extractor, reference, share=(0, 1))
+        found[planned.name] = sweep.run()
+        written = []
+        timing = self.settings(images=TIMED_IMAGES, batch_size=TIMED_IMAGES, timing=True)
+        times = f"one batch of {TIMED_IMAGES} a seed, taken apart from the rest"
+        for name, preset in wanted.items():
+            timed = Sweep(self.out / "timing", preset.cells, timing, models, share=(0, 1)).run()
+            entries = timed if preset.timing else with_times(found[name], timed)
+            settings = {**(timing if preset.timing else self.settings()).as_json(), "features": extractor.name}
+            report = sweep_report.Found(preset, entries, settings, self.command(), times)
+            written += sweep_report.write(report, self.out)
+        kept = {
+            "references.json": self.references(models, extractor, reference),
+            "scorers.json": json.loads((self.out / "scorers" / "scorers.json").read_text()),
+        }
+        for name, values in kept.items():
+            save_json(values, self.out / name)
+        return [*written, *(self.out / name for name in kept)]
+
+    def command(self) -> str:
+        """What makes these figures again."""
+        options = {"images": self.images, "seeds": self.repeats, "device": self.device}
+        usual = {"images": Demo.images, "seeds": Demo.repeats, "device": Demo.device}
+        words = [f"--{name} {value}" for name, value in options.items() if value != usual[name]]
+        words += ["--weights WEIGHTS"] if self.weights != WEIGHTS else []
+        return " ".join(["varkern demo table --out DIR", *words])
+
+    def planned(self, models: Models) -> Preset:
+        """Plans at the cost of M = 2, 4 and 8 from the second scale on, and those; ``plans.json`` keeps the plans.
+
+        A plan rests on measured times, which no second run repeats, so the first one's is kept.
+        """
+        path = self.out / "plans.json"
+        if not path.exists():
+            model, scorer = models.model(""), models.scorer(Cell(m=2))
+            made = plan(
+                model, scorer, 1.0, batch_size=TIMED_IMAGES, pick="resample", choices=PLANNED, **SAMPLING, top_k=0
+            )
+            scales = range(1, len(PATCH_NUMS))
+            plans = []
+            for m in UNIFORM:
+                cost = sum(made.costs[scale][PLANNED.index(m)] for scale in scales) / made.base_seconds
+                gain = sum(made.gains[scale][PLANNED.index(m)] for scale in scales)
+                best = made.within(cost * (1 + 1e-9))  # the uniform M itself must not fall out by rounding
+                plans.append({"m": m, "cost": cost, "gain": gain, "plan": best.m, "plan_gain": best.gain})
+            save_json({"choices": PLANNED, "base_seconds": made.base_seconds, "plans": plans}, path)
+        plans = json.loads(path.read_text())["plans"]
+        ms: list[int | tuple[int, ...]] = []
+        for entry in plans:
+            planned = tuple(entry["plan"])
+            uniform = planned == (1, *[entry["m"]] * (len(PATCH_NUMS) - 1))
+            ms += [entry["m"]] if uniform else [entry["m"], planned]
+        return own("plan", "Planned M against uniform M of the same cost", [Cell(m=m, pick="resample") for m in ms])
+
+    def references(self, models: Models, extractor: Extractor, reference: Measured) -> dict[str, Any]:
+        """What other real digits measure, and real digits that went through the VQ-VAE: the floor of its decoder."""
+        vae = models.model("").vae_proxy[0]
+        rows: dict[str, list[dict[str, Any]]] = {"real": [], "reconstructed": []}
+        for repeat in range(self.repeats):
+            others = measuring.RealDigits(self.images, self.seed + 1000 + repeat)
+            for name, images in (("real", others), ("reconstructed", measuring.Reconstructed(others, vae))):
+                report = compare(measure(images, extractor, BATCH_SIZE, self.images), reference, extractor.name)
+                rows[name].append(
+                    {key: value for key, value in report.as_json().items() if key in sweep_report.FIGURES}
+                )
+        return rows
 
 
-def density_markdown(entries: list[dict]) -> list[str]:
-    """The lines of the density searches' table."""
-    lines = [
-        "| strategy | n | found dense | Fréchet distance | inception-style score | accuracy on the wanted class |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for entry in entries:
-        extras = [
-            f"min_distance={entry['min_distance']}" if entry["min_distance"] else "",
-            "threshold as printed" if entry["threshold"] == "paper" else "",
-            f"then best of M={entry['then_m']}" if entry["then_m"] > 1 else "",
-        ]
-        strategy = ", ".join(filter(None, [entry["strategy"], *extras]))
-        dense = summary(entry, "dense") if entry["strategy"] == "hybrid" else ""
-        lines.append(f"| {strategy} | {entry['n']} | {dense} | {summaries(entry)} |")
-    return lines
+def with_times(entries: Sequence[Entry], times: Sequence[Entry]) -> list[Entry]:
+    """Figures with the seconds, and the memory, of another sweep of the same cells."""
+    joined = []
+    for entry, timed in zip(entries, times, strict=True):
+        costs = [{name: repeat[name] for name in sweep_report.COSTS} for repeat in timed.repeats]
+        joined.append(Entry(entry.cell, [a | b for a, b in zip(entry.repeats, costs, strict=True)]))
+    return joined
