@@ -93,6 +93,14 @@ def test_image_seeds_start_with_the_smaller_batch():
     assert torch.equal(ph.image_seeds(3, 16)[:5], ph.image_seeds(3, 5))
 
 
+@pytest.mark.parametrize("g_seed", [0, 3, -1, 2**63 + 12345, -(2**63)])
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17])
+def test_few_image_seeds_are_those_of_many(g_seed, count, device):
+    few, many = ph.image_seeds(g_seed, count, device), ph.image_seeds(g_seed, 200, device)
+    assert few.dtype == torch.int64 and few.device.type == device.type and torch.equal(few, many[:count])
+    assert (many < 0).any() and (many > 0).any()
+
+
 def test_image_seeds_of_neighbouring_batches_share_nothing():
     seeds = torch.cat([ph.image_seeds(g, 50) for g in range(-20, 20)])
     assert seeds.dtype == torch.int64 and seeds.unique().numel() == seeds.numel()

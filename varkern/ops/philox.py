@@ -35,6 +35,7 @@ PICKS = 2
 NOISE = 3
 IMAGE_SEEDS = 4
 
+FEW_SEEDS = 16  # up to so many are hashed on the host
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -185,6 +186,15 @@ def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None 
     if g_seed >= 2**64:
         raise ValueError(f"g_seed must be < 2**64, got {g_seed}")
     check_count("batch_size", batch_size, 0)
-    places = torch.arange(batch_size, device=device)
-    low, high, *_ = philox(g_seed & _MASK, (g_seed >> 32) & _MASK, places & _MASK, places >> 32, 0, IMAGE_SEEDS)
-    return high << 32 | low
+    key = g_seed & _MASK, (g_seed >> 32) & _MASK
+    if batch_size > FEW_SEEDS:
+        places = torch.arange(batch_size, device=device)
+        low, high, *_ = philox(*key, places & _MASK, places >> 32, 0, IMAGE_SEEDS)
+        return high << 32 | low
+    # The tensor form is some hundred operations, each a launch. A fill needs no copy from the host, which might wait.
+    seeds = torch.empty(batch_size, dtype=torch.int64, device=device)
+    for place in range(batch_size):
+        low, high, *_ = philox(*key, place, 0, 0, IMAGE_SEEDS)
+        seed = high << 32 | low
+        seeds[place].fill_(seed - (seed >> 63 << 64))
+    return seeds
