@@ -255,6 +255,12 @@ class TestGoingOn:
             sweep(tmp_path, CELLS[1:2], models=other).run()
         assert sweep(tmp_path, CELLS[1:2]).run() is not None
 
+    def test_parts_of_a_process_with_another_scorer_are_refused(self, sweep, models, tmp_path, small_parts):
+        assert sweep(tmp_path, CELLS[1:2], share=(1, 2)).run() is None
+        other = Models(models.models, models.scorers, {"": "second"})
+        with pytest.raises(ValueError, match="made with another scorer"):
+            sweep(tmp_path, CELLS[1:2], models=other, share=(0, 2)).run()
+
     def test_a_refused_run_leaves_no_settings(self, sweep, tmp_path):
         wrong = replace(SETTINGS, options={**OPTIONS, "top_p": 1.5})
         with pytest.raises(ValueError, match="top_p"):
