@@ -317,6 +317,16 @@ class TestAlpha:
         # 200 other images: six standard errors, false alarms below 1e-8, and as much for the median's own error.
         assert abs(search.dense(told.scores[1]).double().mean().item() - 0.5) < 6 * 0.5 * (1 / 200 + 1 / 500) ** 0.5
 
+    def test_ratios_image_by_image(self, device):
+        cell = Cell(n=6, scale=2, metric="cosine", min_distance=0.0)
+        seeds, search = varkern.image_seeds(calibration.CALIBRATION_SEED, 15), replace(cell, strategy="top").density()
+        told = varkern.generate(
+            on(small_var(), device), torch.arange(15) % NUM_CLASSES, search=search, seeds=seeds, **OPTIONS
+        )
+        wanted = [max(row) / (sum(row) / 6) for row in told.scores[2].tolist()]
+        found = density_ratios(on(small_var(), device), cell, OPTIONS, images=15)
+        assert found.tolist() == pytest.approx(wanted, rel=1e-6)
+
     def test_found_once_for_searches_of_the_same_samples(self, sweep, tmp_path, monkeypatch):
         found, ratios = [], sweeping.density_ratios
         monkeypatch.setattr(sweeping, "density_ratios", lambda *given: (found.append(given[1]), ratios(*given))[1])
