@@ -154,6 +154,13 @@ def test_lines_are_told_apart_by_what_the_axis_does_not_show():
     assert sweep_report.line_of(given, Cell(m=4), "first_scale") == "m=4, pick=greedy"
 
 
+def test_searches_of_different_kinds_share_no_line():
+    cells = [Cell(), Cell(m=2), Cell(m=(1, 5, 2)), Cell(n=20), Cell(n=20, m=2), Cell(m=8)]
+    given = found(cells)
+    labels = [sweep_report.line_of(given, cell, "seconds") for cell in cells[1:]]
+    assert labels == ["best of M", "M by scale", "density", "density and best of M", "best of M"]
+
+
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_every_preset_is_drawn(preset, tmp_path):
     """Nothing in a table or picture depends on figures that a run may lack."""

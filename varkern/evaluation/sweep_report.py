@@ -349,8 +349,18 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
 
 
 def line_of(found: Found, cell: Cell, axis: str) -> str:
-    """What tells a cell's line from others: the settings that vary and that the axis does not show."""
+    """What tells a cell's line from others: its kind, and the settings that vary and that the axis does not show."""
+    searched = [other for other in found.preset.cells if kind(other)]
     hidden = {"seconds": {"m", "n"}}.get(axis, {axis})
     names = [name for name in varying(found.preset.cells) if name not in hidden | {"alpha"}]
     parts = [f"{name}={setting(cell, name)}" for name in names if setting(cell, name)]
-    return ", ".join(parts) or "searched"
+    kinds = [kind(cell)] if len({kind(other) for other in searched}) > 1 else []
+    return ", ".join(kinds + parts) or "searched"
+
+
+def kind(cell: Cell) -> str:
+    """What searches a cell has, in words; none of the model alone."""
+    kinds = ["density"] if cell.n != 1 else []
+    if cell.m != 1:
+        kinds.append("best of M" if isinstance(cell.m, int) else "M by scale")
+    return " and ".join(kinds)
