@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import faulthandler
 import os
 import signal
 import socket
@@ -52,6 +53,9 @@ def random_tokens(count: int, seed: int, high: int = VOCABULARY, length: int = L
     return torch.randint(0, high, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
+CHILD_SECONDS = 120.0  # a child that takes longer hangs
+
+
 def small_datasets(
     folder: Path, real: int = 50, generated: int = 40, codes: int = VOCABULARY // 2
 ) -> tuple[TokenMaps, TokenMaps]:
@@ -74,6 +78,7 @@ def start_child(work: Callable[[], object]) -> int:
         return pid
     code = 1
     try:
+        faulthandler.dump_traceback_later(CHILD_SECONDS * 0.75, file=sys.__stderr__)  # where it hangs, if it does
         torch.set_num_threads(1)
         work()
         code = 0
@@ -83,7 +88,7 @@ def start_child(work: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def wait_for(pid: int, seconds: float = 120.0) -> int:
+def wait_for(pid: int, seconds: float = CHILD_SECONDS) -> int:
     """The exit code of a child, negative for the signal that ended it; it is ended when it takes too long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
