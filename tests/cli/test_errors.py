@@ -176,3 +176,17 @@ class TestWrongInput:
         )
         assert result.returncode == 2
         assert result.stderr == "varkern: classes must be numbers and ranges such as 207,88 or 0-9, got 'cat'\n"
+
+
+def test_no_help_is_taken_for_markup():
+    """Typer reads words in brackets as a style, and leaves them out."""
+    from typer.main import get_command
+
+    def texts(command, name):
+        for parameter in command.params:
+            yield f"{name} {parameter.name}", getattr(parameter, "help", None) or ""
+        for child, sub in getattr(command, "commands", {}).items():
+            yield from texts(sub, f"{name} {child}")
+
+    found = dict(texts(get_command(cli.app), "varkern"))
+    assert len(found) > 100 and not [name for name, text in found.items() if "[" in text and "=[" not in text]

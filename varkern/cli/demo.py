@@ -58,7 +58,7 @@ def demo_table(
     out: Annotated[Path, typer.Option(help="Folder for the figures")],
     images: Annotated[int, typer.Option(help="Images a cell and seed")] = 2000,
     seeds: Annotated[int, typer.Option(help="Repeats a cell")] = 3,
-    weights: Annotated[Path | None, typer.Option(help="Folder of `demo train`  [the shipped weights]")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of `demo train`; default: the shipped weights")] = None,
     page: Annotated[Path | None, typer.Option(help="A copy of the demo's README.md to put the tables into")] = None,
     device: Device = "cpu",
 ) -> None:

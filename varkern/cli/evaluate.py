@@ -48,7 +48,7 @@ def evaluate(
         str, typer.Option(help="inception, demo (the digits' classifier) or your own, module:function")
     ] = "inception",
     inception_weights: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's file of Inception weights  [downloaded]")
+        Path | None, typer.Option(help="torch-fidelity's file of Inception weights; default: downloaded")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this .json too")] = None,
     save_reference: Annotated[

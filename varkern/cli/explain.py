@@ -44,7 +44,7 @@ def explain(
     number: Annotated[int, typer.Option(help="Which image of `varkern sample` with this seed")] = 0,
     m: Annotated[str, typer.Option(help="Candidates a scale, or one number a scale: 1,4,4,...")] = "8",
     first_scale: Annotated[int, typer.Option(help="The first searched scale, from 0")] = 1,
-    last_scale: Annotated[int | None, typer.Option(help="The last searched scale  [the model's last]")] = None,
+    last_scale: Annotated[int | None, typer.Option(help="The last searched scale; default: the model's last")] = None,
     pick: Annotated[str, typer.Option(help="best, resample, or k: resample among the k best")] = "best",
     temperature: Annotated[float, typer.Option(help="Of the softmax that resamples")] = 1.0,
     cfg: Cfg = 1.5,

@@ -46,11 +46,11 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Pairs a step, over all ranks together")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its peak")] = 3e-4,
     weight_decay: Annotated[float, typer.Option(help="Decoupled, as AdamW's")] = 0.0,
-    max_norm: Annotated[float | None, typer.Option(help="Clip the gradient to it  [not clipped]")] = None,
+    max_norm: Annotated[float | None, typer.Option(help="Clip the gradient to it; default: not clipped")] = None,
     validation: Annotated[float, typer.Option(help="Share of every class's images that is held out")] = 0.02,
     seed: Annotated[int, typer.Option(help="Of weights, order, partners and of what is held out")] = 0,
     widths: Annotated[
-        str | None, typer.Option(help="Channels at each resolution  [32,128,256,... down to 2x2]")
+        str | None, typer.Option(help="Channels at each resolution; default: 32,128,256,... down to 2x2")
     ] = None,
     embedding: Annotated[int, typer.Option(help="Width of the class and of the scale embedding")] = 128,
     hidden: Annotated[int, typer.Option(help="Width of the MLP")] = 128,
@@ -112,9 +112,9 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.json and scores.png")],
     against: Annotated[Path | None, typer.Option(help="A second scorer, to compare accuracies with")] = None,
     features: Annotated[
-        Literal["fused", "own"] | None, typer.Option(help="What the scorer sees  [as it was trained]")
+        Literal["fused", "own"] | None, typer.Option(help="What the scorer sees; default: as it was trained")
     ] = None,
-    first_scale: Annotated[int | None, typer.Option(help="The first scale to judge  [as it was trained]")] = None,
+    first_scale: Annotated[int | None, typer.Option(help="The first scale judged; default: as it was trained")] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs at a time")] = 128,
     device: Device = "auto",
     verify: Verify = False,

@@ -43,38 +43,40 @@ def sweep(
         str | None, typer.Option(help=f"A table of the papers: {', '.join(PRESETS)}, {ACCURACIES}")
     ] = None,
     m: Annotated[str | None, typer.Option(help="Candidates M: 1,2,4,8; one number a scale as 1:4:8:4:2")] = None,
-    first_scale: Annotated[str | None, typer.Option(help="First searched scales, from 0: 0,1,2  [1]")] = None,
-    pick: Annotated[str | None, typer.Option(help="best, resample, or k: resample among k; or several  [best]")] = None,
+    first_scale: Annotated[str | None, typer.Option(help="First searched scales, from 0: 0,1,2; default: 1")] = None,
+    pick: Annotated[str | None, typer.Option(help="best, resample, k (resample among k); default: best")] = None,
     n: Annotated[str | None, typer.Option(help="Candidates of density searches: 20,50,100")] = None,
-    scale: Annotated[str | None, typer.Option(help="Where they search, from 0  [1]")] = None,
-    strategy: Annotated[str | None, typer.Option(help="hybrid, top, random, small, rank  [hybrid]")] = None,
+    scale: Annotated[str | None, typer.Option(help="Where they search, from 0; default: 1")] = None,
+    strategy: Annotated[str | None, typer.Option(help="hybrid, top, random, small, rank; default: hybrid")] = None,
     alpha: Annotated[
         str | None, typer.Option(help="Of the hybrid; median: found so that half of the images are dense")
     ] = None,
-    min_distance: Annotated[float | None, typer.Option(help="Between representatives  [the search's own]")] = None,
+    min_distance: Annotated[float | None, typer.Option(help="Between representatives; default: the search's")] = None,
     var: Annotated[
-        list[str] | None, typer.Option(help="A checkpoint, d16 to d36 or demo; several, by name: d16=FILE  [demo]")
+        list[str] | None,
+        typer.Option(help="A checkpoint, d16 to d36, or several as d16=FILE; default: demo"),
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="The VQ-VAE's checkpoint; not needed for short names")] = None,
     scorer: Annotated[
         list[str] | None, typer.Option(help="A scorer; several, as a preset names them: pointwise=FILE")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Real images or their statistics, as in `varkern evaluate`  [demo's own digits]")
+        Path | None,
+        typer.Option(help="Real images or statistics, as in `varkern evaluate`; default: demo's digits"),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="inception, demo or module:function  [inception; of demo: demo]")
+        str | None, typer.Option(help="inception, demo or module:function; default: inception; of demo: demo")
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Images a cell and seed  [50000; of demo 2000]")] = None,
+    images: Annotated[int | None, typer.Option(help="Images a cell and seed; default: 50000; of demo 2000")] = None,
     seeds: Annotated[int, typer.Option(help="Repeats of every cell")] = 3,
     seed: Seed = 0,
     max_m: Annotated[
-        int | None, typer.Option(help="Leave out cells of more candidates  [all; of demo's presets 256]")
+        int | None, typer.Option(help="Leave out cells of more candidates; default: all; of demo's presets 256")
     ] = None,
-    cfg: Annotated[float | None, typer.Option(help="Strength of guidance  [the preset's, else 1.5; of demo 0]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="The k most probable tokens; 0: all  [900; of demo 0]")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance; default: the preset's, else 1.5; of demo 0")] = None,
+    top_k: Annotated[int | None, typer.Option(help="The k most probable; 0: all; default: 900; of demo 0")] = None,
     top_p: Annotated[float, typer.Option(help="Then the most probable up to this mass; 0: all")] = 0.96,
-    batch_size: Annotated[int | None, typer.Option(help="Images at a time  [25; of demo 100]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at a time; default: 25; of demo 100")] = None,
     neighbors: Annotated[int, typer.Option(help="Precision and recall look at so many; 0: none")] = PUBLISHED_IMAGES,
     real: Annotated[Path | None, typer.Option(help=f"Real token maps, for {ACCURACIES}")] = None,
     generated: Annotated[Path | None, typer.Option(help=f"Generated token maps, for {ACCURACIES}")] = None,

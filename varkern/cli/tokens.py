@@ -34,7 +34,7 @@ def generate(
     out: Out,
     vae: Annotated[Path | None, typer.Option(help="The VQ-VAE's checkpoint; not needed for short names")] = None,
     per_class: Annotated[int, typer.Option(help="Images a class")] = 1000,
-    classes: Annotated[str | None, typer.Option(help="Such as 207,88 or 0-9  [all]")] = None,
+    classes: Annotated[str | None, typer.Option(help="Such as 207,88 or 0-9; default: all")] = None,
     cfg: Annotated[float, typer.Option(help="Strength of guidance at the last scale")] = 1.5,
     top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all")] = 900,
     top_p: Annotated[float, typer.Option(help="Then keep the most probable up to this mass; 0: all")] = 0.96,
@@ -82,7 +82,8 @@ def encode(
         Path | None, typer.Option(help="A file of class folders' names, one a line, in the model's order")
     ] = None,
     patch_nums: Annotated[
-        str | None, typer.Option(help="The side of each scale, such as 1,2,3,4  [the file's own, or VAR's at 256 px]")
+        str | None,
+        typer.Option(help="The side of each scale: 1,2,3,4; default: the file's, or VAR's at 256 px"),
     ] = None,
     resize: Annotated[
         float, typer.Option(help="The short side over the model's, before the centre is cropped")
