@@ -86,8 +86,8 @@ def sweep(
 ) -> None:
     """Generate, measure and time every cell of a grid or of a paper's table: Markdown, CSV, JSON and a picture.
 
-    A killed run goes on where it stopped. Processes share the cells under `torchrun --nproc-per-node 8 -- $(which varkern)
-    sweep ...` (without the `--` torchrun takes --m for its own). Tables of the same settings share a folder and its cells.
+    A killed run goes on where it stopped. Processes share the cells under `torchrun --nproc-per-node 8 -- $(which
+    varkern) sweep ...` (without the `--` torchrun takes --m for its own). Tables of the same settings share a folder.
     """
     require_matplotlib()
     files = named("var", var or ["demo"])
