@@ -5,8 +5,11 @@ from __future__ import annotations
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-def progress_bar() -> Progress:
-    """What, how far, a word on it (the task's field ``note``), time spent and left."""
+def progress_bar(quiet: bool = False) -> Progress:
+    """What, how far, a word on it (the task's field ``note``), time spent and left; ``quiet``: shows nothing.
+
+    To be told here, not in a bar that has begun: one that is silenced then is never stopped, and its thread goes on.
+    """
     return Progress(
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -14,4 +17,5 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        disable=quiet,
     )

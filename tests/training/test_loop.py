@@ -1,6 +1,7 @@
 """The training loop: its learning rate, clipping and bookkeeping, and a killed run that ends like an unbroken one."""
 
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,7 @@ class TestResume:
     def test_a_rank_beside_the_first_writes_nothing(self, tmp_path, every_step):
         run = Run(tmp_path / "run.pt").go(main=False, finish=lambda: pytest.fail("finished"))
         assert list(tmp_path.iterdir()) == [] and run.ran == list(range(STEPS))
+        assert not [thread for thread in threading.enumerate() if "Refresh" in type(thread).__name__]
 
     def test_nothing_but_the_model_is_left(self, tmp_path, every_step):
         run = Run(tmp_path / "run.pt").go()

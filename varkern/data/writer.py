@@ -163,9 +163,7 @@ def write_shards(
     images = {number: sum(map(len, parts)) for number, parts in batches.items()}
     total = sum(images.values())
     made = iter(batch_source([part for parts in missing.values() for part in parts]))
-    progress = progress_bar()
-    progress.disable = quiet
-    with progress:
+    with progress_bar(quiet) as progress:
         before = total - sum(images[number] for number in missing)
         task = progress.add_task(name, total=total, completed=before, note="")
         for number, parts in missing.items():

@@ -142,8 +142,7 @@ def fit(
     model.train()
     saved = time.monotonic()
     average = None
-    with progress_bar() as progress:
-        progress.disable = not main
+    with progress_bar(quiet=not main) as progress:
         task = progress.add_task(name, total=steps, completed=start, note="")
         for step in range(start, steps):
             torch.manual_seed(seed * 1_000_003 + step)
