@@ -9,6 +9,8 @@ from PIL import Image
 
 from varkern import cli
 from varkern.demo import table as demo_table
+from varkern.demo.measuring import RealDigits
+from varkern.demo.run import WEIGHTS
 
 MODULE = """
 def few(images):
@@ -189,3 +191,24 @@ def test_wrong(sweep, tmp_path, one_line, options, message):
     assert sweep(**options) == 2
     assert message in one_line()
     assert not list(tmp_path.glob("out/**/*.safetensors")) and not list(tmp_path.glob("out/results/*"))
+
+
+def test_accuracies_beside_the_papers(tmp_path, capsys):
+    """LSRS, Table 10, of the shipped scorer against itself on few token maps."""
+    out, demo = tmp_path / "report", WEIGHTS / "vae.safetensors"
+    for label, image in enumerate(RealDigits(10, 0).images.movedim(1, -1).numpy()):
+        (tmp_path / "images" / f"{label}").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "images" / f"{label}" / "a.png")
+    tokens = ["tokens", "encode", "--vae", "demo", "--images", str(tmp_path / "images"), "--resize", "1"]
+    generated = ["tokens", "generate", "--var", "demo", "--per-class", "2", "--top-k", "0"]
+    assert cli.main([*tokens, "--out", str(tmp_path / "real"), "--device", "cpu"]) == 0
+    assert cli.main([*generated, "--out", str(tmp_path / "generated"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    arguments = ["sweep", "--preset", "lsrs-table10", "--out", str(out), "--vae", str(demo), "--device", "cpu"]
+    for name in ("with", "without"):
+        arguments += ["--scorer", f"{name}={WEIGHTS / 'scorer.safetensors'}"]
+    arguments += ["--real", str(tmp_path / "real"), "--generated", str(tmp_path / "generated")]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert (out / "scores.png").exists() and "+0.000" in printed
+    assert "| 0 | 0.523 | - |" in printed and "| 9 | 0.843 | 0.844 |" in printed

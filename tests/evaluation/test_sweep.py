@@ -20,7 +20,8 @@ from varkern.evaluation.cells import Cell, from_json
 from varkern.evaluation.evaluate import evaluate, measured_reference
 from varkern.evaluation.features import Extracted, Extractor
 from varkern.evaluation.pictures import to_pixels
-from varkern.evaluation.sweep import Models, Settings, Sweep
+from varkern.evaluation.sweep import Settings, Sweep
+from varkern.evaluation.sweep_models import Models
 
 SIDE = 12  # pixels of the small model's images
 PROJECTION = torch.randn(3 * SIDE * SIDE, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

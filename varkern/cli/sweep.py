@@ -21,9 +21,10 @@ from varkern.evaluation.cells import MEDIAN, Cell, grid, unique
 from varkern.evaluation.evaluate import PUBLISHED_IMAGES, measured_reference
 from varkern.evaluation.features import Extractor
 from varkern.evaluation.gathering import Measured
-from varkern.evaluation.presets import PRESETS, Preset
+from varkern.evaluation.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
 from varkern.evaluation.scores import require_matplotlib
-from varkern.evaluation.sweep import Models, Settings, Sweep
+from varkern.evaluation.sweep import Settings, Sweep
+from varkern.evaluation.sweep_models import Models
 from varkern.models import load_var
 from varkern.scorer import Scorer
 
@@ -128,12 +129,7 @@ def sweep(
         chosen.timing,
         {"vae": sampling.file_of_setting(vae), "dtype": dtype, "device": device_name(where)},
     )
-    models = Models(
-        {name: partial(load_var, path, vae=vae, device=where, dtype=DTYPES[dtype]) for name, path in files.items()},
-        {name: partial(Scorer.from_pretrained, path, device=where) for name, path in judges.items()},
-        {name: file_sha256(Path(path))[:16] for name, path in judges.items()},
-        {name: demo_weights() if path == "demo" else sampling.file_of_setting(path) for name, path in files.items()},
-    )
+    models = later(files, judges, vae, where, DTYPES[dtype])
     if preset is not None:
         chosen = fitting(chosen, models)
     extractor = real_images = None
@@ -156,6 +152,18 @@ def sweep(
     paths = sweep_report.write(found, out)
     print(sweep_report.page(found))
     print(f"wrote {', '.join(map(str, paths))}")
+
+
+def later(
+    files: dict[str, str], judges: dict[str, str], vae: Path | None, device: torch.device, dtype: torch.dtype
+) -> Models:
+    """Models and scorers by name, to be loaded when they are wanted."""
+    return Models(
+        {name: partial(load_var, path, vae=vae, device=device, dtype=dtype) for name, path in files.items()},
+        {name: partial(Scorer.from_pretrained, path, device=device) for name, path in judges.items()},
+        {name: file_sha256(Path(path))[:16] for name, path in judges.items()},
+        {name: demo_weights() if path == "demo" else sampling.file_of_setting(path) for name, path in files.items()},
+    )
 
 
 def refuse(reason: str, options: dict[str, Any]) -> None:
@@ -355,6 +363,10 @@ def accuracies(
         device=device,
         verify=False,
     )
+    print("The paper: virtually no difference. Its accuracies, of VAR on ImageNet:\n")
+    print("| scale | with | without |\n| --- | --- | --- |")
+    for scale, (first, second) in enumerate(zip(WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, strict=True)):
+        print(f"| {scale} | {first:.3f} | {'-' if second is None else f'{second:.3f}'} |")
 
 
 def command_line() -> str:

@@ -22,7 +22,8 @@ from varkern.evaluation.explain import save_json
 from varkern.evaluation.features import Extractor
 from varkern.evaluation.gathering import Measured
 from varkern.evaluation.presets import PRESETS, Preset
-from varkern.evaluation.sweep import Entry, Models, Settings, Sweep
+from varkern.evaluation.sweep import Entry, Settings, Sweep
+from varkern.evaluation.sweep_models import Models
 from varkern.models import load_var
 from varkern.planning import plan
 from varkern.scorer import Scorer

@@ -341,3 +341,7 @@ PRESETS = {
     )
 }
 """By name."""
+
+WITH_FIRST_SCALE = (0.523, 0.763, 0.786, 0.772, 0.799, 0.824, 0.797, 0.910, 0.918, 0.843)
+WITHOUT_FIRST_SCALE = (None, 0.762, 0.785, 0.772, 0.799, 0.823, 0.798, 0.909, 0.917, 0.844)
+"""LSRS, Table 10: accuracy by scale of scorers trained with the first scale and without."""
