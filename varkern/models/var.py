@@ -214,7 +214,8 @@ class VAR(nn.Module):
                 codes = quantizer.embedding(tokens)
                 if more_smooth:
                     weights = gumbel_softmax(logits * (1 + ratio), smoothing_temperature(ratio), generator)
-                    codes = weights.to(codes.dtype) @ quantizer.embedding.weight
+                    # A batched product, as the published code has it: a plain one rounds differently.
+                    codes = weights.to(codes.dtype) @ quantizer.embedding.weight.unsqueeze(0)
                 codes = codes.transpose(1, 2).reshape(B, self.Cvae, side, side)
                 f_hat, pooled = quantizer.get_next_autoregressive_input(k, last + 1, f_hat, codes)
                 if k != last:
