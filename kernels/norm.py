@@ -28,11 +28,13 @@ from torch import Tensor
 @triton.jit
 def load_channels(ptr, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """A ``[C]`` vector as float32 ``[1, BLOCK_C]``, 0 beyond it, or 0.0 if there is none."""
+    # elif and else: what follows a return inside a plain if is still compiled.
     if ptr is None:
         return 0.0
-    if C == BLOCK_C:
+    elif C == BLOCK_C:
         return tl.load(ptr + c).to(tl.float32)[None, :]
-    return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    else:
+        return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

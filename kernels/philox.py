@@ -20,10 +20,11 @@ def philox_uniform_bits(seed, position, candidate, scale, STREAM: tl.constexpr):
 
     seed: int64 scalar; position, candidate, scale: integer scalars or tensors that broadcast.
     """
+    # tl.cast, not .to(): an argument that equals 1 is a constant of the compiler's, which has no methods.
     zero = tl.zeros_like(candidate).to(tl.uint32)
-    c0 = zero + position.to(tl.uint32)
-    c2 = zero + scale.to(tl.uint32)
-    first, _, _, _ = tl.philox(seed, c0, candidate.to(tl.uint32), c2, zero + STREAM)
+    c0 = zero + tl.cast(position, tl.uint32)
+    c2 = zero + tl.cast(scale, tl.uint32)
+    first, _, _, _ = tl.philox(seed, c0, tl.cast(candidate, tl.uint32), c2, zero + STREAM)
     return (first >> 8).to(tl.int64)
 
 

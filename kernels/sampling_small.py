@@ -28,14 +28,16 @@ def sample_small_kernel(
     image = (rows // length).to(tl.int64)
     position = (rows % length).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    uncond = None
-    strength = guidance
-    if uncond_ptr is not None:
-        uncond = uncond_ptr + (image * stride_uncond_image + position * stride_uncond_position)[:, None]
-        if strengths_ptr is not None:
-            strength = tl.load(strengths_ptr + image)[:, None]
-    cond = cond_ptr + (image * stride_cond_image + position * stride_cond_position)[:, None]
-    x = load_logits((cond, uncond, strength, inverse_temperature, vocabulary), columns)  # [ROWS, BLOCK]
+    # Literal None inside the tuple: a local name that holds None is no compile-time None.
+    row = (
+        cond_ptr + (image * stride_cond_image + position * stride_cond_position)[:, None],
+        None if uncond_ptr is None else
+        uncond_ptr + (image * stride_uncond_image + position * stride_uncond_position)[:, None],
+        guidance if strengths_ptr is None else tl.load(strengths_ptr + image)[:, None],
+        inverse_temperature,
+        vocabulary,
+    )  # fmt: skip
+    x = load_logits(row, columns)  # [ROWS, BLOCK]
     largest = tl.max(x, 1)
     shift = tl.where(largest == -INFINITY, 0.0, largest)  # [ROWS]
     weights = fixed_weights(x, shift[:, None])
