@@ -1,25 +1,47 @@
 """Settings that every test shares.
 
 Kernels run on the GPU where there is one and in Triton's interpreter where there is none; Triton reads its switch when
-a kernel is defined, so it is set here, before anything imports one. Tests run the plain PyTorch forms unless they ask
-for the kernels with ``use_backend("triton")``, because the interpreter is thousands of times slower.
+a kernel is defined, so it is set here, before anything imports one. ``--compiled sm_90`` runs them as compiled code on
+an emulated GPU instead (``tests/emulator``). Tests run the plain PyTorch forms unless they ask for the kernels with
+``use_backend("triton")``, because the interpreter and the emulator are thousands of times slower than a GPU.
 """
 
 import os
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests.emulator import plugin
+
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that each start a thread a core only hinder one another
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
-import pytest
-
-from varkern.ops.backend import use_backend
-
 # Convolutions in TensorFloat-32, cuDNN's default, err by 1e-3: more than any form here may differ from float64.
 torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_addoption(parser):
+    plugin.add_options(parser)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compiled_only: the test needs kernels as compiled code (--compiled)")
+    if config.getoption("--compiled"):
+        plugin.start(config)
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--compiled"):
+        skip = pytest.mark.skip(reason="needs --compiled")
+        for item in items:
+            if item.get_closest_marker("compiled_only"):
+                item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    plugin.summarise(terminalreporter)
 
 
 @pytest.fixture(scope="session")
@@ -36,5 +58,7 @@ def quick_backend(device) -> str:
 
 @pytest.fixture(autouse=True)
 def plain_backend():
+    from varkern.ops import use_backend  # imported here, after Triton's switch is set
+
     with use_backend("torch"):
         yield

@@ -1,0 +1,41 @@
+"""Without ``--compiled`` the interpreter takes all kernels, so the emulator's tests run in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import emulator
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(
+    emulator.find_compiler() is None, reason="the emulator needs a C compiler, and this machine has none"
+)
+def test_the_emulators_own_tests_pass_compiled(request):
+    if request.config.getoption("--compiled"):
+        pytest.skip("they run in this process")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST"))
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--compiled", "sm_80"]
+    run = subprocess.run(
+        [*command, "tests/emulator/test_kernels.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_without_a_compiler_one_sentence_says_what_to_install():
+    environment = os.environ | {"PATH": "", "CC": ""}
+    command = [sys.executable, "-m", "pytest", "--compiled", "sm_80", "tests/emulator/test_faults.py"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 4
+    assert "--compiled needs a C compiler: install gcc" in run.stderr
