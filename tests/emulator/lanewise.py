@@ -120,7 +120,116 @@ op("mul24.lo.u32", "u32", ["u32", "u32"], "(a & 0xffffff) * (b & 0xffffff)")
 op(["add.s16x2", "add.u16x2"], "b32", ["b32", "b32"], "((a + b) & 0xffff) | ((((a >> 16) + (b >> 16)) & 0xffff) << 16)")
 for t, cast in (("u16x2", "(u32)(u16)"), ("s16x2", "(s32)(s16)")):
     for name, c in (("min", "<"), ("max", ">")):
-        low = re.sub(r"\b([ABC])\b", lambda m: f"({m[1].lower()} & 0xffff)", expression)
+        low, high = (
+            f"({cast}(a) {c} {cast}(b) ? a : b) & 0xffff",
+            f"({cast}(a >> 16) {c} {cast}(b >> 16) ? a : b) & 0xffff0000u",
+        )
+        op(f"{name}.{t}", "b32", ["b32", "b32"], f"({low}) | ({high})")
+op("sub.s16x2", "b32", ["b32", "b32"], "((a - b) & 0xffff) | ((((a >> 16) - (b >> 16)) & 0xffff) << 16)")
+op("popc.b32", "u32", ["u32"], "__builtin_popcount(a)")
+op("popc.b64", "u32", ["u64"], "__builtin_popcountll(a)")
+op("clz.b32", "u32", ["u32"], "clz32(a)")
+op("brev.b32", "u32", ["u32"], "brev32(a)")
+op("bfe.u32", "u32", ["u32", "u32", "u32"], "bfe_u(a, b, c)")
+op("bfe.s32", "u32", ["u32", "u32", "u32"], "bfe_s(a, b, c)")
+op("bfi.b32", "u32", ["u32", "u32", "u32", "u32"], "bfi_(a, b, c, d_)".replace("d_", "d4"))
+CODE[-1] = CODE[-1].replace("u32 d = sd[i];", "u32 d4 = sd[i];")
+op("lop3.b32", "u32", ["u32", "u32", "u32", "u32"], "lop3_(a, b, c, d4)")
+CODE[-1] = CODE[-1].replace("u32 d = sd[i];", "u32 d4 = sd[i];")
+op("prmt.b32", "u32", ["u32", "u32", "u32"], "prmt_(a, b, c)")
+op("shf.l.wrap.b32", "u32", ["u32", "u32", "u32"], "shfl_l(a, b, c, 1)")
+op("shf.r.wrap.b32", "u32", ["u32", "u32", "u32"], "shfl_r(a, b, c, 1)")
+op("shf.l.clamp.b32", "u32", ["u32", "u32", "u32"], "shfl_l(a, b, c, 0)")
+op("shf.r.clamp.b32", "u32", ["u32", "u32", "u32"], "shfl_r(a, b, c, 0)")
+op("sad.u32", "u32", ["u32", "u32", "u32"], "(a > b ? a - b : b - a) + c")
+# predicates
+op("mov.pred", "pred", ["pred"], "a")
+op("not.pred", "pred", ["pred"], "!a")
+op("and.pred", "pred", ["pred", "pred"], "a & b")
+op("or.pred", "pred", ["pred", "pred"], "a | b")
+op("xor.pred", "pred", ["pred", "pred"], "a ^ b")
+# float32 and float64
+for t, mn, mx in (("f32", "minf_", "maxf_"), ("f64", "mind_", "maxd_")):
+    fma = "__builtin_fmaf" if t == "f32" else "__builtin_fma"
+    for ftz in ("", ".ftz") if t == "f32" else ("",):
+        z = (lambda e: f"ftz({e})") if ftz else (lambda e: e)
+        A, B, C = z("a"), z("b"), z("c")
+        op([f"add{ftz}.{t}", f"add.rn{ftz}.{t}"], t, [t, t], z(f"({A} + {B})"))
+        op([f"sub{ftz}.{t}", f"sub.rn{ftz}.{t}"], t, [t, t], z(f"({A} - {B})"))
+        op([f"mul{ftz}.{t}", f"mul.rn{ftz}.{t}"], t, [t, t], z(f"({A} * {B})"))
+        op([f"fma.rn{ftz}.{t}", f"mad.rn{ftz}.{t}"], t, [t, t, t], z(f"{fma}({A}, {B}, {C})"))
+        op(f"min{ftz}.{t}", t, [t, t], z(f"{mn}({A}, {B})"))
+        op(f"max{ftz}.{t}", t, [t, t], z(f"{mx}({A}, {B})"))
+        if t == "f32":
+            op(f"min{ftz}.NaN.{t}", t, [t, t], z(f"minnan_({A}, {B})"))
+            op(f"max{ftz}.NaN.{t}", t, [t, t], z(f"maxnan_({A}, {B})"))
+        op(f"neg{ftz}.{t}", t, [t], "bf(fb(a) ^ 0x80000000u)" if t == "f32" else "bd(db(a) ^ (1ull << 63))")
+        op(f"abs{ftz}.{t}", t, [t], "bf(fb(a) & 0x7fffffffu)" if t == "f32" else "bd(db(a) & ~(1ull << 63))")
+        for cc, c in (("eq", "=="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
+            op(f"setp.{cc}{ftz}.{t}", "pred", [t, t], f"{A} {c} {B}")
+            op(f"setp.{cc}u{ftz}.{t}", "pred", [t, t], f"({A} {c} {B}) || a != a || b != b")
+        op(f"setp.ne{ftz}.{t}", "pred", [t, t], f"({A} != {B}) && a == a && b == b")
+        op(f"setp.neu{ftz}.{t}", "pred", [t, t], f"{A} != {B}")
+        op(f"setp.num{ftz}.{t}", "pred", [t, t], "a == a && b == b")
+        op(f"setp.nan{ftz}.{t}", "pred", [t, t], "a != a || b != b")
+    op([f"div.rn.{t}"], t, [t, t], "a / b")
+    op([f"sqrt.rn.{t}"], t, [t], "__builtin_sqrtf(a)" if t == "f32" else "__builtin_sqrt(a)")
+    op([f"rcp.rn.{t}"], t, [t], f"({t})1 / a")
+op("copysign.f32", "f32", ["f32", "f32"], "bf((fb(a) & 0x80000000u) | (fb(b) & 0x7fffffffu))")
+APPROXIMATE = {"ex2": "exp2((f64)A)", "lg2": "log2((f64)A)", "rcp": "1.0 / (f64)A", "rsqrt": "1.0 / sqrt((f64)A)"}
+APPROXIMATE |= {name: f"{name}((f64)A)" for name in ("sqrt", "sin", "cos", "tanh")}
+for z in ("", ".ftz"):
+    q = (lambda e: f"ftz({e})") if z else (lambda e: e)
+    for name, e in APPROXIMATE.items():
+        op(f"{name}.approx{z}.f32", "f32", ["f32"], q(f"approx_(w, in, {e.replace('A', q('a'))}, fb(a))"))
+    op(
+        [f"div.full{z}.f32", f"div.approx{z}.f32"],
+        "f32",
+        ["f32", "f32"],
+        q(f"approx_(w, in, (f64){q('a')} / (f64){q('b')}, fb(a) ^ fb(b))"),
+    )
+# conversions
+INTS = {name: f"({name})" for name in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")}
+for d in INTS:
+    for s in INTS:
+        if d != s:
+            # destinations narrower than their register are extended by their own sign
+            wide = f"{INTS[d]}{INTS[s]}a"
+            if WIDTH[d] < 4:
+                wide = f"(u32)({'s32' if d[0] == 's' else 'u32'}){wide}"
+            op(f"cvt.{d}.{s}", d, [s], wide)
+for s in INTS:
+    op(f"cvt.rn.f32.{s}", "f32", [s], f"(f32){INTS[s]}a")
+    op(f"cvt.rn.f64.{s}", "f64", [s], f"(f64){INTS[s]}a")
+    op(f"cvt.rn.f16.{s}", "f16", [s], f"d2h((f64){INTS[s]}a)")
+    op(f"cvt.rn.bf16.{s}", "bf16", [s], f"f2b((f32){INTS[s]}a)")
+ROUNDINGS = {"rzi": "trunc", "rni": "nearbyint", "rmi": "floor", "rpi": "ceil"}
+for d in ("s32", "u32", "s64", "u64"):
+    for s in ("f32", "f64"):
+        for z in ("", ".ftz") if s == "f32" else ("",):
+            for r, e in ROUNDINGS.items():
+                fix = "a != a ? INT64_MIN : " if d == "s64" else ""
+                op(f"cvt.{r}{z}.{d}.{s}", d, [s], f"{fix}f2{d}({e}((f64)a))")
+for r, e in ROUNDINGS.items():
+    op(f"cvt.{r}.f32.f32", "f32", ["f32"], f"{e}f(a)")
+op("cvt.f32.f16", "f32", ["f16"], "h2f(a)")
+op("cvt.f32.bf16", "f32", ["bf16"], "b2f(a)")
+op("cvt.f64.f16", "f64", ["f16"], "(f64)h2f(a)")
+op("cvt.f64.bf16", "f64", ["bf16"], "(f64)b2f(a)")
+op("cvt.f64.f32", "f64", ["f32"], "(f64)a")
+op("cvt.rn.f32.f64", "f32", ["f64"], "(f32)a")
+op("cvt.rn.f16.f32", "f16", ["f32"], "f2h(a)")
+op("cvt.rn.bf16.f32", "bf16", ["f32"], "f2b(a)")
+op("cvt.rz.bf16.f32", "bf16", ["f32"], "f2b_rz(a)")
+op("cvt.rn.f16x2.f32", "f16x2", ["f32", "f32"], "(f2h(a) << 16) | f2h(b)")
+op("cvt.rn.bf16x2.f32", "bf16x2", ["f32", "f32"], "(f2b(a) << 16) | f2b(b)")
+# half precision
+INVERSE = {"lt": ">=", "le": ">", "gt": "<=", "ge": "<"}
+
+
+def of_halves(expression: str) -> str:
+    """An expression of 16-bit A, B, C, done for the low and for the high half of a, b, c."""
+    low = re.sub(r"\b([ABC])\b", lambda m: f"({m[1].lower()} & 0xffff)", expression)
     high = re.sub(r"\b([ABC])\b", lambda m: f"({m[1].lower()} >> 16)", expression)
     return f"({low}) | (({high}) << 16)"
 
