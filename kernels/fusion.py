@@ -225,7 +225,7 @@ def fuse(
         "HAS_CHOSEN": chosen is not None,
         "HAS_F_HAT": f_hat is not None,
         "SCALED": out.dtype.itemsize == 2,
-        "INTERPRETED": not out.is_cuda,
+        "INTERPRETED": triton.knobs.runtime.interpret,
     }
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
         if tuple(side) == tuple(out.shape[2:]):

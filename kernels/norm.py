@@ -180,8 +180,8 @@ def forward(
         norm_forward_kernel[(triton.cdiv(out.shape[0], block_rows),)](
             _rows(x), weight.contiguous(), bias.contiguous(), _rows(residual), _contiguous(input_bias), out,
             out.shape[0], slope, eps,
-            C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1, INTERPRETED=not x.is_cuda,
-            num_warps=num_warps, enable_fp_fusion=True,
+            C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1,
+            INTERPRETED=triton.knobs.runtime.interpret, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     _put_back(out, y)
 
@@ -213,13 +213,13 @@ def backward(
             _rows(grad), _rows(x), weight.contiguous(), bias.contiguous(), _rows(residual), _contiguous(input_bias),
             out, out_residual, sums,
             out.shape[0], slope, eps,
-            C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1, INTERPRETED=not x.is_cuda,
-            num_warps=num_warps, enable_fp_fusion=True,
+            C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1,
+            INTERPRETED=triton.knobs.runtime.interpret, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
         sum_programs_kernel[(triton.cdiv(C, SUM_BLOCK_C), kinds)](
             sums, grad_weight, grad_bias, None if input_bias is None else grad_input_bias, programs,
-            C=C, BLOCK_PROGRAMS=SUM_BLOCK_PROGRAMS, BLOCK_C=SUM_BLOCK_C, INTERPRETED=not x.is_cuda,
-            num_warps=4, enable_fp_fusion=True,
+            C=C, BLOCK_PROGRAMS=SUM_BLOCK_PROGRAMS, BLOCK_C=SUM_BLOCK_C,
+            INTERPRETED=triton.knobs.runtime.interpret, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     _put_back(out, grad_x)
     if residual is not None:

@@ -11,8 +11,6 @@ import os
 import pytest
 import torch
 
-from tests.emulator import plugin
-
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that each start a thread a core only hinder one another
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
@@ -21,13 +19,19 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_addoption(parser):
-    plugin.add_options(parser)
+    group = parser.getgroup("compiled", "kernels as compiled code on an emulated GPU")
+    targets = ("sm_80", "sm_90", "sm_120")
+    group.addoption("--compiled", choices=targets, help="GPU target that kernels are compiled for; the CPU emulates it")
+    group.addoption("--ulp", type=int, default=0, help="error of approximate instructions, in units in the last place")
+    group.addoption("--order", type=int, default=1, help="seed of the order in which blocks and warps run")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "compiled_only: the test needs kernels as compiled code (--compiled)")
     if config.getoption("--compiled"):
-        plugin.start(config)
+        from tests.emulator.plugin import CompiledKernels  # imports Triton, which must not see the switch below
+
+        config.pluginmanager.register(CompiledKernels(config))
     elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
@@ -38,10 +42,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("compiled_only"):
                 item.add_marker(skip)
-
-
-def pytest_terminal_summary(terminalreporter):
-    plugin.summarise(terminalreporter)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,12 @@
 
     emulator.install(90)            # before a kernel is imported; TRITON_INTERPRET must be unset
     kernel[grid](*cpu_tensors)      # compiles to PTX for sm_90 and runs; a fault raises EmulationError
-    for totals in emulator.launched.values():
-        print(totals.kernel.name, emulator.summarise(totals))
+    for totals in emulator.launched.values():     # one for each compiled kernel
+        print(totals.name, totals.grids, emulator.summarise(totals))
+
+``install(90, run=False)`` compiles and records launches and runs none: ``totals.source``, ``signature``, ``constants``,
+``options``, ``grids`` and ``ptx`` then say what was launched. ``set_target`` does the same for any target of Triton's.
+Compilations stop at assembly, in a cache of their own; inside ``with machine_code():`` they go on as usual.
 
 **Found and raised** as :class:`EmulationError`: accesses outside the views given as arguments, misaligned accesses,
 races between warps in shared memory and between CTAs or warps in global memory, reads of shared memory that nothing
@@ -27,7 +31,7 @@ launch; ``memory.py`` lays out its tensors; ``driver.py`` is what Triton takes f
 rounded, or moved by up to ``SETTINGS.ulp``. A ``cp.async`` copies when it is waited for, the latest moment allowed.
 """
 
-from .driver import install, launched, listeners, poison_new_memory, set_target
+from .driver import install, launched, listeners, machine_code, poison_new_memory, set_target
 from .machine import SETTINGS, EmulationError, Totals, find_compiler, launch, summarise
 from .ptx import UnsupportedPTX, translate
 from .report import list_accesses, make_table
@@ -43,6 +47,7 @@ __all__ = [
     "launched",
     "list_accesses",
     "listeners",
+    "machine_code",
     "make_table",
     "poison_new_memory",
     "set_target",

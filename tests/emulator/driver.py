@@ -6,40 +6,24 @@ arguments. Kernels must have been defined while TRITON_INTERPRET was unset.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 
 import torch
-import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver as triton_driver
 
 from . import machine, memory, ptx
 
 LARGEST_SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-launched: dict[str, machine.Totals] = {}  # by the PTX's hash: what ran so far
+launched: dict[str, machine.Totals] = {}  # by the hash of what was compiled: what was launched so far
 listeners: list[Callable[[machine.Totals], None]] = []  # called after every launch, whether it raises or not
 
 
-class Utils:
-    """What Triton asks of a loaded binary: nothing is loaded, so every answer is a constant."""
-
-    def load_binary(self, name, kernel, shared, device):
-        return object(), object(), 0, 0, 1024
-
-    def unload_module(self, module):
-        pass
-
-    def get_device_properties(self, device):
-        arch = triton_driver.active.target.arch
-        known = {"max_shared_mem": LARGEST_SHARED.get(arch, 99 * 1024), "max_num_regs": 65536, "warpSize": 32}
-        return {**known, "multiprocessor_count": 132, "sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1}
-
-
-def flatten(value, kind):
+def flatten(value, kind) -> Iterator[tuple]:
     """(value, type) of every argument that is a parameter of the PTX: tuples opened, constants left out."""
     if isinstance(kind, tuple | list):
         for inner, inner_kind in zip(value, kind, strict=True):
@@ -49,36 +33,49 @@ def flatten(value, kind):
 
 
 class Launcher:
-    """Runs one compiled kernel in the emulator."""
+    """Runs one compiled kernel in the emulator, and records how it was compiled and launched."""
 
     def __init__(self, src, metadata):
-        self.src, self.metadata, self.totals = src, metadata, None
+        self.kinds = [src.signature[name] for name in src.fn.arg_names]
+        names = src.fn.arg_names
+        constants = {names[path[0]]: value for path, value in src.constants.items() if len(path) == 1}
+        not_options = ("hash", "target", "name", "shared", "triton_version")
+        self.totals = launched.setdefault(metadata.hash, machine.Totals(None, name=src.fn.__name__))
+        self.totals.source, self.totals.constants, self.totals.shared = src, constants, metadata.shared
+        self.totals.signature = {name: kind for name, kind in src.signature.items() if name not in constants}
+        self.totals.options = {k: v for k, v in metadata._asdict().items() if k not in not_options}
 
-    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-        if self.totals is None:
-            text = self.src.emulated_ptx
-            key = hashlib.sha256(text.encode()).hexdigest()
-            if key not in launched:
-                launched[key] = machine.Totals(ptx.translate(text))
-            self.totals = launched[key]
-            self.totals.kernel.threads = self.totals.kernel.threads or 32 * self.metadata.num_warps
-            names = self.src.fn.arg_names
-            self.totals.constants = {names[path[0]]: v for path, v in self.src.constants.items() if len(path) == 1}
-        given = list(flatten(arguments, [self.src.signature[name] for name in self.src.fn.arg_names]))
+    def __call__(self, x, y, z, stream, text, packed, launch_metadata, enter, leave, *arguments):
+        totals = self.totals
+        totals.ptx = text
+        totals.grids[x, y, z] += 1
         try:
-            machine.launch(self.totals.kernel, (x, y, z), given, self.metadata.shared, self.totals)
+            if machine.SETTINGS.run:
+                totals.kernel = totals.kernel or ptx.translate(text, threads=32 * totals.options["num_warps"])
+                machine.launch(totals.kernel, (x, y, z), list(flatten(arguments, self.kinds)), totals.shared, totals)
         finally:
             for listener in listeners:
-                listener(self.totals)
+                listener(totals)
 
 
 class Driver:
-    """Triton's driver for a target of which this machine has none."""
+    """Triton's driver for a target of which this machine has none. What it loads as machine code is PTX."""
 
     launcher_cls = Launcher
 
     def __init__(self, target: GPUTarget):
-        self.target, self.utils = target, Utils()
+        self.target, self.utils = target, self
+
+    def load_binary(self, name, kernel, shared, device):
+        module, function, registers, spills, most_threads = object(), kernel.decode(), 0, 0, 1024
+        return module, function, registers, spills, most_threads
+
+    def unload_module(self, module):
+        pass
+
+    def get_device_properties(self, device):
+        known = {"max_shared_mem": LARGEST_SHARED.get(self.target.arch, 99 * 1024), "max_num_regs": 65536}
+        return {**known, "warpSize": 32, "multiprocessor_count": 132}
 
     def get_current_target(self):
         return self.target
@@ -109,31 +106,62 @@ class Driver:
         return True
 
 
+def stop_at_assembly(backend=None, stages=None, *rest) -> tuple[str, str]:
+    """Triton's hook on the stages of a compilation: the last one, machine code, only passes its text on.
+
+    Without arguments it is asked for a key, to tell apart what lies in Triton's cache.
+    """
+    if stages:
+        stages[list(stages)[-1]] = lambda text, metadata: text.encode()
+    return "stop_at_assembly", "stop_at_assembly"
+
+
+def set_cache(folder: str) -> None:
+    """Choose Triton's cache for this process alone: what has no machine code must not lie where others look for it."""
+    propagate, knobs.propagate_env = knobs.propagate_env, False
+    knobs.cache.dir = folder
+    knobs.propagate_env = propagate
+
+
+@contextlib.contextmanager
+def machine_code() -> Iterator[None]:
+    """Inside this block ``triton.compile`` goes on to machine code, as it does without the emulator."""
+    hook, folder = knobs.runtime.add_stages_inspection_hook, knobs.cache.dir
+    if hook is None:
+        yield
+        return
+    knobs.runtime.add_stages_inspection_hook = None
+    set_cache(os.path.dirname(folder))
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = hook
+        set_cache(folder)
+
+
 def set_target(target: GPUTarget) -> None:
-    """Make Triton specialise and compile for ``target``, whatever this machine has."""
-    if triton.knobs.runtime.interpret:
+    """Make Triton specialise and compile for ``target``, whatever this machine has, and no further than to assembly.
+
+    Raises:
+        RuntimeError: if kernels would be interpreted.
+    """
+    if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET must be unset before kernels are imported")
     triton_driver.set_active(Driver(target))
+    if knobs.runtime.add_stages_inspection_hook is not stop_at_assembly:
+        knobs.runtime.add_stages_inspection_hook = stop_at_assembly
+        set_cache(os.path.join(knobs.cache.dir, "emulated"))
 
 
-def install(arch: int) -> None:
-    """Send Triton's launches to the emulator, compiled for ``sm_<arch>`` (80, 90 and 120 are known to work)."""
+def install(arch: int, run: bool = True) -> None:
+    """Send Triton's launches on CPU tensors to the emulator, compiled for ``sm_<arch>``.
+
+    Args:
+        arch: 80, 90 and 120 are known to work.
+        run: False compiles and records launches only; what they would write stays as it was.
+    """
     set_target(GPUTarget("cuda", arch, 32))
-    if getattr(CompiledKernel, "emulated", False):
-        return
-    CompiledKernel.emulated = True
-    add_stages, make = CUDABackend.add_stages, CompiledKernel.__init__
-
-    def add_stages_up_to_ptx(self, stages, *args):
-        result = add_stages(self, stages, *args)
-        stages["cubin"] = lambda source, metadata: b"not assembled"
-        return result
-
-    def make_with_ptx(self, src, *args, **kwargs):
-        make(self, src, *args, **kwargs)
-        src.emulated_ptx = self.asm["ptx"]
-
-    CUDABackend.add_stages, CompiledKernel.__init__ = add_stages_up_to_ptx, make_with_ptx
+    machine.SETTINGS.run = run
 
 
 def poison_new_memory() -> None:

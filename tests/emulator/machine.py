@@ -58,12 +58,14 @@ class Settings:
             units in the last place, as a function of their operand, where their result is inexact.
         mma_truncates: the matrix units round their sums towards zero instead of to the nearest.
         max_steps: instructions of a warp after which a launch counts as endless.
+        run: False records launches and runs none.
     """
 
     seed: int = 1
     ulp: int = 0
     mma_truncates: bool = False
     max_steps: int = 20_000_000_000
+    run: bool = True
 
 
 SETTINGS = Settings()
@@ -118,17 +120,28 @@ _library: ctypes.CDLL | None = None
 
 @dataclass
 class Totals:
-    """What all launches of one compiled kernel came to.
+    """How one kernel was compiled, and what all its launches came to.
 
-    ``counters`` has an entry per instruction: times a warp executed it, threads that did, 32-byte sectors of global
-    memory, bytes wanted, wavefronts of shared memory. ``events``: (what, instruction) -> [times, first example].
+    Of the compilation: ``source`` is Triton's description of it (``triton.compile(source, target=..., options=...)``
+    does it again for another target); ``signature`` has the types of the arguments that are no constants, ``constants``
+    the values of the others, ``options`` the number of warps and the like; ``shared``: bytes of shared memory of a CTA.
+
+    Of the launches: ``grids`` counts them by grid. ``counters`` has an entry per instruction: times a warp executed it,
+    threads that did, 32-byte sectors of global memory, bytes wanted, wavefronts of shared memory. ``events``: (what,
+    instruction) -> [times, first example].
     """
 
-    kernel: ptx.Kernel
-    constants: dict = field(default_factory=dict)
+    kernel: ptx.Kernel | None
+    name: str = ""
+    source: object = None
+    signature: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, object] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
+    shared: int = 0
+    ptx: str = ""
+    grids: collections.Counter = field(default_factory=collections.Counter)
     launches: int = 0
     ctas: int = 0
-    shared: int = 0
     counters: dict[str, np.ndarray] = field(default_factory=dict)
     events: dict = field(default_factory=dict)
     bytes_read: int = 0
@@ -138,6 +151,7 @@ class Totals:
         """Forget the launches so far."""
         self.launches = self.ctas = self.bytes_read = self.bytes_written = 0
         self.counters, self.events = {}, {}
+        self.grids.clear()
 
 
 def parameter_bytes(kernel: ptx.Kernel, arguments, memory: Memory) -> np.ndarray:
@@ -205,7 +219,6 @@ def launch(kernel: ptx.Kernel, grid, arguments, shared: int, totals: Totals) -> 
 
     totals.launches += 1
     totals.ctas += ctas
-    totals.shared = shared
     for name, values in counters.items():
         totals.counters[name] = totals.counters.get(name, 0) + values
     read, written = memory.footprint()
@@ -237,8 +250,8 @@ def note_events(kernel: ptx.Kernel, events: np.ndarray, memory: Memory, totals: 
 def summarise(totals: Totals) -> dict[str, int]:
     """Counts over all launches: instructions of warps, barriers, accesses, sectors and bytes moved, wavefronts."""
     out = collections.Counter()
-    for k, text in enumerate(totals.kernel.text):
-        times = int(totals.counters["count"][k]) if totals.counters else 0
+    for k, text in enumerate(totals.kernel.text if totals.counters else ()):
+        times = int(totals.counters["count"][k])
         if not times:
             continue
         words = text.split()

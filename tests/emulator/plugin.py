@@ -10,31 +10,35 @@ import pytest
 
 from . import driver, machine, report
 
-TARGETS = ("sm_80", "sm_90", "sm_120")
 
+class CompiledKernels:
+    """The plugin of a run with ``--compiled``: from its start on, kernels compile and CPU tensors go to them."""
 
-def add_options(parser: pytest.Parser) -> None:
-    group = parser.getgroup("compiled", "kernels as compiled code on an emulated GPU")
-    group.addoption("--compiled", choices=TARGETS, help="GPU target that kernels are compiled for; the CPU emulates it")
-    group.addoption("--ulp", type=int, default=0, help="error of approximate instructions, in units in the last place")
-    group.addoption("--order", type=int, default=1, help="seed of the order in which blocks and warps run")
+    def __init__(self, config: pytest.Config):
+        if machine.find_compiler() is None:
+            raise pytest.UsageError("--compiled needs a C compiler: install gcc")
+        self.target = config.getoption("--compiled")
+        self.rows: list[dict] = []  # of other processes, where pytest-xdist spreads the tests
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there stays out of it
+        os.environ.pop("TRITON_INTERPRET", None)
+        driver.install(int(self.target.removeprefix("sm_")))
+        driver.poison_new_memory()
+        machine.SETTINGS.ulp, machine.SETTINGS.seed = config.getoption("--ulp"), config.getoption("--order")
+        kernels = importlib.import_module("varkern.kernels")
+        for module in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"varkern.kernels.{module.name}")
+        importlib.import_module("varkern.ops.backend").takes_cpu_tensors = lambda: True
 
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["compiled"] = report.make_rows(driver.launched.values())
 
-def start(config: pytest.Config) -> None:
-    """Install the emulator before any kernel is imported, and take CPU tensors to it."""
-    if machine.find_compiler() is None:
-        raise pytest.UsageError("--compiled needs a C compiler: install gcc")
-    os.environ.pop("TRITON_INTERPRET", None)
-    driver.install(int(config.getoption("--compiled").removeprefix("sm_")))
-    driver.poison_new_memory()
-    machine.SETTINGS.ulp, machine.SETTINGS.seed = config.getoption("--ulp"), config.getoption("--order")
-    kernels = importlib.import_module("varkern.kernels")
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"varkern.kernels.{module.name}")
-    importlib.import_module("varkern.ops.backend").interpreting = lambda: True
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node, error):
+        self.rows += getattr(node, "workeroutput", {}).get("compiled", [])
 
-
-def summarise(terminalreporter) -> None:
-    if driver.launched:
-        lines = report.make_table(list(driver.launched.values()))
-        terminalreporter.write_line("\n".join(["", "Kernels that ran as compiled code, emulated:", *lines]))
+    def pytest_terminal_summary(self, terminalreporter):
+        rows = self.rows + report.make_rows(driver.launched.values())
+        if rows:
+            terminalreporter.section(f"kernels compiled for {self.target}, emulated")
+            terminalreporter.write_line("\n".join(report.make_table(rows)))

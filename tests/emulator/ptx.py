@@ -259,12 +259,14 @@ def split_vector(text: str) -> list[str]:
     return [part.strip() for part in text[1:-1].split(",")] if text[0] == "{" else [text]
 
 
-def translate(text: str) -> Kernel:
-    """A kernel's PTX as the emulator runs it.
+def translate(text: str, threads: int = 32) -> Kernel:
+    """A kernel's PTX as the emulator runs it; ``threads`` of a CTA count where the PTX does not say.
 
     Raises:
         UnsupportedPTX: naming every instruction that is not known.
     """
     from .instructions import Translator
 
-    return Translator(text).kernel
+    kernel = Translator(text).kernel
+    kernel.threads = kernel.threads or threads
+    return kernel

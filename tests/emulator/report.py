@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 
 from .machine import REMARKS, Totals
 
 
-def make_table(all_totals: list[Totals]) -> list[str]:
-    """A line per kernel: compiled variants, launches, CTAs, warp instructions, remarks; then a line per fault."""
-    by_kernel = collections.defaultdict(list)
-    for totals in all_totals:
-        by_kernel[totals.kernel.name].append(totals)
-    lines = [f"{'kernel':28} {'variants':>8} {'launches':>8} {'CTAs':>8} {'warp instructions':>17}  noted"]
+def make_rows(all_totals: Iterable[Totals]) -> list[dict]:
+    """A row per compiled kernel that was launched, of numbers and strings, which can go from process to process."""
+    return [
+        {
+            "kernel": totals.name,
+            "launches": sum(totals.grids.values()),
+            "CTAs": totals.ctas,
+            "instructions": int(totals.counters["count"].sum()) if totals.counters else 0,
+            "events": [[what, example] for (what, _), (_, example) in totals.events.items()],
+        }
+        for totals in all_totals
+        if totals.grids
+    ]
+
+
+def make_table(rows: list[dict]) -> list[str]:
+    """A line per kernel: compiled variants, launches, CTAs, warp instructions, variants in which something was noted;
+    then, for each kernel and kind of fault, a line with one example."""
+    by_kernel, faults = collections.defaultdict(list), {}
+    for row in rows:
+        by_kernel[row["kernel"]].append(row)
+    lines = [f"{'kernel':28} {'variants':>8} {'launches':>8} {'CTAs':>8} {'warp instructions':>17}  noted in"]
     for name, group in sorted(by_kernel.items()):
-        noted = collections.Counter(what for totals in group for what, _ in totals.events)
-        instructions = sum(int(totals.counters["count"].sum()) for totals in group if totals.counters)
-        launches, ctas = sum(t.launches for t in group), sum(t.ctas for t in group)
-        said = ", ".join(f"{what} ({count})" for what, count in noted.items()) or "-"
+        launches, ctas, instructions = (sum(row[key] for row in group) for key in ("launches", "CTAs", "instructions"))
+        noted = collections.Counter(what for row in group for what in {what for what, _ in row["events"]})
+        said = ", ".join(f"{count}: {what}" for what, count in noted.items()) or "-"
         lines.append(f"{name:28} {len(group):8} {launches:8} {ctas:8} {instructions:17}  {said}")
-    events = [event for totals in all_totals for event in totals.events.items()]
-    return lines + [f"FAULT {example}" for (what, _), (_, example) in events if what not in REMARKS]
+        faults |= {(name, what): example for row in group for what, example in row["events"] if what not in REMARKS}
+    return lines + [f"FAULT {example}" for example in faults.values()]
 
 
 def list_accesses(totals: Totals) -> list[dict]:

@@ -55,6 +55,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def takes_cpu_tensors() -> bool:
+    """True if kernels can run on CPU tensors in this process. Tests replace it where a GPU is emulated."""
+    return interpreting()
+
+
 def backend_for(tensor: torch.Tensor) -> str:
     """The implementation for an op whose main input is ``tensor``: ``"torch"`` or ``"triton"``.
 
@@ -62,7 +67,7 @@ def backend_for(tensor: torch.Tensor) -> str:
         RuntimeError: if Triton was demanded for a tensor that it cannot reach.
     """
     chosen = _chosen.get()
-    reachable = tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
+    reachable = tensor.is_cuda or (tensor.device.type == "cpu" and takes_cpu_tensors())
     if chosen == "triton" and not reachable:
         raise RuntimeError(
             f"backend 'triton' needs a tensor on a GPU, got one on {tensor.device}; "
