@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .density_bandwidth import add_slots, inverse_norms, silverman_parts
 from .density_samples import Samples, locate, row_pointers
+from .launching import launch
 
 BLOCK_I = 8
 BLOCK_J = 128
@@ -83,7 +84,7 @@ def pieces_of(x, BLOCK: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def add_squares(
-    squares, samples, i, j, place, units,
+    squares, samples, i, j, place, units, COSINE: tl.constexpr,
     EVEN: tl.constexpr, PIECES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """``squares[BLOCK_I, 4, BLOCK_J]`` with what one place adds to the squared distances of samples i and j."""
@@ -101,9 +102,14 @@ def add_squares(
             d = start + 4 * k + tl.arange(0, 4)
             rows_at = rows_ptr[:, None] + d[None, :]
             rows = tl.load(rows_at) if EVEN else tl.load(rows_at, mask=(d < D)[None, :], other=0.0)
-            rows = rows.to(tl.float32) * row_units  # [BLOCK_I, 4]
-            difference = rows[:, :, None] - pieces[k][None, :, :]
-            squares += difference * difference
+            rows = rows.to(tl.float32)  # [BLOCK_I, 4]
+            if COSINE:
+                # Both products are rounded before they are subtracted, so that equal samples are at 0 exactly.
+                rows = rows * row_units
+                difference = rows[:, :, None] - pieces[k][None, :, :]
+            else:  # the unit is a power of two: its product is exact, and costs nothing inside the subtraction
+                difference = tl.fma(rows[:, :, None], row_units, -pieces[k][None, :, :])
+            squares = tl.fma(difference, difference, squares)
     return squares
 
 
@@ -133,11 +139,11 @@ def kernels_of_tile(
         if JOINED:
             for place in range(length):
                 parts_of_squares = add_squares(
-                    parts_of_squares, samples, i, j, place, units, EVEN, PIECES, BLOCK_I, BLOCK_J
+                    parts_of_squares, samples, i, j, place, units, COSINE, EVEN, PIECES, BLOCK_I, BLOCK_J
                 )
         else:
             parts_of_squares = add_squares(
-                parts_of_squares, samples, i, j, position, units, EVEN, PIECES, BLOCK_I, BLOCK_J
+                parts_of_squares, samples, i, j, position, units, COSINE, EVEN, PIECES, BLOCK_I, BLOCK_J
             )
         squares = tl.sum(parts_of_squares, 1)
         if COSINE:
@@ -257,25 +263,25 @@ def density(samples: Samples, out: Tensor, bandwidth: Tensor | None, width: floa
     """
     if out.numel() == 0:
         return
-    with samples.device_context():
-        inverse = inverse_norms(samples) if cosine else None
-        parts = 1
-        strides = (0, 0)
-        if bandwidth is not None:
-            width, strides = 1.0, bandwidth.stride()
-        elif not width:
-            bandwidth, width, strides = silverman_parts(samples, inverse, over_batch)
-            parts = bandwidth.shape[-1]
-        chosen = plan(samples.count, samples.dims, samples.positions, samples.length)
-        slots = chosen["slots"] * chosen["position_groups"]
-        sums = out if slots == 1 else out.new_empty((slots, *out.shape))
-        grid = (samples.groups * chosen["row_programs"], chosen["column_programs"], chosen["position_groups"])
-        density_kernel[grid](
-            samples.table, samples.tokens, inverse, bandwidth, sums,
-            samples.count, samples.dims, samples.vocabulary, samples.positions, samples.length, samples.groups,
-            chosen["tiles"], chosen["row_programs"], chosen["tiles_at_once"], chosen["positions_at_once"], parts, width,
-            *samples.table_strides, *samples.token_strides, *strides,
-            **chosen["constants"], BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        if slots > 1:
-            add_slots(sums, out, 1.0)
+    inverse = inverse_norms(samples) if cosine else None
+    parts = 1
+    strides = (0, 0)
+    if bandwidth is not None:
+        width, strides = 1.0, bandwidth.stride()
+    elif not width:
+        bandwidth, width, strides = silverman_parts(samples, inverse, over_batch)
+        parts = bandwidth.shape[-1]
+    chosen = plan(samples.count, samples.dims, samples.positions, samples.length)
+    slots = chosen["slots"] * chosen["position_groups"]
+    sums = out if slots == 1 else out.new_empty((slots, *out.shape))
+    grid = (samples.groups * chosen["row_programs"], chosen["column_programs"], chosen["position_groups"])
+    launch(
+        density_kernel, grid,
+        samples.table, samples.tokens, inverse, bandwidth, sums,
+        samples.count, samples.dims, samples.vocabulary, samples.positions, samples.length, samples.groups,
+        chosen["tiles"], chosen["row_programs"], chosen["tiles_at_once"], chosen["positions_at_once"], parts, width,
+        *samples.table_strides, *samples.token_strides, *strides,
+        **chosen["constants"], BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=4,
+    )  # fmt: skip
+    if slots > 1:
+        add_slots(sums, out, 1.0)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .density_samples import Samples, row_pointers
+from .launching import launch
 
 
 @triton.jit(do_not_specialize=["N", "V", "positions", "length", "chunks"])
@@ -109,8 +110,19 @@ def add_slots(slots: Tensor, out: Tensor, factor: float) -> None:
 
 def _add(slots: Tensor, out: Tensor, count: int, size: int, factor: float, stride_slot: int, stride_element: int):
     block = min(128, triton.next_power_of_2(size))
-    add_slots_kernel[(triton.cdiv(size, block),)](
-        slots, out, count, size, factor, stride_slot, stride_element, BLOCK_SLOTS=16, BLOCK_SIZE=block, num_warps=4
+    launch(
+        add_slots_kernel,
+        (triton.cdiv(size, block),),
+        slots,
+        out,
+        count,
+        size,
+        factor,
+        stride_slot,
+        stride_element,
+        BLOCK_SLOTS=16,
+        BLOCK_SIZE=block,
+        num_warps=4,
     )
 
 
@@ -135,7 +147,8 @@ def silverman_parts(
     chunks = triton.cdiv(samples.dims, block_d)
     rows, parts = samples.groups * samples.positions, samples.length * chunks
     found = samples.table.new_empty((samples.groups, samples.positions, parts), dtype=torch.float32)
-    deviations_kernel[(rows, parts)](
+    launch(
+        deviations_kernel, (rows, parts),
         samples.table, samples.tokens, inverse, found,
         samples.count, samples.dims, samples.vocabulary, samples.positions, samples.length, chunks,
         *samples.table_strides, *samples.token_strides,
@@ -153,10 +166,9 @@ def silverman(samples: Samples, cosine: bool, out: Tensor) -> None:
     """Write the bandwidths into ``out[G, positions]``."""
     if out.numel() == 0:
         return
-    with samples.device_context():
-        found, factor, _ = silverman_parts(samples, inverse_norms(samples) if cosine else None)
-        parts = found.shape[-1]
-        _add(found, out, parts, out.numel(), factor, 1, parts)
+    found, factor, _ = silverman_parts(samples, inverse_norms(samples) if cosine else None)
+    parts = found.shape[-1]
+    _add(found, out, parts, out.numel(), factor, 1, parts)
 
 
 def inverse_norms(samples: Samples) -> Tensor:
@@ -164,7 +176,8 @@ def inverse_norms(samples: Samples) -> Tensor:
     out = samples.table.new_empty((samples.groups, samples.positions, samples.count), dtype=torch.float32)
     block_d = min(32, triton.next_power_of_2(samples.dims))
     grid = (samples.groups * samples.positions, triton.cdiv(samples.count, 64))
-    inverse_norms_kernel[grid](
+    launch(
+        inverse_norms_kernel, grid,
         samples.table, samples.tokens, out,
         samples.count, samples.dims, samples.vocabulary, samples.positions, samples.length,
         *samples.table_strides, *samples.token_strides, BLOCK_N=64, BLOCK_D=block_d, num_warps=4,

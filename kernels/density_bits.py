@@ -17,6 +17,7 @@ from torch import Tensor
 from .density import POSITIONS_AT_ONCE, SMALLEST_SYMMETRIC, exponents
 from .density_bandwidth import add_slots, silverman_parts
 from .density_samples import Samples, locate
+from .launching import launch
 
 BLOCK_I = 32
 BLOCK_J = 128
@@ -118,8 +119,17 @@ def pack(bits: Tensor) -> Tensor:
     batch_size, count, length, dims = bits.shape
     words = triton.cdiv(dims, 32)
     out = torch.empty((batch_size, length * words, count), dtype=torch.int32, device=bits.device)
-    pack_kernel[(triton.cdiv(count, 128), length * words, batch_size)](
-        bits, out, count, dims, words, *bits.stride(), BLOCK_N=128, num_warps=4
+    launch(
+        pack_kernel,
+        (triton.cdiv(count, 128), length * words, batch_size),
+        bits,
+        out,
+        count,
+        dims,
+        words,
+        *bits.stride(),
+        BLOCK_N=128,
+        num_warps=4,
     )
     return out
 
@@ -136,25 +146,25 @@ def bit_density(bits: Tensor, out: Tensor, bandwidth: Tensor | None, width: floa
     batch_size, count, length, dims = bits.shape
     positions, joined_length = (1, length) if joined else (length, 1)
     samples = Samples(bits, None, batch_size, count, positions, joined_length, dims)
-    with samples.device_context():
-        packed = pack(bits)
-        words = packed.shape[1] // positions
-        parts = 1
-        strides = (0, 0)
-        if bandwidth is not None:
-            width, strides = 1.0, bandwidth.stride()
-        elif not width:
-            bandwidth, width, strides = silverman_parts(samples, None, over_batch, bits=True)
-            parts = bandwidth.shape[-1]
-        chosen = plan(count, positions, words)
-        slots = chosen["slots"] * chosen["position_groups"]
-        sums = out if slots == 1 else out.new_empty((slots, *out.shape))
-        grid = (batch_size * chosen["row_programs"], chosen["column_programs"], chosen["position_groups"])
-        bit_density_kernel[grid](
-            packed, bandwidth, sums,
-            count, words, positions, batch_size, chosen["tiles"], chosen["row_programs"], chosen["tiles_at_once"],
-            chosen["positions_at_once"], parts, width, *strides,
-            **chosen["constants"], BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        if slots > 1:
-            add_slots(sums, out, 1.0)
+    packed = pack(bits)
+    words = packed.shape[1] // positions
+    parts = 1
+    strides = (0, 0)
+    if bandwidth is not None:
+        width, strides = 1.0, bandwidth.stride()
+    elif not width:
+        bandwidth, width, strides = silverman_parts(samples, None, over_batch, bits=True)
+        parts = bandwidth.shape[-1]
+    chosen = plan(count, positions, words)
+    slots = chosen["slots"] * chosen["position_groups"]
+    sums = out if slots == 1 else out.new_empty((slots, *out.shape))
+    grid = (batch_size * chosen["row_programs"], chosen["column_programs"], chosen["position_groups"])
+    launch(
+        bit_density_kernel, grid,
+        packed, bandwidth, sums,
+        count, words, positions, batch_size, chosen["tiles"], chosen["row_programs"], chosen["tiles_at_once"],
+        chosen["positions_at_once"], parts, width, *strides,
+        **chosen["constants"], BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=4,
+    )  # fmt: skip
+    if slots > 1:
+        add_slots(sums, out, 1.0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,9 +36,6 @@ class Samples:
     @property
     def token_strides(self) -> tuple[int, ...]:
         return (0, 0, 0) if self.tokens is None else self.tokens.stride()
-
-    def device_context(self):
-        return torch.cuda.device(self.table.device) if self.table.is_cuda else contextlib.nullcontext()
 
 
 def points(x: Tensor) -> Samples:

@@ -21,8 +21,6 @@ What bounds them: in half precision writing the features, ``B * M * C * H * W`` 
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +34,7 @@ from .fusion_tables import (
     tables_of,
     tile_inputs,
 )
+from .launching import launch
 
 
 @triton.jit
@@ -225,13 +224,11 @@ def fuse(
         "HAS_CHOSEN": chosen is not None,
         "HAS_F_HAT": f_hat is not None,
         "SCALED": out.dtype.itemsize == 2,
-        "INTERPRETED": triton.knobs.runtime.interpret,
     }
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        if tuple(side) == tuple(out.shape[2:]):
-            _fuse_unresized(tokens, out, weights, blend, tensors, strides, constants)
-        else:
-            _fuse_resized(tokens, out, weights, blend, tensors, strides, constants, side, interpolation)
+    if tuple(side) == tuple(out.shape[2:]):
+        _fuse_unresized(tokens, out, weights, blend, tensors, strides, constants)
+    else:
+        _fuse_resized(tokens, out, weights, blend, tensors, strides, constants, side, interpolation)
 
 
 def _fuse_resized(tokens, out, weights, blend, tensors, strides, constants, side, interpolation) -> None:
@@ -243,7 +240,8 @@ def _fuse_resized(tokens, out, weights, blend, tensors, strides, constants, side
     columns, column_weights = tile_inputs(side[1], W, interpolation, taps, out.device, operand)
     chosen, f_hat = tensors
     block_c, num_warps = resized_blocks(C, operand)
-    fuse_resized_kernel[(N, len(rows) * len(columns), triton.cdiv(C, block_c))](
+    launch(
+        fuse_resized_kernel, (N, len(rows) * len(columns), triton.cdiv(C, block_c)),
         tokens, chosen, table, bias[0] if bias else scale, scale, f_hat, out,
         rows, row_weights, columns, column_weights,
         tokens.shape[1], len(weights[0]), side[1], H, W, len(columns), *strides,
@@ -265,7 +263,8 @@ def _fuse_unresized(tokens, out, weights, blend, tensors, strides, constants) ->
         table, scale = tables_of(make_codebook, operand, blend, *weights)
         kernel = bias = scale
     chosen, f_hat = tensors
-    fuse_unresized_kernel[(N, triton.cdiv(H * W, block_p), triton.cdiv(C, block_c))](
+    launch(
+        fuse_unresized_kernel, (N, triton.cdiv(H * W, block_p), triton.cdiv(C, block_c)),
         tokens, chosen, table, kernel, bias, scale, f_hat, out,
         tokens.shape[1], len(weights[0]), H, W, *strides,
         C=C, BLOCK_C=block_c, BLOCK_P=block_p, MULTIPLY=multiply, **constants,

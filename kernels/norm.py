@@ -16,13 +16,14 @@ a second, small kernel adds the programs' sums.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launching import launch
 
 
 @triton.jit
@@ -176,13 +177,13 @@ def forward(
     C = x.shape[1]
     block_rows, block_c, num_warps = blocks(C, x.element_size(), FORWARD_TILE)
     out = _rows_to_fill(y)
-    with _on_device_of(x):
-        norm_forward_kernel[(triton.cdiv(out.shape[0], block_rows),)](
-            _rows(x), weight.contiguous(), bias.contiguous(), _rows(residual), _contiguous(input_bias), out,
-            out.shape[0], slope, eps,
-            C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1,
-            INTERPRETED=triton.knobs.runtime.interpret, num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        norm_forward_kernel, (triton.cdiv(out.shape[0], block_rows),),
+        _rows(x), weight.contiguous(), bias.contiguous(), _rows(residual), _contiguous(input_bias), out,
+        out.shape[0], slope, eps,
+        C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1,
+        num_warps=num_warps,
+    )  # fmt: skip
     _put_back(out, y)
 
 
@@ -208,19 +209,20 @@ def backward(
     programs = min(triton.cdiv(out.shape[0], block_rows), most_programs(x.device))
     kinds = 2 if input_bias is None else 3
     sums = torch.empty((kinds, programs, C), dtype=torch.float32, device=x.device)
-    with _on_device_of(x):
-        norm_backward_kernel[(programs,)](
-            _rows(grad), _rows(x), weight.contiguous(), bias.contiguous(), _rows(residual), _contiguous(input_bias),
-            out, out_residual, sums,
-            out.shape[0], slope, eps,
-            C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1,
-            INTERPRETED=triton.knobs.runtime.interpret, num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        sum_programs_kernel[(triton.cdiv(C, SUM_BLOCK_C), kinds)](
-            sums, grad_weight, grad_bias, None if input_bias is None else grad_input_bias, programs,
-            C=C, BLOCK_PROGRAMS=SUM_BLOCK_PROGRAMS, BLOCK_C=SUM_BLOCK_C,
-            INTERPRETED=triton.knobs.runtime.interpret, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        norm_backward_kernel, (programs,),
+        _rows(grad), _rows(x), weight.contiguous(), bias.contiguous(), _rows(residual), _contiguous(input_bias),
+        out, out_residual, sums,
+        out.shape[0], slope, eps,
+        C=C, BLOCK_ROWS=block_rows, BLOCK_C=block_c, ACTIVATE=slope != 1,
+        num_warps=num_warps,
+    )  # fmt: skip
+    launch(
+        sum_programs_kernel, (triton.cdiv(C, SUM_BLOCK_C), kinds),
+        sums, grad_weight, grad_bias, None if input_bias is None else grad_input_bias, programs,
+        C=C, BLOCK_PROGRAMS=SUM_BLOCK_PROGRAMS, BLOCK_C=SUM_BLOCK_C,
+        num_warps=4,
+    )  # fmt: skip
     _put_back(out, grad_x)
     if residual is not None:
         _put_back(out_residual, grad_residual)
@@ -263,10 +265,6 @@ def _put_back(rows: Tensor, x: Tensor) -> None:
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
-
-
-def _on_device_of(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def aot_specs():

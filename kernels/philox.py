@@ -5,11 +5,11 @@ gives the same words, is ``varkern.ops.philox``. Bound by integer multiplication
 few numbers of a search, by the launch.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+
+from .launching import launch
 
 BLOCK = 256
 
@@ -43,10 +43,9 @@ def fill_uniforms(seeds: torch.Tensor, uniforms: torch.Tensor, scale: int, strea
     """Write the uniform numbers of ``seeds[B]`` int64 into ``uniforms[B, M, l]`` float32, contiguous, of 1 at least."""
     batch_size, num_candidates, length = uniforms.shape
     places = num_candidates * length
-    with torch.cuda.device(seeds.device) if seeds.is_cuda else contextlib.nullcontext():
-        uniforms_kernel[(batch_size, triton.cdiv(places, BLOCK))](
-            seeds, uniforms, places, length, scale, seeds.stride(0), STREAM=stream, BLOCK=BLOCK, num_warps=4
-        )
+    grid = (batch_size, triton.cdiv(places, BLOCK))
+    sizes = (places, length, scale, seeds.stride(0))
+    launch(uniforms_kernel, grid, seeds, uniforms, *sizes, STREAM=stream, BLOCK=BLOCK, num_warps=4)
 
 
 def aot_specs():

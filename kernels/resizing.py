@@ -6,14 +6,12 @@ Source: the end of VAR's ``get_next_autoregressive_input`` (mode ``area`` is ada
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .fusion_tables import pixel_inputs
+from .launching import launch
 
 
 @triton.jit
@@ -45,7 +43,7 @@ def resize_kernel(
         read = tl.load(
             f_hat_ptr + pixel[:, :, None] + (c * stride_f_hat_c)[None, None, :], mask=inside, other=0.0
         )  # [BLOCK_L, BLOCK_COLUMNS, BLOCK_C]
-        out += row_weights[:, None, None] * read
+        out = tl.fma(row_weights[:, None, None], read, out)
     out = tl.sum(out * column_weights[:, :, None], axis=1)
     out_ptr += image * stride_out_b
     place = place[:, None] * stride_out_l + (c * stride_out_c)[None, :]
@@ -60,13 +58,13 @@ def resize(f_hat: Tensor, out: Tensor, interpolation: str) -> None:
     rows, row_weights = pixel_inputs(f_hat.shape[2], h, interpolation, out.device)
     columns, column_weights = pixel_inputs(f_hat.shape[3], w, interpolation, out.device)
     block_c, block_columns, block_l = resize_blocks(C, h * w, columns.shape[1])
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        resize_kernel[(B, triton.cdiv(h * w, block_l), triton.cdiv(C, block_c))](
-            f_hat, out, rows, row_weights, columns, column_weights,
-            w, h * w, C, *f_hat.stride(), out.stride(0), out.stride(1), out.stride(3),
-            ROWS=rows.shape[1], COLUMNS=columns.shape[1], BLOCK_COLUMNS=block_columns, BLOCK_L=block_l, BLOCK_C=block_c,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        resize_kernel, (B, triton.cdiv(h * w, block_l), triton.cdiv(C, block_c)),
+        f_hat, out, rows, row_weights, columns, column_weights,
+        w, h * w, C, *f_hat.stride(), out.stride(0), out.stride(1), out.stride(3),
+        ROWS=rows.shape[1], COLUMNS=columns.shape[1], BLOCK_COLUMNS=block_columns, BLOCK_L=block_l, BLOCK_C=block_c,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def resize_blocks(C: int, places: int, columns: int) -> tuple[int, int, int]:

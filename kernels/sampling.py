@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import launch
 from .philox import philox_uniform_bits
 from .sampling_search import (
     COUNT,
@@ -319,24 +320,24 @@ def sample(
         inverse_temperature = None
     sizes = (length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus)
     chosen = plan(vocabulary, num_candidates, top_k)
-    # Fused multiply-adds would round otherwise than the PyTorch form does.
-    options = {**chosen["sample"], "FILTER_NUCLEUS": 0 < top_p < 1, "enable_fp_fusion": False}
+    options = {**chosen["sample"], "FILTER_NUCLEUS": 0 < top_p < 1}
     if chosen["kind"] == "shortlist":
         capacity = options["CAPACITY"]
         headers = empty((num_rows, HEADER.value), torch.float32)
         values, columns = empty((num_rows, capacity), torch.float32), empty((num_rows, capacity), torch.int16)
         shortlist = (headers, values, columns, empty(num_rows, torch.int64) if return_stats else None)
-        shortlist_kernel[(num_rows,)](
+        launch(
+            shortlist_kernel, (num_rows,),
             *inputs, *shortlist, *strides,
             length, vocabulary, guidance, inverse_temperature, top_k, chosen["deviations"], chosen["spacing"],
-            **chosen["shortlist"], enable_fp_fusion=False,
+            **chosen["shortlist"],
         )  # fmt: skip
-        sample_shortlist_kernel[(num_rows,)](*inputs, seeds, *shortlist, *outputs, *strides, *sizes, **options)
+        launch(sample_shortlist_kernel, (num_rows,), *inputs, seeds, *shortlist, *outputs, *strides, *sizes, **options)
         return tokens, *stats
     options["FILTER_TOP_K"] = 0 < top_k < vocabulary
     if chosen["kind"] == "small":
         grid = (triton.cdiv(num_rows, options["ROWS"]),)
-        sample_small_kernel[grid](*inputs, seeds, *outputs, *strides, num_rows, *sizes, **options)
+        launch(sample_small_kernel, grid, *inputs, seeds, *outputs, *strides, num_rows, *sizes, **options)
     else:
-        sample_kernel[(num_rows,)](*inputs, seeds, *outputs, *strides, *sizes, **options)
+        launch(sample_kernel, (num_rows,), *inputs, seeds, *outputs, *strides, *sizes, **options)
     return tokens, *stats
