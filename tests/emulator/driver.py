@@ -18,6 +18,7 @@ from triton.runtime.driver import driver as triton_driver
 from . import machine, memory, ptx
 
 LARGEST_SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")  # of a launch, on any target
 
 launched: dict[str, machine.Totals] = {}  # by the hash of what was compiled: what was launched so far
 listeners: list[Callable[[machine.Totals], None]] = []  # called after every launch, whether it raises or not
@@ -39,11 +40,10 @@ class Launcher:
         self.kinds = [src.signature[name] for name in src.fn.arg_names]
         names = src.fn.arg_names
         constants = {names[path[0]]: value for path, value in src.constants.items() if len(path) == 1}
-        not_options = ("hash", "target", "name", "shared", "triton_version")
         self.totals = launched.setdefault(metadata.hash, machine.Totals(None, name=src.fn.__name__))
         self.totals.source, self.totals.constants, self.totals.shared = src, constants, metadata.shared
         self.totals.signature = {name: kind for name, kind in src.signature.items() if name not in constants}
-        self.totals.options = {k: v for k, v in metadata._asdict().items() if k not in not_options}
+        self.totals.options = {name: getattr(metadata, name, None) for name in OPTIONS}
 
     def __call__(self, x, y, z, stream, text, packed, launch_metadata, enter, leave, *arguments):
         totals = self.totals

@@ -194,7 +194,7 @@ def launch(kernel: ptx.Kernel, grid, arguments, shared: int, totals: Totals) -> 
     memory = Memory([value for value, _ in arguments if isinstance(value, torch.Tensor)])
     params = parameter_bytes(kernel, arguments, memory)
     counters = {name: np.zeros(len(kernel.program), np.uint64) for name in COUNTERS}
-    events = np.zeros(256, EVENT)
+    events = np.zeros(256 + 4 * len(kernel.program), EVENT)
     size = max(16, shared)
     smem, shw, shr = np.zeros(size, np.uint8), np.zeros(size, np.uint64), np.zeros(size, np.uint64)
     grid = tuple(int(g) for g in grid) + (1,) * (3 - len(grid))

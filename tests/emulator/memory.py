@@ -61,11 +61,23 @@ def bytes_of_views(views: list[torch.Tensor], size: int) -> np.ndarray:
     return inside
 
 
+def regions_of_views(views: list[torch.Tensor], size: int) -> list[tuple[int, np.ndarray]]:
+    """(first byte, a flag for each byte from there on): the storage in one, or a very large view row by row."""
+    if size <= LARGEST_SHADOW or len(views) > 1:
+        return [(0, bytes_of_views(views, size))]
+    regions = []
+    for row in views[0].unbind(views[0].stride().index(max(views[0].stride()))):
+        last = sum((length - 1) * step for length, step in zip(row.shape, row.stride(), strict=True))
+        itemsize, at_zero = row.element_size(), row.as_strided(row.shape, row.stride(), 0)
+        regions.append((row.storage_offset() * itemsize, bytes_of_views([at_zero], (last + 1) * itemsize)))
+    return regions
+
+
 class Memory:
     """Lays out the storages of a launch's tensors.
 
     Attributes:
-        segments: one row per storage, as c/state.h has it.
+        segments: one row per storage, as c/state.h has it; several for a very large one.
         addresses: of each tensor, by its ``id``.
         checked: whether races in global memory are looked for; not in very large launches.
     """
@@ -83,17 +95,20 @@ class Memory:
             if size == 0:
                 self.addresses |= {id(view): NOWHERE for view in views}
                 continue
-            inside, flags = bytes_of_views(views, size), written_flags(views[0])
-            writes, reads = (np.zeros(size if self.checked else 1, np.uint64) for _ in range(2))
-            self._keep += [inside, flags]
-            self._shadows.append((reads, writes))
             start = base + pointer % 512 if pointer % 16 else base + pointer % 64  # as aligned as it really is
+            rows += [self._segment(start, pointer, *region, views) for region in regions_of_views(views, size)]
             for view in views:
                 self.addresses[id(view)] = start + view.data_ptr() - pointer if view.numel() else start
-            rows.append((start, size, pointer, inside.ctypes.data, writes.ctypes.data, reads.ctypes.data,
-                         int(inside.all()), 0 if flags is None else flags.ctypes.data))  # fmt: skip
             base += -(-(size + 4096) // (1 << 20)) * (1 << 20) + (1 << 20)
         self.segments = np.array(rows, dtype=SEGMENT)
+
+    def _segment(self, start: int, pointer: int, first: int, inside: np.ndarray, views: list[torch.Tensor]) -> tuple:
+        flags = written_flags(views[0])
+        writes, reads = (np.zeros(len(inside) if self.checked else 1, np.uint64) for _ in range(2))
+        self._keep += [inside, flags]
+        self._shadows.append((reads, writes))
+        return (start + first, len(inside), pointer + first, inside.ctypes.data, writes.ctypes.data, reads.ctypes.data,
+                int(inside.all()), 0 if flags is None else flags.ctypes.data)  # fmt: skip
 
     def footprint(self) -> tuple[int, int]:
         """Bytes that the launch read and that it wrote, each counted once; 0 if not checked."""

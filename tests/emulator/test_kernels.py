@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from tests import emulator
 
@@ -85,6 +86,17 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True)
+def launches():
+    """What is launched during a test: the totals of its kernel, once for each launch. The run's table lists none."""
+    seen = []
+    emulator.listeners.append(seen.append)
+    yield seen
+    emulator.listeners.remove(seen.append)
+    for totals in seen:
+        totals.reset()
+
+
 def test_addition_of_a_length_that_no_block_divides():
     x, y, o = normal(1000), normal(1000, seed=1), torch.zeros(1000)
     add_kernel[(4,)](x, y, o, 1000, B=256)
@@ -104,12 +116,15 @@ def test_reductions_and_scans(num_warps):
 @pytest.mark.parametrize(
     "sizes", [(16, 16, 32, 16, 1), (64, 32, 128, 32, 4), (128, 64, 96, 16, 8), (32, 64, 64, 64, 4)]
 )
-def test_products_on_the_matrix_units(sizes, dtype):
-    """On sm_90 tiles of 64 rows and more go through wgmma, smaller ones and sm_80 through mma."""
+def test_products_on_the_matrix_units(sizes, dtype, launches, request):
+    """On sm_90 tiles of 64 rows and more go through wgmma, smaller ones and sm_80 through mma; float32 through fma."""
     M, N, K, BK, num_warps = sizes
     a, b, c = normal(M, K).to(dtype), normal(K, N, seed=1).to(dtype), torch.zeros(M, N)
     product_kernel[(1,)](a, b, c, M, N, K, BK, num_warps=num_warps)
     assert (c.double() - a.double() @ b.double()).abs().max() < 1e-4
+    wide = request.config.getoption("--compiled") == "sm_90" and M >= 64
+    unit = "fma.rn.f32" if dtype == torch.float32 else "wgmma.mma_async" if wide else "mma.sync"
+    assert [name for name in ("wgmma.mma_async", "mma.sync", "fma.rn.f32") if name in launches[0].ptx][:1] == [unit]
 
 
 def test_a_loop_whose_length_the_data_decide():
@@ -175,14 +190,28 @@ def test_approximate_instructions_err_by_so_many_ulp(ulp, monkeypatch):
     assert steps.max() == ulp and o[0] == 8.0  # exact results stay
 
 
-def test_counts_of_a_known_kernel():
+def test_a_launch_that_is_only_recorded(monkeypatch, launches):
+    monkeypatch.setattr(emulator.SETTINGS, "run", False)
+    x, o = normal(1000), torch.zeros(1000)
+    for blocks in (4, 2, 4):
+        add_kernel[(blocks,)](x, x, o, 1, B=512, num_warps=2)
+    (recorded,) = {id(totals): totals for totals in launches}.values()
+    assert recorded.name == "add_kernel" and recorded.grids == {(4, 1, 1): 2, (2, 1, 1): 1} and not o.any()
+    assert recorded.signature == {"x": "*fp32", "y": "*fp32", "o": "*fp32"}
+    assert recorded.constants == {"n": 1, "B": 512} and recorded.options["num_warps"] == 2
+    assert ".target sm_" in recorded.ptx
+    with emulator.machine_code():
+        target = GPUTarget("cuda", 90, 32)
+        assembled = triton.compile(recorded.source, target=target, options=recorded.options)
+    assert assembled.asm["cubin"].startswith(b"\x7fELF") and ".target sm_90" in assembled.asm["ptx"]
+    assert len(launches) == 3
+
+
+def test_counts_of_a_known_kernel(launches):
     """256 threads, 8 warps: two loads and a store of 4 bytes a thread are 4 sectors each and warp."""
-    for totals in emulator.launched.values():
-        totals.reset()
     x, o = torch.zeros(1024), torch.zeros(1024)
     add_kernel[(1,)](x, x, o, 1024, B=1024, num_warps=8)
-    (totals,) = (t for t in emulator.launched.values() if t.launches)
-    counts = emulator.summarise(totals)
+    counts = emulator.summarise(launches[0])
     assert (counts["loads"], counts["stores"]) == (2 * 8, 8)
     assert (counts["load_bytes"], 32 * counts["load_sectors"]) == (2 * 4096, 2 * 4096)
     assert (counts["store_bytes"], counts["bytes_written"], counts["bytes_read"]) == (4096, 4096, 4096)
