@@ -38,7 +38,8 @@ REMARKS = {
     "warps store the same value to one shared address",
     "warps or CTAs store the same value to one global address",
 }
-C_FILES = ("state.h", "numbers.h", "memory.h", "lanes.h", "matrix.h", None, "control.h")  # None: lanewise.c_source()
+# None stands for what lanewise.c_source() writes.
+C_FILES = ("state.h", "numbers.h", "global.h", "shared.h", "access.h", "lanes.h", "matrix.h", None, "control.h")
 COMPILER_FLAGS = (
     "-O2 -ftree-vectorize -march=native -ffp-contract=off -fno-strict-aliasing -fno-math-errno -fPIC -shared -w"
 )
@@ -78,16 +79,16 @@ class _Context(ctypes.Structure):
     _fields_ = [
         ("prog", P), ("nprog", N), ("pool", P), ("nwarps", N), ("nthreads", N), ("grid", U * 3), ("seg", P),
         ("nseg", N), ("param", P), ("nparam", N), ("smem", P), ("shw", P), ("shr", P), ("shsize", U),
-        ("check_global", N), ("perturb", N), ("mma_mode", N), ("shuffle", N), ("stats", N), ("rng", L),
-        ("count", P), ("tcount", P), ("sectors", P), ("bytes", P), ("waves", P), ("ev", P), ("nev", N), ("capev", N),
+        ("check_global", N), ("ulp", N), ("truncate", N), ("rng", L),
+        ("count", P), ("threads", P), ("sectors", P), ("bytes", P), ("waves", P), ("ev", P), ("nev", N), ("capev", N),
         ("cta", N), ("epoch", U), ("w", P), ("ctaid", U * 3), ("nslots", N), ("nconst", N), ("consts", P),
-        ("steps", L), ("maxsteps", L), ("stop", N), ("dup_stores", L), ("lastseg", N), ("approx_seed", U),
+        ("steps", L), ("maxsteps", L), ("stop", N), ("lastseg", N), ("approx_seed", U),
     ]  # fmt: skip
 
 
 EVENT = np.dtype([("type", np.int32), ("pc", np.int32), ("count", np.int32), ("cta", np.int32), ("warp", np.int32),
                   ("lane", np.int32), ("addr", np.uint64), ("extra", np.int64)])  # fmt: skip
-COUNTERS = ("count", "tcount", "sectors", "bytes", "waves")
+COUNTERS = ("count", "threads", "sectors", "bytes", "waves")
 
 
 def find_compiler() -> str | None:
@@ -207,7 +208,7 @@ def launch(kernel: ptx.Kernel, grid, arguments, shared: int, totals: Totals) -> 
     c.seg, c.nseg, c.check_global = memory.segments.ctypes.data, len(memory.segments), int(memory.checked)
     c.param, c.nparam = params.ctypes.data, len(params)
     c.smem, c.shw, c.shr, c.shsize = smem.ctypes.data, shw.ctypes.data, shr.ctypes.data, shared
-    c.perturb, c.mma_mode, c.shuffle, c.stats = SETTINGS.ulp, int(SETTINGS.mma_truncates), 1, 1
+    c.ulp, c.truncate = SETTINGS.ulp, int(SETTINGS.mma_truncates)
     c.rng, c.approx_seed = (SETTINGS.seed * 0x9E3779B97F4A7C15 | 1) & (2**64 - 1), SETTINGS.seed & 0xFFFFFFFF
     for name, values in counters.items():
         setattr(c, name, values.ctypes.data)

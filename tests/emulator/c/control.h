@@ -79,7 +79,7 @@ static int run_group(Warp* w, int which, s32 limit) {
       EV(EV_DIVERGENT_SYNC, 0, wanted & ~m, m);
     }
     c->count[pc]++;
-    c->tcount[pc] += __builtin_popcount(m);
+    c->threads[pc] += __builtin_popcount(m);
     if (++c->steps > c->maxsteps) {
       event(c, EV_TIMEOUT, pc, w->id, 0, 0, 0);
       c->stop = 1;
@@ -137,7 +137,6 @@ static int run_warp(Warp* w) {
   return w->ng ? FAILED : ENDED;
 }
 static void shuffle(Ctx* c, s32* order, s32 count) {
-  if (!c->shuffle) return;
   for (s32 k = count - 1; k > 0; k--) {
     s32 j = rnd(c) % (k + 1), kept = order[k];
     order[k] = order[j];

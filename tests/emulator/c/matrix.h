@@ -4,12 +4,9 @@ static inline f32 half_of(u32 x, int hi, int bf16) {
   return bf16 ? b2f(h) : h2f(h);
 }
 static f32 mma_round(Warp* w, f64 v) {
-  if (w->c->mma_mode == 1) {
-    f32 r = (f32)v;
-    if (r == r && !isinf(r) && fabs((f64)r) > fabs(v)) r = bf(fb(r) - 1);
-    return r;
-  }  // towards zero
-  return (f32)v;
+  f32 r = (f32)v;
+  int away = w->c->truncate && r == r && !isinf(r) && fabs((f64)r) > fabs(v);
+  return away ? bf(fb(r) - 1) : r;
 }
 // d[4], a[4 or 2], b[2 or 1], c[4]; esz = k (8 or 16), flags: 1 bf16
 static void op_mma(Warp* w, const Ins* in, u32 m) {
@@ -42,13 +39,10 @@ static void op_ldmatrix(Warp* w, const Ins* in, u32 m) {  // address, then n reg
   u16 M[4][8][8];
   u32 a[32];
   FOR_LANES (i) a[i] = RU(0)[i] + (u32)in->imm;
-  if (w->c->stats) {
-    u32 mm = n == 4 ? ~0u : n == 2 ? 0xffffu : 0xffu;
-    banks(w, in, mm, a, 16);
-  }
+  banks(w, in, n == 4 ? ~0u : n == 2 ? 0xffffu : 0xffu, a, 16);
   for (int q = 0; q < n; q++)
     for (int r = 0; r < 8; r++) {
-      u8* p = shared(w, in, q * 8 + r, a[q * 8 + r], 16, 0, 0);
+      u8* p = shared(w, in, q * 8 + r, a[q * 8 + r], 16, 0, NO_COPY);
       if (p)
         memcpy(M[q][r], p, 16);
       else
@@ -73,10 +67,7 @@ static void op_stmatrix(Warp* w, const Ins* in, u32 m) {
   u16 M[4][8][8];
   u32 a[32];
   FOR_LANES (i) a[i] = RU(0)[i] + (u32)in->imm;
-  if (w->c->stats) {
-    u32 mm = n == 4 ? ~0u : n == 2 ? 0xffffu : 0xffu;
-    banks(w, in, mm, a, 16);
-  }
+  banks(w, in, n == 4 ? ~0u : n == 2 ? 0xffffu : 0xffu, a, 16);
   for (int q = 0; q < n; q++)
     FOR_LANES (i) {
       int r = i >> 2, c = (i & 3) * 2;
@@ -99,7 +90,7 @@ static void op_stmatrix(Warp* w, const Ins* in, u32 m) {
           break;
         }
       if (dup) continue;
-      u8* p = shared_(w, in, k, a[k], 16, 1, 0, (u8*)M[q][r]);
+      u8* p = shared_(w, in, k, a[k], 16, 1, NO_COPY, (u8*)M[q][r]);
       if (p) memcpy(p, M[q][r], 16);
     }
 }
@@ -127,7 +118,7 @@ static f32 wg_elem(Warp* w, const Ins* in, u64 desc, int mn, int k, int trans, i
     a = start + (k / 8) * sbo + (k % 8) * row + (mn % per) * 2 + (mn / per) * lbo;
   }
   a = swz(a, mode);
-  u8* p = shared(w, in, 0, a, 2, 0, 0);
+  u8* p = shared(w, in, 0, a, 2, 0, NO_COPY);
   u16 x = 0xCDCD;
   if (p) memcpy(&x, p, 2);
   return bf16 ? b2f(x) : h2f(x);

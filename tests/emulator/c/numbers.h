@@ -1,4 +1,5 @@
 // Bits as numbers, numbers as bits, and the functions that lane-wise instructions are written with.
+// bf, bd: the float32, the float64 of these bits; fb, db: the bits of a float32, a float64. h: float16, b: bfloat16.
 static inline f32 bf(u32 x) {
   f32 f;
   memcpy(&f, &x, 4);
@@ -105,11 +106,11 @@ static inline u64 f2u64(f64 x) {
   if (x <= 0) return 0;
   return (u64)x;
 }
-// Approximate instructions: the exact value to float32, moved by up to `perturb` ulp, as a hash of place and operand
+// Approximate instructions: the exact value to float32, moved by up to `ulp` ulp, as a hash of place and operand
 // says.
 static f32 approx_(Warp* w, const Ins* in, f64 v, u32 key) {
   f32 r = (f32)v;
-  int n = w->c->perturb;
+  int n = w->c->ulp;
   // as on a GPU, a function of the operand alone, and exact where a float32 is
   if (n && r == r && !isinf(r) && r != 0 && (f64)r != v) {
     u32 h = key * 2654435761u + (u32)w->c->approx_seed;

@@ -1,9 +1,10 @@
 // What a launch is made of: the program as a table of instructions, memory, warps, and what was found.
+// Names in all files: w a warp, c its launch, in the instruction, m the lanes that execute it (a bit each), i a lane,
+// a an address, n a number of bytes or registers.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <math.h>
-#include <stdio.h>
 typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
@@ -109,9 +110,9 @@ struct Ctx {
   u64* shw;
   u64* shr;
   u32 shsize;
-  s32 check_global, perturb, mma_mode, shuffle, stats;
+  s32 check_global, ulp, truncate;
   u64 rng;
-  u64 *count, *tcount, *sectors, *bytes, *waves;
+  u64 *count, *threads, *sectors, *bytes, *waves;
   Event* ev;
   s32 nev, capev;
   s32 cta;
@@ -122,7 +123,6 @@ struct Ctx {
   Const* consts;
   u64 steps, maxsteps;
   s32 stop;
-  u64 dup_stores;
   s32 lastseg;
   u32 approx_seed;
 };
