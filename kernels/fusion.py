@@ -151,6 +151,7 @@ def fuse_unresized_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TAPS: tl.constexpr, MULTIPLY: tl.constexpr,
     HAS_CHOSEN: tl.constexpr, HAS_F_HAT: tl.constexpr, SCALED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """A scale of the latent's own side. Each code is looked up nine times, once for each pixel that it reaches."""
     n = tl.program_id(0)
     map_ptr, image = _token_map(tokens_ptr, chosen_ptr, n, M, stride_tokens_b, stride_tokens_m, HAS_CHOSEN)
     pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -246,7 +247,8 @@ def _fuse_resized(tokens, out, weights, blend, tensors, strides, constants, side
         rows, row_weights, columns, column_weights,
         tokens.shape[1], len(weights[0]), side[1], H, W, len(columns), *strides,
         C=C, BLOCK_C=block_c, K_ROWS=rows.shape[2], K_COLUMNS=columns.shape[2], TILE=TILE, PRECISION="ieee",
-        **constants, num_warps=num_warps, enable_fp_fusion=True,
+        # One stage: a pipelined loop stages what it looks up in a layout whose reads meet in one bank, eight at a time.
+        **constants, num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -315,28 +315,23 @@ def search_mass(
 
 @triton.jit
 def last_tie(
-    row, x, columns, value, num_kept,
+    row, x, value, num_kept,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """The column of the ``num_kept``-th logit equal to ``value``, by bisection over the columns."""
-    first = tl.zeros_like(num_kept)
-    last = first + (GROUPS * GROUP_SIZE - 1)
-    while first < last:
-        middle = (first + last) // 2
-        if RESIDENT:
-            ties = tl.sum(((x == value) & (columns <= middle)).to(tl.int32))
-        else:
-            sums = tl.zeros([1, GROUP_SIZE], tl.int32)
-            for group in range(GROUPS):
-                of_tile = tile_columns(group, 1, GROUP_SIZE)
-                tile = load_logits(row, of_tile)  # [1, GROUP_SIZE]
-                sums += ((tile == value) & (of_tile <= middle)).to(tl.int32)
-            ties = tl.sum(sums)
-        if ties >= num_kept:
-            last = middle
-        else:
-            first = middle + 1
-    return first
+    """The column of the ``num_kept``-th logit equal to ``value``: as many columns have a smaller running count."""
+    if RESIDENT:
+        ties = (x == value).to(tl.int32)  # [GROUPS, GROUP_SIZE]
+        of_group = tl.sum(ties, 1)  # [GROUPS]
+        running = tl.cumsum(ties, 1) + (tl.cumsum(of_group, 0) - of_group)[:, None]
+        column = tl.sum((running < num_kept).to(tl.int32))
+    else:
+        column = tl.zeros_like(num_kept)
+        seen = tl.zeros_like(num_kept)
+        for group in range(GROUPS):
+            ties = (load_logits(row, tile_columns(group, 1, GROUP_SIZE)) == value).to(tl.int32)  # [1, GROUP_SIZE]
+            column += tl.sum((seen + tl.cumsum(ties, 1) < num_kept).to(tl.int32))
+            seen += tl.sum(ties)
+    return column
 
 
 @triton.jit
@@ -374,7 +369,7 @@ def filter_row(
                 weight = fixed_weights(threshold, shift)
                 wanted = (target - above + weight - 1) // weight
                 if wanted * weight < from_threshold - above:
-                    tie = last_tie(row, x, columns, threshold, wanted.to(tl.int32), GROUPS, GROUP_SIZE, RESIDENT)
+                    tie = last_tie(row, x, threshold, wanted.to(tl.int32), GROUPS, GROUP_SIZE, RESIDENT)
     return threshold, tie
 
 

@@ -31,7 +31,8 @@ HEADER = tl.constexpr(4)
 def quarters(x, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """x [GROUPS, GROUP_SIZE] as four vectors [GROUPS * GROUP_SIZE // 4]: columns 4i, 4i + 1, 4i + 2, 4i + 3.
 
-    A thread loads four neighbours at once and keeps them: what is stored by quarters needs no exchange between threads.
+    A thread loads four float32 neighbours at once and keeps them: what is stored by quarters needs no exchange between
+    threads. Logits in half precision are loaded eight at a time and exchanged once: a quarter more instructions.
     """
     even, odd = tl.split(tl.reshape(x, [GROUPS * GROUP_SIZE // 2, 2]))
     first, third = tl.split(tl.reshape(even, [GROUPS * GROUP_SIZE // 4, 2]))
