@@ -20,8 +20,11 @@ INTERPOLATIONS = ("bicubic", "bilinear", "area", "nearest", "trilinear")
 # Rows and columns of a kernel's tile of output pixels, and the step in which it walks over the inputs of a tile.
 TILE = 16
 
+# Tables by geometry are kept for good, some kilobytes each: captured CUDA graphs read them. They are made on the host
+# whatever PyTorch's default device is, and copied.
 
-@functools.lru_cache(maxsize=512)
+
+@functools.cache
 def axis_matrix(side: int, size: int, interpolation: str) -> Tensor:
     """The matrix ``[size, side]``, float64 on the CPU, by which ``F.interpolate`` resizes an axis (all separable)."""
     # nearest picks its source by a float32 quotient; the other modes' weights are better taken in float64.
@@ -29,19 +32,19 @@ def axis_matrix(side: int, size: int, interpolation: str) -> Tensor:
     mode = "bilinear" if interpolation == "trilinear" else interpolation
     with torch.inference_mode(False), torch.no_grad():
         if side == size:
-            return torch.eye(side, dtype=torch.float64)
-        basis = torch.eye(side, dtype=dtype).view(side, 1, side, 1)
+            return torch.eye(side, dtype=torch.float64, device="cpu")
+        basis = torch.eye(side, dtype=dtype, device="cpu").view(side, 1, side, 1)
         return F.interpolate(basis, size=(size, 1), mode=mode).view(side, size).t().contiguous().double()
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def axis_matrix_on(side: int, size: int, interpolation: str, device: torch.device) -> Tensor:
     """``axis_matrix`` in float32 on ``device``."""
     with torch.inference_mode(False), torch.no_grad():
         return axis_matrix(side, size, interpolation).to(device, torch.float32)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def tile_inputs(
     side: int, size: int, interpolation: str, taps: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -57,16 +60,16 @@ def tile_inputs(
     resized = axis_matrix(side, size, interpolation)
     tiles = -(-size // TILE)
     # seen[y, i, tap]: what output y takes from input i through a tap
-    seen = torch.zeros(tiles * TILE, side, taps, dtype=torch.float64)
+    seen = torch.zeros(tiles * TILE, side, taps, dtype=torch.float64, device="cpu")
     for tap in range(taps):
         shift = tap - taps // 2
         first, last = max(0, -shift), min(size, size - shift)
         seen[first:last, :, tap] = resized[first + shift : last + shift]
     pairs = [part.abs().amax(0).nonzero() for part in seen.split(TILE)]
     K = max(TILE, -(-max(len(p) for p in pairs) // TILE) * TILE)
-    places = torch.zeros(tiles, 2, K, dtype=torch.int32)
+    places = torch.zeros(tiles, 2, K, dtype=torch.int32, device="cpu")
     places[:, 0] = -1
-    weights = torch.zeros(tiles, TILE, K, dtype=torch.float64)
+    weights = torch.zeros(tiles, TILE, K, dtype=torch.float64, device="cpu")
     for tile, p in enumerate(pairs):
         places[tile, :, : len(p)] = p.t()
         weights[tile, :, : len(p)] = seen[tile * TILE : (tile + 1) * TILE, p[:, 0], p[:, 1]]
@@ -74,7 +77,7 @@ def tile_inputs(
         return places.to(device), weights.to(device, dtype)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def pixel_inputs(side: int, size: int, interpolation: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The inputs ``[size, T]`` (int32) of every output of one resized axis and their weights ``[size, T]`` (float32).
 
@@ -178,6 +181,11 @@ def tables_of(
             del _cache[stale]
         _cache[key] = _Tables(made, stamp, storages)
         return made
+
+
+def list_tables() -> list[tuple[Tensor, ...]]:
+    """All tables made from weights that are kept now; a captured CUDA graph that reads some must hold them."""
+    return [kept.tables for kept in _cache.values()]
 
 
 def clear_tables() -> None:

@@ -4,6 +4,7 @@ A GPU captures graphs; elsewhere a stand-in records the generation and runs it a
 that the graph would read and into those that it would write. All but the capture itself is the same code.
 """
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -13,8 +14,10 @@ import torch
 
 import varkern
 from tests.helpers import NUM_CLASSES, on, small_scorer, small_var
+from tests.standins.models import FLEX_SIDES, small_flexvar
 from varkern import graphs
 from varkern.graphs import GenerationGraphs
+from varkern.ops.fusion import list_tables
 from varkern.patching import PatchedMethod
 from varkern.search import BestOfM
 
@@ -35,13 +38,8 @@ def again(generation, device):
     written = generation()
 
     def replay():
-        with torch.inference_mode(written.images.is_inference()):  # a graph writes whatever the mode is
-            new = generation()
-            for name in ("tokens", "scores", "choices"):
-                for old, value in zip(getattr(written, name), getattr(new, name), strict=True):
-                    if old is not None:
-                        old.copy_(value)
-            written.images.copy_(new.images)
+        with torch.inference_mode(written.is_inference()):  # a graph writes whatever the mode is
+            written.copy_(generation())
 
     return replay, written
 
@@ -159,6 +157,154 @@ def test_changed_weights_and_modes_are_captured_anew(model, capture, what, quick
         after = images(model)
         assert not torch.equal(before, after)
     assert len(capture) == 2 and after.shape == before.shape
+
+
+@pytest.mark.parametrize("name, value", [("m", 2), ("pick", 2), ("temperature", 0.3), ("last_scale", 2)])
+def test_changed_settings_of_a_search_are_captured_anew(model, capture, name, value):
+    search = BestOfM(mean_feature, m=4, pick="resample")
+    varkern.patch(model, search, cuda_graph=True)
+    images(model)
+    setattr(search, name, value)
+    after = images(model)
+    with varkern.patched(model, search):
+        wanted = images(model)
+    assert torch.equal(after, wanted) and len(capture) == 2
+
+
+def test_a_search_that_counts_its_calls_is_captured_once(model, capture):
+    class Counting(BestOfM):
+        calls = 0
+
+        def choose(self, candidates):
+            self.calls = min(self.calls + 1, 2)  # a graph would not count; its stand-in runs this at every replay
+            return super().choose(candidates)
+
+    varkern.patch(model, Counting(mean_feature, m=2), cuda_graph=True)
+    assert torch.equal(images(model), images(model)) and len(capture) == 1
+
+
+def test_tables_outlive_what_forgets_them(model, capture):
+    """A graph reads the tables made from weights and does not keep them alive."""
+    with varkern.use_backend("torch"):
+        varkern.patch(model, BestOfM(mean_feature, m=2), cuda_graph=True)
+        images(model)
+    (entry,) = vars(model)[METHOD].graphs.entries.values()
+    held = {table.data_ptr() for tables in list_tables() for table in tables}
+    assert held and held <= {table.data_ptr() for tables in entry.tables for table in tables}
+
+
+def test_inside_the_callers_own_capture_it_runs_eagerly(model, capture, monkeypatch):
+    varkern.patch(model, cuda_graph=True)
+    with varkern.patched(model):
+        wanted = images(model)
+    monkeypatch.setattr(graphs, "capturing", lambda device: True)
+    if model.lvl_1L.device.type == "cuda":
+        pytest.skip("what stands in for a capture here would be one")
+    assert torch.equal(images(model), wanted) and not capture
+
+
+@pytest.mark.parametrize("ids", [[0, 5, -1], [index > 40 for index in range(64)]], ids=["ids", "mask"])
+def test_listed_ids_are_copied_to_the_device_once(ids, device, monkeypatch):
+    """A list among the options is on the device before a capture, which allows no copy from the host."""
+    model, vae = small_flexvar()
+    model.to(device), vae.to(device)
+    given = {"vqvae": vae, "infer_patch_nums": FLEX_SIDES, "invalid_ids": ids}
+    with varkern.patched(model):
+        wanted = model.autoregressive_infer_cfg(B=3, label_B=LABELS.to(device), g_seed=0, **given)
+        monkeypatch.setattr(torch, "tensor", None)
+        got = model.autoregressive_infer_cfg(B=3, label_B=LABELS.to(device), g_seed=0, **given)
+    assert torch.equal(got, wanted)
+
+
+class StandIns:
+    """Stands in for ``torch.cuda``: which stream is current where, and what was done in which order."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.current, self.done, self.fails = {0: "default", 1: "default"}, [], fails
+        for name in ("Stream", "current_stream", "stream", "device", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device):
+        return StreamStandIn(self, f"side of {device}", device.index)
+
+    def current_stream(self, device):
+        return StreamStandIn(self, self.current[device.index], device.index)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before = self.current[stream.index]
+        self.current[stream.index] = stream.name
+        try:
+            yield
+        finally:
+            self.current[stream.index] = before
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.done.append(f"on {device}")
+        yield
+
+    class CUDAGraph:
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream=None, capture_error_mode="global"):
+        """As PyTorch's, it leaves the capturing stream current where the capture fails."""
+        assert stream is not None, "PyTorch takes one stream for all captures of a process"
+        self.done.append(f"capture in {stream.name}, {capture_error_mode}")
+        self.current[stream.index] = stream.name
+        yield
+
+
+class StreamStandIn:
+    def __init__(self, cuda, name, index):
+        self.cuda, self.name, self.index = cuda, name, index
+
+    def wait_stream(self, other):
+        self.cuda.done.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["captured", "fails"])
+def test_streams_and_device_of_a_capture(monkeypatch, fails):
+    """Warm-up and capture share a stream of the model's GPU; the former stream is current afterwards, come what may."""
+    cuda, ran = StandIns(monkeypatch), []
+
+    def generation():
+        ran.append(cuda.current[1])
+        if fails and len(ran) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        graphs.capture_cuda(generation, torch.device("cuda", 1))
+    side = "side of cuda:1"
+    assert ran == [side, side] and cuda.current == {0: "default", 1: "default"}
+    waits = [f"{side} waits for default", f"default waits for {side}"]
+    assert cuda.done == [waits[0], "on cuda:1", f"capture in {side}, thread_local", waits[1]]
+
+
+def test_a_replay_waits_for_the_copy_of_the_one_before(model, capture, monkeypatch):
+    """Else a replay in another stream would write over images that are still being copied."""
+    if model.lvl_1L.device.type == "cuda":
+        pytest.skip("streams are stand-ins here")
+    varkern.patch(model, cuda_graph=True)
+    images(model)
+    method, done = vars(model)[METHOD].graphs, []
+
+    class Stream:
+        def wait_event(self, event):
+            done.append(f"waits for {event}")
+
+        def record_event(self):
+            done.append("records")
+            return f"event {len(done)}"
+
+    (entry,) = method.entries.values()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    for _ in range(2):
+        method.replayed(entry, {}, torch.device("cuda", 0))
+    assert done == ["records", "waits for event 1", "records"]
 
 
 def test_in_and_out_of_inference_mode(model, capture):

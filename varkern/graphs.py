@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varkern.checks import check_request
+from varkern.checks import capturing, check_request
 from varkern.draws import as_image_seeds
 from varkern.families import Family
-from varkern.generate import Generation, as_labels, run
+from varkern.generate import as_labels, run
 from varkern.ops.backend import chosen_backend
+from varkern.ops.fusion import list_tables
 from varkern.search import Search
 from varkern.spec import ModelSpec, Request
 
@@ -30,37 +31,41 @@ logger = logging.getLogger("varkern")
 
 KEPT = 4  # captured generations a patch keeps; each holds the memory of one generation
 
-Capture = Callable[[Callable[[], Generation], torch.device], tuple[Callable[[], None], Generation]]
+Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 
 
-def capture_cuda(generation: Callable[[], Generation], device: torch.device) -> tuple[Callable[[], None], Generation]:
+def capture_cuda(generation: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """Run ``generation`` once to compile its kernels, capture it, and return what replays it and what it writes."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     # Weights that autocast casts inside the capture must be cast again at every replay, and neither may a cast from
     # before be read by the graph, which would outlive it, nor one from the graph by what the user runs next.
     torch.clear_autocast_cache()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        generation()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.clear_autocast_cache()
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.device(device), torch.cuda.graph(graph):
-            written = generation()
+        # PyTorch's own choice of a stream would be one of the GPU that was current at the process's first capture, and
+        # where a capture fails it stays the current stream: the block around it puts the former one back.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            generation()
+            torch.clear_autocast_cache()
+            # In PyTorch's default mode a call of any other thread (a loader that pins memory, NCCL's watchdog) would
+            # spoil the capture, and fail itself.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                written = generation()
     finally:
         torch.clear_autocast_cache()
+        torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay, written
 
 
 @dataclass
 class Captured:
-    """One captured generation: the request it answers, the tensors it reads, what replays it, what it writes."""
+    """One captured generation: the request it answers, the tensors it reads, what replays it, the images it writes."""
 
     request: Request
     inputs: dict[str, Tensor]
     replay: Callable[[], None]
-    written: Generation
+    written: Tensor
+    tables: list[tuple[Tensor, ...]]  # read by the graph, which does not keep them alive
 
 
 class GenerationGraphs:
@@ -80,17 +85,18 @@ class GenerationGraphs:
         self.capture = capture or capture_cuda
         self.entries: OrderedDict[tuple, Captured] = OrderedDict()
         self.impossible: str | None = None  # why, once it was found and said
+        self.copied: torch.cuda.Event | None = None  # the latest images are out of the graph's memory
 
-    def run(self, request: Request) -> Generation:
-        """What :func:`varkern.generate.run` returns for ``request``, replayed where it was captured before.
+    def run(self, request: Request) -> Tensor:
+        """The images of :func:`varkern.generate.run` for ``request``, replayed where it was captured before.
 
         The first call with new settings runs the generation eagerly, captures it and says so. Where capture is
-        impossible it warns once and runs eagerly from then on.
+        impossible it warns once and runs eagerly from then on. Inside the caller's own capture it runs eagerly too.
         """
         spec, device = self.family.spec(self.model, request), self.family.device(self.model)
         if self.impossible is None and (reason := self.hindrance(device)) is not None:
             self.give_up(reason)
-        if self.impossible is not None or request.batch_size == 0:
+        if self.impossible is not None or request.batch_size == 0 or capturing(device):
             return self.eagerly(request)
         check_request(self.family, self.model, spec, request, self.search, "philox")
         inputs = self.inputs(request, spec, device)
@@ -105,17 +111,28 @@ class GenerationGraphs:
                     f"capturing failed ({type(error).__name__}: {said[0]}); a scorer that waits is a usual cause"
                 )
                 return self.eagerly(request)
+            key = self.key(request, inputs, device)  # a search that counts its calls has other settings now
             self.entries[key] = entry
             while len(self.entries) > self.capacity:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)
+        return self.replayed(entry, inputs, device)
+
+    def replayed(self, entry: Captured, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+        """Images of their own, in the current stream; a replay in another stream waits until these are copied."""
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if stream is not None and self.copied is not None:
+            stream.wait_event(self.copied)
         for name, tensor in inputs.items():
             entry.inputs[name].copy_(tensor)
         entry.replay()
-        return copied(entry.written)
+        images = entry.written.clone()
+        if stream is not None:
+            self.copied = stream.record_event()
+        return images
 
-    def eagerly(self, request: Request) -> Generation:
-        return run(self.family, self.model, request, self.search, "philox")
+    def eagerly(self, request: Request) -> Tensor:
+        return run(self.family, self.model, request, self.search, "philox").images
 
     def hindrance(self, device: torch.device) -> str | None:
         """Why nothing can be captured here, if so."""
@@ -139,8 +156,11 @@ class GenerationGraphs:
         # Without guidance fewer rows run, so that a strength of 0 is another graph and not another input. In float64
         # every scale's strength rounds as it does when it is a number.
         if isinstance(cfg, Tensor) or (isinstance(cfg, Real) and cfg != 0):
-            strength = torch.as_tensor(cfg, dtype=torch.float64, device=device)
-            inputs["cfg"] = strength.reshape(-1, 1, 1).expand(request.batch_size, 1, 1)
+            if isinstance(cfg, Tensor):
+                strength = cfg.to(device=device, dtype=torch.float64).reshape(-1, 1, 1)
+            else:  # filled there: a copy from the host would wait
+                strength = torch.full((1, 1, 1), float(cfg), dtype=torch.float64, device=device)
+            inputs["cfg"] = strength.expand(request.batch_size, 1, 1)
         return inputs
 
     def key(self, request: Request, inputs: dict[str, Tensor], device: torch.device) -> tuple:
@@ -171,7 +191,7 @@ class GenerationGraphs:
         options = {**request.options, **({"cfg": static["cfg"]} if "cfg" in static else {})}
         fixed = replace(request, labels=static.get("labels"), seed=static["seeds"], options=options)
         replay, written = self.capture(lambda: self.eagerly(fixed), device)
-        return Captured(request, static, replay, written)
+        return Captured(request, static, replay, written, list_tables())
 
 
 def constant(value: Any) -> Any:
@@ -181,8 +201,11 @@ def constant(value: Any) -> Any:
     return value if value is None or isinstance(value, str | Real) else (type(value), id(value))
 
 
-def weights_of(*objects: Any) -> Iterator[tuple[int, int]]:
-    """Place and version of every weight that a generation reads: moved or changed weights need another graph."""
+def weights_of(*objects: Any) -> Iterator[tuple]:
+    """Place and version of every weight that a generation reads, and every setting of a search.
+
+    Moved or changed weights need another graph, and so does ``search.m = 8``.
+    """
     seen: set[int] = set()
     pending = list(objects)
     while pending:
@@ -193,19 +216,16 @@ def weights_of(*objects: Any) -> Iterator[tuple[int, int]]:
         if isinstance(found, list | tuple):
             pending.extend(found)
             continue
+        attributes = getattr(found, "__dict__", {})
         if isinstance(found, nn.Module):
             for tensor in (*found.parameters(), *found.buffers()):
-                yield tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+                yield place_of(tensor)
+        else:
+            for name, value in attributes.items():
+                yield name, place_of(value) if isinstance(value, Tensor) else constant(value)
         # A VAE kept in a tuple beside the submodules, a search's scorer, a combination's searches.
-        pending.extend(v for v in getattr(found, "__dict__", {}).values() if isinstance(v, nn.Module | list | tuple))
+        pending.extend(v for v in attributes.values() if isinstance(v, nn.Module | list | tuple))
 
 
-def copied(written: Generation) -> Generation:
-    """A generation that later replays do not overwrite."""
-
-    def copy(value):
-        if isinstance(value, Tensor):
-            return value.clone()
-        return [copy(part) for part in value] if isinstance(value, list) else value
-
-    return Generation(*map(copy, written))
+def place_of(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

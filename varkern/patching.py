@@ -52,7 +52,7 @@ class PatchedMethod:
         known = given | set(self.family.arguments)
         request = self.family.request({name: value for name, value in bound.arguments.items() if name in known})
         if self.graphs is not None:
-            return self.graphs.run(request).images
+            return self.graphs.run(request)
         return run(self.family, self.model, request, self.search, self.sampler).images
 
     def __reduce__(self):

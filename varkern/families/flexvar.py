@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -118,7 +119,10 @@ class FlexVARSession:
         self.modulation = model.shared_ada_lin(self.cond)
         self.codebook = F.normalize(self.vqvae.quantize.embedding.weight.detach(), p=2, dim=-1)
         ids = options.get("invalid_ids")
-        self.invalid_ids = None if ids is None else torch.as_tensor(ids, device=labels.device)
+        if ids is not None and not isinstance(ids, Tensor):
+            ids = torch.as_tensor(ids, device="cpu")
+            ids = listed_ids(tuple(ids.flatten().tolist()), ids.dtype, labels.device)
+        self.invalid_ids = None if ids is None else ids.to(labels.device)
         self.x = self.cond.unsqueeze(1) + model.pos_start + self._positions(0)
         for block in model.blocks:
             block.attn.kv_caching(True)
@@ -216,7 +220,7 @@ def check_invalid_ids(ids: Any, vocabulary: int) -> None:
     if ids is None:
         return
     try:
-        ids = torch.as_tensor(ids)
+        ids = torch.as_tensor(ids, device=None if isinstance(ids, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"invalid_ids must be token ids or a mask of the vocabulary, got {ids!r}") from error
     wanted = f"invalid_ids must be token ids in 0..{vocabulary - 1}, or a mask of shape [{vocabulary}]"
@@ -228,6 +232,13 @@ def check_invalid_ids(ids: Any, vocabulary: int) -> None:
             fits = bool(-vocabulary <= ids.min() and ids.max() < vocabulary)
     if not fits:
         raise ValueError(f"{wanted}, got {ids.dtype} of shape {list(ids.shape)}")
+
+
+@functools.cache
+def listed_ids(ids: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ids, or a mask, as a tensor. Kept, because a copy from the host waits for the device and cannot be captured."""
+    with torch.inference_mode(False):
+        return torch.tensor(ids, dtype=dtype, device=device)
 
 
 def forbid(logits: Tensor, ids: Tensor) -> None:

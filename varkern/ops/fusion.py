@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.kernels.fusion_tables import axis_matrix_on, make_convolution, tables_of
+from varkern.kernels.fusion_tables import axis_matrix_on, list_tables, make_convolution, tables_of
 from varkern.ops.backend import backend_for
 from varkern.ops.resizing import check_interpolation, interpolate, pair, refuse_gradients, resize_features
 
-__all__ = ["commit_tokens", "fuse_tokens", "resize_features"]
+__all__ = ["commit_tokens", "fuse_tokens", "list_tables", "resize_features"]
 
 Phi = tuple[Tensor, "Tensor | None", float]
 
@@ -60,7 +60,9 @@ def fuse_tokens(
 
     Returns:
         ``[B, M, C, H, W]``. In float32 it equals the chain of ``embedding``, ``interpolate``, ``conv2d`` and ``add`` to
-        float32 rounding, whatever the autocast mode.
+        float32 rounding, whatever the autocast mode. On a GPU the PyTorch form does so only without TensorFloat-32,
+        which PyTorch allows in convolutions unless ``torch.backends.cudnn.allow_tf32 = False`` is set, and which errs
+        by about 1e-3; the kernel never uses it.
 
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, named.
@@ -101,7 +103,7 @@ def commit_tokens(
     Returns:
         ``f_hat`` itself. The PyTorch form runs the upstream quantizer's operations one by one, in its order and under
         the caller's autocast mode, so its result is that model's, bit for bit; the kernel's is equal to float32
-        rounding.
+        rounding, without TensorFloat-32 (see :func:`fuse_tokens`) whatever the caller allows.
 
     Raises:
         as ``fuse_tokens``.
