@@ -98,5 +98,5 @@ def as_image_seeds(request: Request, device: torch.device) -> Tensor:
         return seed.to(device=device, dtype=torch.int64)
     if seed is None:
         # From the default generator, so that torch.manual_seed still governs.
-        seed = int(torch.randint(2**63 - 1, ()).item())
+        seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
     return philox.image_seeds(int(seed), request.batch_size, device)

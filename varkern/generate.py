@@ -165,7 +165,7 @@ def generate(
             f"use varkern.patch(model, search) and call its own {family.method}"
         )
     if isinstance(labels, Sequence | np.ndarray):
-        labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64)
+        labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64, device="cpu")
     sizes = {len(x) for x in (labels, seeds) if isinstance(x, Tensor) and x.dim()}
     sizes |= set() if batch_size is None else {batch_size}
     if len(sizes) > 1:

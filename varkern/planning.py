@@ -271,13 +271,13 @@ def as_classes(labels: int | Sequence[int] | Tensor | None, num_classes: int, se
     """
     if labels is None:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(num_classes, generator=generator)
+        return torch.randperm(num_classes, generator=generator, device="cpu")
     if is_int(labels):
-        return torch.tensor([num_classes if labels < 0 else int(labels)])
+        return torch.tensor([num_classes if labels < 0 else int(labels)], device="cpu")
     if not isinstance(labels, Tensor):
         if not isinstance(labels, Sequence | np.ndarray) or not all(is_int(label) for label in labels):
             raise TypeError(f"labels must be an int, several ints, a tensor or None, got {labels!r}")
-        labels = torch.tensor([int(label) for label in labels], dtype=torch.int64)
+        labels = torch.tensor([int(label) for label in labels], dtype=torch.int64, device="cpu")
     if labels.dim() != 1 or not len(labels):
         raise ValueError(f"labels must name at least one class, in one dimension, got shape {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
