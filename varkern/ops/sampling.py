@@ -262,11 +262,15 @@ def sample_in_torch(
         ]
     tokens, log_prob, raw_log_prob, num_kept = (torch.cat(column) for column in zip(*parts, strict=True))
     maps = (batch_size, length, num_candidates)
-    tokens = tokens.view(maps).transpose(1, 2).contiguous()
+    # With one candidate the transposed map is contiguous already, but its strides are not those of a new tensor.
+    new = (batch_size, num_candidates, length)
+    tokens = tokens.view(maps).transpose(1, 2).reshape(-1).view(new)
     if not return_stats:
         empty = logits.new_empty(0, dtype=torch.float32)
         return tokens, empty, empty.clone(), tokens.new_empty(0)
-    log_prob, raw_log_prob = (stat.view(maps).transpose(1, 2).contiguous() for stat in (log_prob, raw_log_prob))
+    log_prob, raw_log_prob = (
+        stat.view(maps).transpose(1, 2).reshape(-1).view(new) for stat in (log_prob, raw_log_prob)
+    )
     return tokens, log_prob, raw_log_prob, num_kept.view(batch_size, length)
 
 
