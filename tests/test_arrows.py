@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "kernels": set(),
     "errors": set(),
+    "extras": set(),
     "files": set(),
     "progress": set(),
     "multinomial": set(),
     "spec": set(),
-    "data": {"checks", "errors", "families", "files", "generate", "models", "ops", "progress", "spec"},
+    "data": {"checks", "errors", "extras", "families", "files", "generate", "models", "ops", "progress", "spec"},
     "ops": {"kernels"},
     "models": {"files", "multinomial"},
     "families": {"errors", "multinomial", "ops", "spec"},
@@ -34,6 +35,7 @@ ALLOWED = {
     "evaluation": {
         "checks",
         "data",
+        "extras",
         "families",
         "files",
         "generate",
@@ -48,6 +50,7 @@ ALLOWED = {
     "demo": {
         "data",
         "evaluation",
+        "extras",
         "files",
         "generate",
         "models",
@@ -63,6 +66,7 @@ ALLOWED = {
         "demo",
         "environment",
         "evaluation",
+        "extras",
         "files",
         "models",
         "progress",

@@ -2,7 +2,6 @@
 
 import os
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -246,11 +245,3 @@ class TestFolder:
     def test_class_twice(self, root):
         with pytest.raises(ValueError, match="class names must differ, got 'cat' twice"):
             ImageFolder.open(root, ["ant", "cat", "bird", "cat"])
-
-
-def test_without_pillow(monkeypatch):
-    from varkern.data.images import require_pillow
-
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"pip install 'varkern\[demo\]'"):
-        require_pillow()

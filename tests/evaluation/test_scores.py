@@ -188,13 +188,6 @@ class TestReport:
         assert lines[0] == "| scale | accuracy, with | accuracy, without | change |"
         assert lines[2:] == ["| 0 | 0.500 | - | - |", "| 1 | 0.750 | 0.500 | -0.250 |"]
 
-    def test_no_matplotlib(self, monkeypatch):
-        import sys
-
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError, match=r"pip install 'varkern\[demo\]'"):
-            scores.require_matplotlib()
-
     def test_a_scorer_that_does_not_fit(self, datasets):
         other = Scorer(type(CONFIG)(**{**CONFIG.__dict__, "num_classes": 9}))
         with pytest.raises(ValueError, match="num_classes must be 3"):

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from varkern.demo import run as demo_run
-from varkern.evaluation import sampling, scores
+from varkern.evaluation import sampling
+from varkern.extras import require_matplotlib
 from varkern.files import atomically
 
 from .options import Device, Seed, pick_device, require
@@ -73,7 +74,7 @@ def demo_table(
     require("images", images, 2)
     require("seeds", seeds, 1)
     where = pick_local_device(device)
-    scores.require_matplotlib()
+    require_matplotlib()
     if page is not None:
         pages.check(page.read_text())
     sampling.open_folder(out)

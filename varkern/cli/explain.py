@@ -13,8 +13,9 @@ from varkern.demo import run as demo_run
 from varkern.evaluation import explain as explaining
 from varkern.evaluation import perturb as perturbing
 from varkern.evaluation.explain import save_json
-from varkern.evaluation.pictures import require_pillow, save_png
+from varkern.evaluation.pictures import save_png
 from varkern.evaluation.sampling import autocasting
+from varkern.extras import require_pillow
 from varkern.models import load_var
 from varkern.scorer import Scorer
 from varkern.search import BestOfM

@@ -12,6 +12,7 @@ import typer
 import varkern
 from varkern.demo import run as demo_run
 from varkern.evaluation import sampling
+from varkern.extras import require_pillow
 from varkern.models import load_var
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
@@ -63,7 +64,7 @@ def sample(
         "pick": parse_pick(pick),
         "temperature": temperature,
     }
-    sampling.require_pillow()
+    require_pillow()
     if npz is not None:
         sampling.check_array_path(npz)
     sampling.open_folder(out)

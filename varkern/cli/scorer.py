@@ -12,6 +12,7 @@ import typer
 
 from varkern.data import TokenMaps, file_sha256
 from varkern.evaluation import sampling, scores
+from varkern.extras import require_matplotlib
 from varkern.models import load_vae
 from varkern.models.loading import read_state_dict
 from varkern.scorer import Scorer, ScorerConfig
@@ -125,7 +126,7 @@ def report(
     """
     require("batch_size", batch_size, 1)
     where = pick_device(device)
-    scores.require_matplotlib()
+    require_matplotlib()
     real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
     sampling.open_folder(out)
     reports = []

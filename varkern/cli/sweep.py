@@ -22,9 +22,9 @@ from varkern.evaluation.evaluate import PUBLISHED_IMAGES, measured_reference
 from varkern.evaluation.features import Extractor
 from varkern.evaluation.gathering import Measured
 from varkern.evaluation.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
-from varkern.evaluation.scores import require_matplotlib
 from varkern.evaluation.sweep import Settings, Sweep
 from varkern.evaluation.sweep_models import Models
+from varkern.extras import require_matplotlib
 from varkern.models import load_var
 from varkern.scorer import Scorer
 

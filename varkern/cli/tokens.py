@@ -12,8 +12,9 @@ import typer
 
 import varkern
 from varkern import data
-from varkern.data.images import RESIZE, require_pillow
+from varkern.data.images import RESIZE
 from varkern.demo.run import WEIGHTS
+from varkern.extras import require_pillow
 from varkern.models import load_vae, load_var
 from varkern.models.loading import HUB_FILES, HUB_VAE, download
 from varkern.progress import progress_bar

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varkern.extras import require_pillow
 from varkern.models import VQVAE
 from varkern.spec import is_int
 
-from .images import RESIZE, BrokenImageError, ImageFolder, read_image, require_pillow
+from .images import RESIZE, BrokenImageError, ImageFolder, read_image
 from .manifest import Manifest
 from .writer import Batch, write_token_maps
 

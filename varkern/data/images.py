@@ -90,14 +90,6 @@ def images_below(root: Path, folder: str) -> list[tuple[str, int]]:
     return found
 
 
-def require_pillow() -> None:
-    """Raise ``ImportError``, saying what to install, if pillow is missing."""
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise ImportError("reading images needs pillow: pip install 'varkern[demo]'") from error
-
-
 def read_image(path: str | os.PathLike, size: int, resize: float = RESIZE) -> np.ndarray:
     """An image as VAR's validation transform has it (``build_dataset`` in its ``utils/data.py``).
 

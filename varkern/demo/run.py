@@ -11,7 +11,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from varkern.evaluation.pictures import Panel, draw_panels, require_pillow, save_png
+from varkern.evaluation.pictures import Panel, draw_panels, save_png
+from varkern.extras import require_pillow
 from varkern.generate import Generation, generate
 from varkern.models import VAR, load_var
 from varkern.ops import image_seeds

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varkern.extras import require_pillow
+
 from .arrays import ImageArray
-from .pictures import require_pillow
 
 SETTINGS = "settings.json"  # beside the images of `varkern sample`, as is the contact sheet
 SHEET = "sheet.png"

@@ -23,18 +23,6 @@ LINE = LABEL_SIZE + GAP
 FRAME_WIDTH = 3
 
 
-def require_pillow() -> None:
-    """Raise before any work if pillow is missing.
-
-    Raises:
-        ImportError: saying what to install.
-    """
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise ImportError("pictures need pillow: pip install 'varkern[demo]'") from error
-
-
 def to_pixels(images: Tensor) -> np.ndarray:
     """Images ``[..., 3, H, W]`` in [0, 1], any float dtype and device, to ``[..., H, W, 3]`` uint8, rounded.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from varkern.checks import check_request
+from varkern.extras import require_pillow
 from varkern.families import recognise
 from varkern.files import atomically
 from varkern.generate import generate
@@ -28,7 +29,7 @@ from varkern.spec import Request
 from .arrays import write_array
 from .evaluate import PUBLISHED_IMAGES
 from .images import SETTINGS, SHEET, ImageFiles, PixelFacts
-from .pictures import contact_sheet, require_pillow, save_png, to_pixels
+from .pictures import contact_sheet, save_png, to_pixels
 
 SHEET_IMAGES = 200  # a sheet shows no more; a larger one would be no use to the eye
 

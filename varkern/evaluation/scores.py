@@ -184,14 +184,6 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def require_matplotlib() -> None:
-    """Raise ``ImportError``, saying what to install, if matplotlib is not there."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'varkern[demo]'") from error
-
-
 def draw(report: dict[str, Any], path: Path) -> None:
     """Loss and accuracy by scale, and below them the histograms of every scale (LSRS, Figs. 5 and 7), as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
