@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from varkern import cli
-from varkern.evaluation import sampling
+from varkern.studies import sampling
 
 WRONG = {
     "no_such_var": ({"var": "/nowhere/var.pth"}, "/nowhere/var.pth"),

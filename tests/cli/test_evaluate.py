@@ -11,7 +11,7 @@ from varkern import cli
 from varkern.demo import digits
 from varkern.demo.run import WEIGHTS
 from varkern.demo.train import load_classifier
-from varkern.evaluation.metrics import frechet_distance, moments
+from varkern.metrics.frechet import frechet_distance, moments
 
 MODULE = """
 import torch

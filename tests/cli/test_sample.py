@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import varkern
-from varkern.evaluation import sampling
 from varkern.scorer import Scorer, ScorerConfig
+from varkern.studies import sampling
 
 from .conftest import SCORER
 

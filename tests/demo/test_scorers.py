@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from varkern import Scorer, cli, load_vae
 from varkern.data import TokenMaps
 from varkern.demo import run, scorers, train
-from varkern.evaluation import scores
 from varkern.ops import use_backend
 from varkern.training import loop
+from varkern.training import report as scores
 from varkern.training import scorer as scorer_training
 from varkern.training.pairs import make_pairs
 from varkern.training.scorer import read_facts

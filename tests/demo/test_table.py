@@ -15,11 +15,11 @@ from varkern import cli
 from varkern.data.writer import locked
 from varkern.demo import digits, measuring, page, run, table
 from varkern.demo.train import load_classifier
-from varkern.evaluation import calibration, sweep
-from varkern.evaluation.calibration import density_ratios
-from varkern.evaluation.cells import Cell
-from varkern.evaluation.presets import PRESETS
 from varkern.ops.backend import use_backend
+from varkern.studies import calibration, sweep
+from varkern.studies.calibration import density_ratios
+from varkern.studies.cells import Cell
+from varkern.studies.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = ROOT / "bench" / "results" / "demo"

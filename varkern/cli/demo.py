@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from varkern.demo import run as demo_run
-from varkern.evaluation import sampling
 from varkern.extras import require_matplotlib
 from varkern.files import atomically
+from varkern.studies import sampling
 
 from .options import Device, Seed, pick_device, require
 from .tokens import pick_local_device

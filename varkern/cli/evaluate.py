@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from varkern.demo import run as demo_run
-from varkern.evaluation import evaluate as evaluation
-from varkern.evaluation import features as extractors
-from varkern.evaluation.explain import save_json
-from varkern.evaluation.images import ImageSet, open_images
-from varkern.evaluation.statistics import StoredStatistics, load_statistics, save_statistics
+from varkern.metrics import evaluate as evaluation
+from varkern.metrics import features as extractors
+from varkern.metrics.images import ImageSet, open_images
+from varkern.metrics.statistics import StoredStatistics, load_statistics, save_statistics
+from varkern.studies.explain import save_json
 
 from .options import Device, pick_device, require
 

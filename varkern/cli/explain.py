@@ -10,15 +10,15 @@ import typer
 
 import varkern
 from varkern.demo import run as demo_run
-from varkern.evaluation import explain as explaining
-from varkern.evaluation import perturb as perturbing
-from varkern.evaluation.explain import save_json
-from varkern.evaluation.pictures import save_png
-from varkern.evaluation.sampling import autocasting
 from varkern.extras import require_pillow
 from varkern.models import load_var
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
+from varkern.studies import explain as explaining
+from varkern.studies import perturb as perturbing
+from varkern.studies.explain import save_json
+from varkern.studies.pictures import save_png
+from varkern.studies.sampling import autocasting
 
 from .evaluate import check_place
 from .options import DTYPES, Device, Dtype, Seed, parse_classes, pick_device, require

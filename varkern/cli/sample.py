@@ -11,11 +11,11 @@ import typer
 
 import varkern
 from varkern.demo import run as demo_run
-from varkern.evaluation import sampling
 from varkern.extras import require_pillow
 from varkern.models import load_var
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
+from varkern.studies import sampling
 
 from .evaluate import warn
 from .options import DTYPES, Device, Dtype, Seed, parse_classes, pick_device, require

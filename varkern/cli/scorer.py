@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 import typer
 
 from varkern.data import TokenMaps, file_sha256
-from varkern.evaluation import sampling, scores
 from varkern.extras import require_matplotlib
 from varkern.models import load_vae
 from varkern.models.loading import read_state_dict
 from varkern.scorer import Scorer, ScorerConfig
+from varkern.studies import sampling
+from varkern.training import report as scores
 from varkern.training.features import FeatureMaker
 from varkern.training.recipe import ScorerTraining, default_widths
 from varkern.training.scorer import check_maker, read_facts, train_scorer

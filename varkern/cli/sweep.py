@@ -16,17 +16,18 @@ import typer
 from varkern.data import file_sha256
 from varkern.data.writer import ranks
 from varkern.demo import run as demo_run
-from varkern.evaluation import sampling, sweep_report
-from varkern.evaluation.cells import MEDIAN, Cell, grid, unique
-from varkern.evaluation.evaluate import PUBLISHED_IMAGES, measured_reference
-from varkern.evaluation.features import Extractor
-from varkern.evaluation.gathering import Measured
-from varkern.evaluation.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
-from varkern.evaluation.sweep import Settings, Sweep
-from varkern.evaluation.sweep_models import Models
 from varkern.extras import require_matplotlib
+from varkern.metrics.evaluate import PUBLISHED_IMAGES, measured_reference
+from varkern.metrics.features import Extractor
+from varkern.metrics.gathering import Measured
 from varkern.models import load_var
 from varkern.scorer import Scorer
+from varkern.studies import report as sweep_report
+from varkern.studies import sampling
+from varkern.studies.cells import MEDIAN, Cell, grid, unique
+from varkern.studies.models import Models
+from varkern.studies.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
+from varkern.studies.sweep import Settings, Sweep
 
 from . import scorer as scorer_commands
 from .evaluate import find_extractor, open_reference

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varkern.evaluation.features import SPATIAL_CHANNELS, Extracted, Extractor
+from varkern.metrics.features import SPATIAL_CHANNELS, Extracted, Extractor
 from varkern.models import VQVAE
 
 from . import digits

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from varkern.evaluation import sweep_report
-from varkern.evaluation.cells import Cell, from_json
-from varkern.evaluation.sweep import Entry
+from varkern.studies import report as sweep_report
+from varkern.studies.cells import Cell, from_json
+from varkern.studies.sweep import Entry
 
 from . import scorers
 from .table import own, presets

@@ -11,13 +11,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from varkern.evaluation.pictures import Panel, draw_panels, save_png
 from varkern.extras import require_pillow
 from varkern.generate import Generation, generate
 from varkern.models import VAR, load_var
 from varkern.ops import image_seeds
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
+from varkern.studies.pictures import Panel, draw_panels, save_png
 
 from .digits import NUM_CLASSES
 from .train import SAMPLING

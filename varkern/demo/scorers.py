@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from varkern.data import TokenMaps, file_sha256
-from varkern.evaluation import sampling, scores
 from varkern.files import atomically
 from varkern.models import load_vae
 from varkern.scorer import Scorer
+from varkern.studies import sampling
+from varkern.training import report as scores
 from varkern.training.features import FeatureMaker
 from varkern.training.pairs import make_pairs
 from varkern.training.recipe import ScorerTraining, wins

@@ -15,18 +15,18 @@ import torch
 
 from varkern.data import file_sha256
 from varkern.data.writer import PROGRESS, BeingWrittenError, locked, ranks
-from varkern.evaluation import sweep_report
-from varkern.evaluation.cells import MEDIAN, Cell, unique
-from varkern.evaluation.evaluate import compare, measure
-from varkern.evaluation.explain import save_json
-from varkern.evaluation.features import Extractor
-from varkern.evaluation.gathering import Measured
-from varkern.evaluation.presets import PRESETS, Preset
-from varkern.evaluation.sweep import Entry, Settings, Sweep
-from varkern.evaluation.sweep_models import Models
+from varkern.metrics.evaluate import compare, measure
+from varkern.metrics.features import Extractor
+from varkern.metrics.gathering import Measured
 from varkern.models import load_var
 from varkern.planning import plan
 from varkern.scorer import Scorer
+from varkern.studies import report as sweep_report
+from varkern.studies.cells import MEDIAN, Cell, unique
+from varkern.studies.explain import save_json
+from varkern.studies.models import Models
+from varkern.studies.presets import PRESETS, Preset
+from varkern.studies.sweep import Entry, Settings, Sweep
 
 from . import measuring, scorers
 from .run import WEIGHTS

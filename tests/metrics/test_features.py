@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from varkern.evaluation import features
-from varkern.evaluation.features import Extracted, Extractor
+from varkern.metrics import features
+from varkern.metrics.features import Extracted, Extractor
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from varkern.files import atomically
 
 from .features import Extracted
+from .frechet import Moments
 from .images import PixelFacts
-from .metrics import Moments
 from .statistics import RunningMoments, RunningScore
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from varkern.evaluation.cells import MEDIAN, Cell, from_json, grid, unique
-from varkern.evaluation.presets import PRESETS
 from varkern.search import BestOfM, Combined, DensitySearch
+from varkern.studies.cells import MEDIAN, Cell, from_json, grid, unique
+from varkern.studies.presets import PRESETS
 
 
 def scorer(labels, features, scale):

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from varkern.evaluation.cells import Cell
-from varkern.evaluation.presets import DEPTHS, PRESETS
-from varkern.evaluation.sweep_report import FIGURES
+from varkern.studies.cells import Cell
+from varkern.studies.presets import DEPTHS, PRESETS
+from varkern.studies.report import FIGURES
 
 
 def scorer(labels, features, scale):

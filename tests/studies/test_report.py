@@ -7,11 +7,11 @@ import json
 import pytest
 from PIL import Image
 
-from varkern.evaluation import sweep_report
-from varkern.evaluation.cells import Cell
-from varkern.evaluation.presets import COST, PARTS, PRESETS, Preset
-from varkern.evaluation.sweep import Entry
-from varkern.evaluation.sweep_report import Found, Summary, from_file, markdown, page, summary, write
+from varkern.studies import report as sweep_report
+from varkern.studies.cells import Cell
+from varkern.studies.presets import COST, PARTS, PRESETS, Preset
+from varkern.studies.report import Found, Summary, from_file, markdown, page, summary, write
+from varkern.studies.sweep import Entry
 
 SETTINGS = {"images": 2000, "seed": 5, "cfg": 0.0, "top_p": 0.96, "timing": False, "features": "demo"}
 

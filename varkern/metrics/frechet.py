@@ -87,7 +87,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def inception_score(probabilities: Tensor) -> float:
     """``exp(mean KL(p(y|x) || p(y)))`` over class probabilities ``[N, classes]`` (Salimans et al. 2016), one split.
 
-    :class:`varkern.evaluation.statistics.RunningScore` takes it over the published splits, in one pass.
+    :class:`varkern.metrics.statistics.RunningScore` takes it over the published splits, in one pass.
     """
     p = probabilities.double()
     if p.dim() != 2 or p.shape[0] == 0:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varkern.evaluation.precision_recall import blocks, precision_recall
+from varkern.metrics.precision_recall import blocks, precision_recall
 
 
 def brute_force(reference: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:

@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests.training.small import CONFIG, TRAINING, maker, small_datasets
 from varkern import Scorer
-from varkern.evaluation import scores
-from varkern.evaluation.scores import PairScores
+from varkern.training import report as scores
 from varkern.training.pairs import fingerprint, make_pairs
+from varkern.training.report import PairScores
 
 
 @pytest.fixture(scope="module")

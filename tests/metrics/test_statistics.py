@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from varkern.evaluation.metrics import Moments, inception_score, moments
-from varkern.evaluation.statistics import (
+from varkern.metrics.frechet import Moments, inception_score, moments
+from varkern.metrics.statistics import (
     RunningMoments,
     RunningScore,
     StoredStatistics,

@@ -8,10 +8,10 @@ import torch
 
 import varkern
 from tests.helpers import caches_closed, relative_error, small_scorer, small_var
-from varkern.evaluation import explain as explaining
-from varkern.evaluation import perturb as perturbing
-from varkern.evaluation.explain import Explained, explain, shown_ranks
-from varkern.evaluation.perturb import perturb
+from varkern.studies import explain as explaining
+from varkern.studies import perturb as perturbing
+from varkern.studies.explain import Explained, explain, shown_ranks
+from varkern.studies.perturb import perturb
 
 OPTIONS = {"cfg": 1.5, "top_k": 20}
 SEED = varkern.image_seeds(3, 1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from varkern.evaluation import pictures
+from varkern.studies import pictures
 
 
 class TestPixels:

@@ -9,9 +9,9 @@ from typing import Any
 from varkern.progress import progress_bar
 
 from .features import Extracted, Extractor
+from .frechet import FrechetParts, Moments, frechet_parts
 from .gathering import Gathering, Measured
 from .images import ImageSet, PixelFacts, sides
-from .metrics import FrechetParts, Moments, frechet_parts
 from .precision_recall import precision_recall
 from .statistics import StoredStatistics
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varkern.files import atomically
 
-from .metrics import Moments
+from .frechet import Moments
 
 SPLIT = 5000  # images a split of the Inception score, as the published suite takes it
 

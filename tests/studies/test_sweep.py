@@ -12,16 +12,16 @@ import torch
 
 import varkern
 from tests.helpers import NUM_CLASSES, on, small_scorer, small_var
-from varkern.evaluation import calibration
-from varkern.evaluation import sweep as sweeping
-from varkern.evaluation.arrays import ImageArray
-from varkern.evaluation.calibration import density_ratios
-from varkern.evaluation.cells import Cell, from_json
-from varkern.evaluation.evaluate import evaluate, measured_reference
-from varkern.evaluation.features import Extracted, Extractor
-from varkern.evaluation.pictures import to_pixels
-from varkern.evaluation.sweep import Settings, Sweep
-from varkern.evaluation.sweep_models import Models
+from varkern.metrics.arrays import ImageArray
+from varkern.metrics.evaluate import evaluate, measured_reference
+from varkern.metrics.features import Extracted, Extractor
+from varkern.studies import calibration
+from varkern.studies import sweep as sweeping
+from varkern.studies.calibration import density_ratios
+from varkern.studies.cells import Cell, from_json
+from varkern.studies.models import Models
+from varkern.studies.pictures import to_pixels
+from varkern.studies.sweep import Settings, Sweep
 
 SIDE = 12  # pixels of the small model's images
 PROJECTION = torch.randn(3 * SIDE * SIDE, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

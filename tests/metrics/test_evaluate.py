@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from varkern.evaluation.arrays import ImageArray, write_array
-from varkern.evaluation.evaluate import PUBLISHED_IMAGES, Report, evaluate, measure
-from varkern.evaluation.features import Extracted, Extractor
-from varkern.evaluation.statistics import StoredStatistics, load_statistics, save_statistics
+from varkern.metrics.arrays import ImageArray, write_array
+from varkern.metrics.evaluate import PUBLISHED_IMAGES, Report, evaluate, measure
+from varkern.metrics.features import Extracted, Extractor
+from varkern.metrics.statistics import StoredStatistics, load_statistics, save_statistics
 
 from .test_precision_recall import brute_force
 

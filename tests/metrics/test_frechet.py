@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from varkern.evaluation.metrics import Moments, accuracy, frechet_distance, frechet_parts, inception_score, moments
+from varkern.metrics.frechet import Moments, accuracy, frechet_distance, frechet_parts, inception_score, moments
 
 
 def reference_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -25,19 +25,19 @@ from varkern.data.writer import locked, ranks
 from varkern.families import recognise
 from varkern.files import atomically
 from varkern.generate import generate
+from varkern.metrics.evaluate import check_finite, check_fit, compare
+from varkern.metrics.features import Extractor
+from varkern.metrics.gathering import Gathering, Measured
+from varkern.metrics.images import SETTINGS
+from varkern.metrics.statistics import SPLIT, StoredStatistics
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
 
 from .calibration import CALIBRATION_SEED, checked, density_ratios, in_batches
 from .cells import Cell
-from .evaluate import check_finite, check_fit, compare
-from .features import Extractor
-from .gathering import Gathering, Measured
-from .images import SETTINGS
+from .models import Models
 from .pictures import to_pixels
 from .sampling import autocasting, claim
-from .statistics import SPLIT, StoredStatistics
-from .sweep_models import Models
 
 PROGRESS, RESULTS = "progress", "results"
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from varkern.evaluation.arrays import ImageArray, write_array
-from varkern.evaluation.images import PixelFacts, open_images
+from varkern.metrics.arrays import ImageArray, write_array
+from varkern.metrics.images import PixelFacts, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(7, 5, 6, 3), dtype=np.uint8)
 

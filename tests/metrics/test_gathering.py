@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from varkern.evaluation.features import Extracted
-from varkern.evaluation.gathering import Gathering
+from varkern.metrics.features import Extracted
+from varkern.metrics.gathering import Gathering
 
 GENERATOR = torch.Generator().manual_seed(0)
 FEATURES = torch.randn(130, 7, generator=GENERATOR) * torch.arange(1, 8) + 1000

@@ -21,14 +21,14 @@ from varkern.extras import require_pillow
 from varkern.families import recognise
 from varkern.files import atomically
 from varkern.generate import generate
+from varkern.metrics.arrays import write_array
+from varkern.metrics.evaluate import PUBLISHED_IMAGES
+from varkern.metrics.images import SETTINGS, SHEET, ImageFiles, PixelFacts
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
 from varkern.search import Search
 from varkern.spec import Request
 
-from .arrays import write_array
-from .evaluate import PUBLISHED_IMAGES
-from .images import SETTINGS, SHEET, ImageFiles, PixelFacts
 from .pictures import contact_sheet, save_png, to_pixels
 
 SHEET_IMAGES = 200  # a sheet shows no more; a larger one would be no use to the eye

@@ -1,1 +1,0 @@
-"""Metrics, sweeps and pictures: does a search help, and at what cost."""

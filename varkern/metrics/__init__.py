@@ -1,0 +1,1 @@
+"""What measures a set of images."""

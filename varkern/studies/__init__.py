@@ -1,0 +1,1 @@
+"""What measures or explains a search."""
