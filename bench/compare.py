@@ -1,6 +1,8 @@
-"""Compare two files that pytest-benchmark wrote, or two generation.json: is anything slower, beyond noise?
+"""Compare two files that pytest-benchmark wrote, two generation.json, or two of ``bench.compiled``: is anything slower?
 
     python -m bench.compare BASE.json NEW.json [--threshold 0.1]
+
+Of ``bench.compiled``, whose counts have no noise, every figure that grew by more than 3% has regressed.
 
 Every cell of a generation.json is taken over the published loop's median beside it, which took turns with it. Where
 both files hold ``test_calibration``, a fixed piece of work that is none of ours, every time is first divided by
@@ -19,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+COUNT_THRESHOLD = 0.03
+COUNTS = ("instructions", "barriers", "wavefronts", "moved", "registers", "shared", "spills")
 CALIBRATION = "test_calibration"
 BESIDE = ", over the published loop"
 
@@ -95,12 +99,42 @@ def compare(base: dict[str, Timing], new: dict[str, Timing], threshold: float) -
     return "\n".join(lines), slower
 
 
+def read_counts(path: Path) -> dict[str, float] | None:
+    """Every figure of a file of ``bench.compiled`` by its name; None if ``path`` is no such file."""
+    try:
+        content = json.loads(path.read_text())
+        rows = content["executed"] + content["compiled"]
+        return {
+            " ".join(str(row[key]) for key in ("kernel", "case", "target") if key in row) + f", {what}": row[what]
+            for row in rows
+            for what in COUNTS
+            if what in row
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def compare_counts(base: dict[str, float], new: dict[str, float]) -> tuple[str, int]:
+    """The report of what grew by more than COUNT_THRESHOLD, and how many figures did."""
+    common = base.keys() & new.keys()
+    grown = sorted(name for name in common if new[name] > base[name] * (1 + COUNT_THRESHOLD))
+    lines = [f"{base[name]:,.1f} -> {new[name]:,.1f}  {name}" for name in grown]
+    lines.append(f"{len(grown)} of {len(common)} figures grew by more than {COUNT_THRESHOLD:.0%}")
+    lines.append(f"{len(base.keys() - common)} figures are gone, {len(new.keys() - common)} are new")
+    return "\n".join(lines), len(grown)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--threshold", type=float, default=0.1, help="least growth of the median, default %(default)s")
     options = parser.parse_args(arguments)
+    counts = read_counts(options.base), read_counts(options.new)
+    if None not in counts:
+        report, slower = compare_counts(*counts)
+        print(report)
+        return 1 if slower else 0
     try:
         base, new = read(options.base), read(options.new)
         if not base.keys() & new.keys():

@@ -16,8 +16,6 @@ a second, small kernel adds the programs' sums.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -265,35 +263,3 @@ def _put_back(rows: Tensor, x: Tensor) -> None:
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
-
-
-def aot_specs():
-    """Cases for ``bench/aot.py``: the scorer's widths, forward and backward, with all that the op offers."""
-    switches = {"ACTIVATE": True, "INTERPRETED": False}
-    for C, (dtype, name) in itertools.product((32, 128, 256), (("*bf16", "bfloat16"), ("*fp32", "float32"))):
-        for kernel, tile in ((norm_forward_kernel, FORWARD_TILE), (norm_backward_kernel, BACKWARD_TILE)):
-            block_rows, block_c, num_warps = blocks(C, 2 if dtype == "*bf16" else 4, tile)
-            pointers = {argument: dtype for argument in kernel.arg_names if argument.endswith("_ptr")}
-            pointers |= {argument: "*fp32" for argument in pointers if "bias" in argument or "weight" in argument}
-            pointers |= {"sums_ptr": "*fp32"} if "sums_ptr" in pointers else {}
-            yield {
-                "label": f"{kernel.__name__.split('_')[1]}, C={C}, {name}",
-                "kernel": kernel,
-                "signature": {**pointers, "rows": "i32", "slope": "fp32", "eps": "fp32"},
-                "constexprs": {"C": C, "BLOCK_ROWS": block_rows, "BLOCK_C": block_c, **switches},
-                "divisible": [*pointers, "rows"],
-                "options": {"num_warps": num_warps, "enable_fp_fusion": True},
-                "essential": dtype == "*bf16" and C == 256,
-                "no_spills": True,
-            }
-    yield {
-        "label": "sums, C=256",
-        "kernel": sum_programs_kernel,
-        "signature": {
-            **{name: "*fp32" for name in sum_programs_kernel.arg_names if name.endswith("_ptr")},
-            "programs": "i32",
-        },
-        "constexprs": {"C": 256, "BLOCK_PROGRAMS": SUM_BLOCK_PROGRAMS, "BLOCK_C": SUM_BLOCK_C, "INTERPRETED": False},
-        "options": {"num_warps": 4, "enable_fp_fusion": True},
-        "no_spills": True,
-    }

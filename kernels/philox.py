@@ -46,18 +46,3 @@ def fill_uniforms(seeds: torch.Tensor, uniforms: torch.Tensor, scale: int, strea
     grid = (batch_size, triton.cdiv(places, BLOCK))
     sizes = (places, length, scale, seeds.stride(0))
     launch(uniforms_kernel, grid, seeds, uniforms, *sizes, STREAM=stream, BLOCK=BLOCK, num_warps=4)
-
-
-def aot_specs():
-    """The case for ``bench/aot.py``: the numbers of a search."""
-    numbers = dict.fromkeys(("places", "length", "scale", "stride_seeds"), "i32")
-    yield {
-        "label": "uniforms",
-        "kernel": uniforms_kernel,
-        "signature": {"seeds_ptr": "*i64", "uniforms_ptr": "*fp32", **numbers},
-        "constexprs": {"STREAM": 2, "BLOCK": BLOCK},
-        "divisible": ["seeds_ptr", "uniforms_ptr"],
-        "options": {"num_warps": 4},
-        "essential": True,
-        "no_spills": True,
-    }

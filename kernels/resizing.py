@@ -73,22 +73,3 @@ def resize_blocks(C: int, places: int, columns: int) -> tuple[int, int, int]:
     block_columns = triton.next_power_of_2(columns)
     block_l = max(1, min(triton.next_power_of_2(places), 1024 // (block_c * block_columns)))
     return block_c, block_columns, block_l
-
-
-def aot_specs():
-    """Cases for ``bench/aot.py``: to the first, and to the last but one, of the published model's sides."""
-    pointers = dict.fromkeys(("f_hat_ptr", "out_ptr", "row_weights_ptr", "column_weights_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("row_ptr", "column_ptr"), "*i32")
-    numbers = [name for name in resize_kernel.arg_names if name in ("w", "L", "C") or name.startswith("stride")]
-    for side, inputs in ((1, 16), (13, 2)):
-        block_c, block_columns, block_l = resize_blocks(32, side * side, inputs)
-        sizes = {"ROWS": inputs, "COLUMNS": inputs, "BLOCK_COLUMNS": block_columns}
-        yield {
-            "label": f"{side}x{side} from 16x16, C=32",
-            "kernel": resize_kernel,
-            "signature": {**pointers, **dict.fromkeys(numbers, "i32")},
-            "constexprs": {**sizes, "BLOCK_L": block_l, "BLOCK_C": block_c},
-            "divisible": [*pointers, "stride_f_hat_b", "stride_f_hat_c", "stride_f_hat_y"],
-            "options": {"num_warps": 4, "enable_fp_fusion": True},
-            "no_spills": True,
-        }

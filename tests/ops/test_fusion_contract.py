@@ -1,10 +1,5 @@
 """What F(.) promises around its numbers: errors, tables that follow the weights, registration, compilation, memory."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import zeros
@@ -291,13 +286,3 @@ def test_peak_memory_of_a_thousand_candidates():
             features = fuse_tokens(tokens, codebook, side=side, size=16, f_hat=f_hat, phi=phi, dtype=torch.bfloat16)
         grown = torch.cuda.max_memory_allocated() - before
         assert grown < features.numel() * 2 + (1 << 20) < 2**30
-
-
-@pytest.mark.parametrize("module", ["fusion", "resizing"])
-def test_compiles_ahead_of_time(module):
-    """Every specification for one target, without spilled registers; ``bench/aot.py`` does all targets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[2] / "bench" / "aot.py"
-    command = [sys.executable, str(script), module, "--targets", "cuda:90", "--no-write"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
