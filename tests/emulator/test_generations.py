@@ -5,7 +5,6 @@ import torch
 
 from tests import emulator
 from tests.standins.cases import CASES, VARCase, seeds_at
-from tests.test_promises import weighed
 from varkern import BestOfM, DensitySearch, draws, patched, patching
 from varkern.demo.run import load_demo
 from varkern.ops import sample_tokens, use_backend
@@ -21,6 +20,12 @@ class DemoCase(VARCase):
     def build(self):
         model, self.scorer = load_demo()
         return model
+
+
+def judge(labels, features, scale):
+    """Every place of every channel counts by a number of its own, so that only equal maps have equal scores."""
+    weights = torch.arange(1.0, features[0, 0].numel() + 1).cos().view(features.shape[2:])
+    return (features * weights).mean((2, 3, 4)) * 100
 
 
 def density(strategy: str, **options) -> DensitySearch:
@@ -70,7 +75,7 @@ def count_launches():
 def test_the_tokens_of_the_pytorch_backend(model, search, batch, monkeypatch):
     case, options = MODELS[model]
     built, found, before = case.build(), {}, count_launches()
-    search = SEARCHES[search](getattr(case, "scorer", weighed))
+    search = SEARCHES[search](getattr(case, "scorer", judge))
     run = patching.run
     monkeypatch.setattr(patching, "run", lambda *args: found.setdefault(backend, run(*args)))
     for backend in ("torch", "triton"):
@@ -97,9 +102,10 @@ class BothWays:
         with use_backend("torch"):
             wanted = self.search.choose(candidates)
         assert_close(got.scores, wanted.scores, self.precision)
-        for image in (
-            torch.isclose(got.scores, wanted.scores, rtol=1e-5).all(1).nonzero()[:, 0]
-        ):  # else it may choose otherwise
+        comparable = torch.isclose(got.scores, wanted.scores, rtol=1e-5).all(
+            1
+        )  # others may be chosen by their rounding
+        for image in comparable.nonzero()[:, 0]:
             mine, other = got.index[image], wanted.index[image]
             same = torch.equal(candidates.tokens[image, mine], candidates.tokens[image, other])
             tied = torch.isclose(got.scores[image, mine], got.scores[image, other], rtol=1e-5)
@@ -109,10 +115,10 @@ class BothWays:
 
 @pytest.mark.parametrize("model, search, batch, precision", PAIRS, ids=str)
 def test_in_half_precision_every_step_is_that_of_the_pytorch_backend(model, search, batch, precision, monkeypatch):
-    """From the same logits, scale by scale: a model in half precision turns a rounding of its input into other logits."""
+    """From the same logits, scale by scale: a model in half precision turns roundings into other logits."""
     case, options = MODELS[model]
     built, drawn = case.build(), []
-    search = as_search(SEARCHES[search](getattr(case, "scorer", weighed)))
+    search = as_search(SEARCHES[search](getattr(case, "scorer", judge)))
 
     def draw_both_ways(logits, *args, **kwargs):
         tokens = sample_tokens(logits, *args, **kwargs)
