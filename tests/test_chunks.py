@@ -50,20 +50,15 @@ def called(model, seeds):
 
 
 def replayed(model):
-    """Images of a patched model's method and all that its graph wrote, from a replay of what other seeds captured."""
+    """Images of a patched model's method, from a replay of what other seeds captured."""
     called(model, SEEDS + 1)
-    images = called(model, SEEDS)
-    patch = vars(model)[METHOD]
-    arguments = {"B": B, "label_B": LABELS.to(images.device), "g_seed": SEEDS, **SAMPLING, "more_smooth": False}
-    told = patch.graphs.run(patch.family.request(arguments))
-    assert torch.equal(told.images, images)
-    return told
+    return called(model, SEEDS)
 
 
 @pytest.mark.parametrize("pick", PICKS_OF, ids=str)
 @pytest.mark.parametrize("m", CANDIDATES)
 def test_a_scorer_of_single_maps_gives_equal_bits(m, pick, device, quick_backend, capture):  # noqa: F811
-    """Tokens, choices, scores and images, by ``generate``, by the patched method and by a replayed graph."""
+    """Tokens, choices, scores and images by ``generate``; the images by the patched method and by a replayed graph."""
     model = on(small_var(), device)
     with use_backend(quick_backend):
         wanted = generate(model, LABELS, seeds=SEEDS, search=BestOfM(counted, m=m, pick=pick), **SAMPLING)
@@ -73,7 +68,7 @@ def test_a_scorer_of_single_maps_gives_equal_bits(m, pick, device, quick_backend
             if name in ("between", "all"):
                 captures = len(capture)
                 with varkern.patched(model, search, cuda_graph=True):
-                    assert_equal(replayed(model), wanted, f"a graph, {name} at once")
+                    assert torch.equal(replayed(model), wanted.images), f"a graph, {name} at once"
                 assert len(capture) == captures + 1
             else:
                 with varkern.patched(model, search):
