@@ -109,7 +109,7 @@ def test_a_network_chooses_the_same_but_for_its_rounding(m, pick, device, quick_
             search = BestOfM(scorer, m=m, pick=pick, maps_at_once=MAPS_AT_ONCE[name])
             told[name] = generate(model, LABELS, seeds=SEEDS, search=search, **SAMPLING)
         with varkern.patched(model, search, cuda_graph=True):
-            assert_equal(replayed(model), told["all"], "a graph")
+            assert torch.equal(replayed(model), told["all"].images), "a graph"
         offered = recorded_tokens(model, BestOfM(scorer, m=m, pick=pick))
     wanted, settled, choices = told.pop("all"), 0, 0
     for name, found in told.items():
