@@ -29,8 +29,7 @@ ALLOWED = {
     "generate": {"checks", "draws", "errors", "families", "search", "spec"},
     "graphs": {"checks", "draws", "families", "generate", "ops", "search", "spec"},
     "patching": {"checks", "errors", "families", "generate", "graphs", "search"},
-    "planning": {"checks", "errors", "families", "generate", "ops", "progress", "search", "spec"},
-    "varkern": {"errors", "generate", "models", "ops", "patching", "planning", "scorer", "search"},
+    "varkern": {"errors", "generate", "models", "ops", "patching", "scorer", "search"},
     "training": {"data", "files", "models", "ops", "progress", "scorer"},
     "metrics": {"extras", "files", "progress"},
     "studies": {
@@ -55,7 +54,6 @@ ALLOWED = {
         "metrics",
         "models",
         "ops",
-        "planning",
         "progress",
         "scorer",
         "search",

@@ -5,7 +5,6 @@ from varkern.generate import Generation, generate
 from varkern.models import load_vae, load_var
 from varkern.ops import image_seeds, use_backend
 from varkern.patching import patch, patched, unpatch
-from varkern.planning import Plan, plan
 from varkern.scorer import Scorer, ScorerConfig
 from varkern.search import BestOfM, Combined, DensitySearch
 
@@ -16,7 +15,6 @@ __all__ = [
     "Combined",
     "DensitySearch",
     "Generation",
-    "Plan",
     "Scorer",
     "ScorerConfig",
     "UnsupportedModelError",
@@ -26,7 +24,6 @@ __all__ = [
     "load_var",
     "patch",
     "patched",
-    "plan",
     "unpatch",
     "use_backend",
 ]

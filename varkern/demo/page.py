@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from varkern.studies import report as sweep_report
-from varkern.studies.cells import Cell, from_json
+from varkern.studies.cells import Cell
 from varkern.studies.sweep import Entry
 
 from . import scorers
-from .table import own, presets
+from .table import presets
 
 
 def check(page: str) -> None:
     """Raise ``ValueError`` if ``page`` has a place for a table that is not among those to come."""
-    fill(page, dict.fromkeys((*presets(), "plan", "references", "scorers"), ""))
+    fill(page, dict.fromkeys((*presets(), "references", "scorers"), ""))
 
 
 def fill(page: str, tables: Mapping[str, str]) -> str:
@@ -41,9 +41,7 @@ def read_tables(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
         if "preset" in report:
-            preset = presets().get(report["preset"]) or own(
-                "plan", "", [from_json(c["settings"]) for c in report["cells"]]
-            )
+            preset = presets()[report["preset"]]
             found[preset.name] = sweep_report.markdown(sweep_report.from_file(path, preset))
     rows = json.loads((folder / "references.json").read_text())
     titles = {"real": "real digits, another draw", "reconstructed": "the same through the VQ-VAE"}

@@ -19,7 +19,6 @@ from varkern.metrics.evaluate import compare, measure
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Measured
 from varkern.models import load_var
-from varkern.planning import plan
 from varkern.scorer import Scorer
 from varkern.studies import report as sweep_report
 from varkern.studies.cells import MEDIAN, Cell, unique
@@ -40,7 +39,6 @@ BATCH_SIZE, TIMED_IMAGES = 100, 24
 # One pair of candidates in ten is nearer; nearly all (99%) are nearer than the published 1.8, of another codebook.
 NEAR = 0.65
 DENSITY = {"alpha": MEDIAN, "min_distance": 0.0}
-UNIFORM, PLANNED = (2, 4, 8), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def own_presets() -> list[Preset]:
@@ -163,7 +161,7 @@ class Demo:
         return replace(whole, **changed)
 
     def run(self) -> list[Path] | None:
-        """Measure, time and plan all, going on where a killed run stopped; write tables and pictures.
+        """Measure and time all, going on where a killed run stopped; write tables and pictures.
 
         Returns:
             the files written; None if other processes (``torchrun``) have still cells to make.
@@ -183,7 +181,7 @@ class Demo:
         found = {name: sweep.complete() for name, sweep in measured.items()}
         if None in found.values():
             return None
-        # Plans and times are one process' work, after all else: two that share a machine slow one another.
+        # Times are one process' work, after all else: two processes that share a machine slow one another.
         concluding = self.out / PROGRESS / "conclusion"
         concluding.mkdir(exist_ok=True)
         with contextlib.suppress(BeingWrittenError), locked(concluding, 0):
@@ -198,11 +196,7 @@ class Demo:
         extractor: Extractor,
         reference: Measured,
     ) -> list[Path]:
-        """Plan, time, and write everything."""
-        planned = self.planned(models)
-        wanted[planned.name] = planned
-        sweep = Sweep(self.out, planned.cells, self.settings(), models, extractor, reference, share=(0, 1))
-        found[planned.name] = sweep.run()
+        """Time, and write everything."""
         written = []
         timing = self.settings(images=TIMED_IMAGES, batch_size=TIMED_IMAGES, timing=True)
         times = f"one batch of {TIMED_IMAGES} a seed, taken apart from the rest"
@@ -227,33 +221,6 @@ class Demo:
         words = [f"--{name} {value}" for name, value in options.items() if value != usual[name]]
         words += ["--weights WEIGHTS"] if self.weights != WEIGHTS else []
         return " ".join(["varkern demo table --out DIR", *words])
-
-    def planned(self, models: Models) -> Preset:
-        """Plans at the cost of M = 2, 4 and 8 from the second scale on, and those; ``plans.json`` keeps the plans.
-
-        A plan rests on measured times, which no second run repeats, so the first one's is kept.
-        """
-        path = self.out / "plans.json"
-        if not path.exists():
-            model, scorer = models.model(""), models.scorer(Cell(m=2))
-            made = plan(
-                model, scorer, 1.0, batch_size=TIMED_IMAGES, pick="resample", choices=PLANNED, **SAMPLING, top_k=0
-            )
-            scales = range(1, len(PATCH_NUMS))
-            plans = []
-            for m in UNIFORM:
-                cost = sum(made.costs[scale][PLANNED.index(m)] for scale in scales) / made.base_seconds
-                gain = sum(made.gains[scale][PLANNED.index(m)] for scale in scales)
-                best = made.within(cost * (1 + 1e-9))  # the uniform M itself must not fall out by rounding
-                plans.append({"m": m, "cost": cost, "gain": gain, "plan": best.m, "plan_gain": best.gain})
-            save_json({"choices": PLANNED, "base_seconds": made.base_seconds, "plans": plans}, path)
-        plans = json.loads(path.read_text())["plans"]
-        ms: list[int | tuple[int, ...]] = []
-        for entry in plans:
-            planned = tuple(entry["plan"])
-            uniform = planned == (1, *[entry["m"]] * (len(PATCH_NUMS) - 1))
-            ms += [entry["m"]] if uniform else [entry["m"], planned]
-        return own("plan", "Planned M against uniform M of the same cost", [Cell(m=m, pick="resample") for m in ms])
 
     def references(self, models: Models, extractor: Extractor, reference: Measured) -> dict[str, Any]:
         """What other real digits measure, and real digits that went through the VQ-VAE: the floor of its decoder."""
