@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varkern.families import Family
 from varkern.search import Search, as_search
+from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec, Request, is_int
 
 SAMPLERS = ("philox", "multinomial")
@@ -25,7 +26,7 @@ def check_search(search: Search | None, spec: ModelSpec | None) -> None:
     """Raise ``TypeError`` if ``search`` is none, ``ValueError`` if it does not fit the model's sizes, where known."""
     search = as_search(search)
     if search is not None and spec is not None:
-        search.check(spec)
+        check_model(search, spec)
 
 
 def check_request(
@@ -59,7 +60,7 @@ def check_request(
     if low < 0 or high > spec.num_classes:
         raise ValueError(f"label (label_B, labels) must be in 0..{spec.num_classes}, got {low}..{high}")
     if search is not None:
-        search.check_labels(high, spec)
+        check_highest_label(search, high, spec)
 
 
 def check_labels(request: Request) -> None:

@@ -2,4 +2,12 @@
 
 
 class UnsupportedModelError(TypeError):
-    """A model that fits no family; the message lists, family by family, what was looked for and not found."""
+    """A model that fits no family; the message lists, family by family, what was looked for and not found.
+
+    Example::
+
+        >>> varkern.patch(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        varkern.errors.UnsupportedModelError: ...
+    """

@@ -20,7 +20,13 @@ from varkern.spec import ModelSpec, Request
 
 
 class Generation(NamedTuple):
-    """What :func:`generate` returns, for B images and K scales."""
+    """What :func:`generate` returns, for B images and K scales.
+
+    Example::
+
+        >>> [tuple(tokens.shape) for tokens in varkern.generate(var, labels, seeds=0).tokens]
+        [(8, 1), (8, 4), (8, 9), (8, 16), (8, 36)]
+    """
 
     images: Tensor | None
     """``[B, 3, H, W]`` in [0, 1]; None where they were not asked for."""
@@ -157,6 +163,12 @@ def generate(
         UnsupportedModelError: if the model fits no family, or is one of texts (Infinity): those are served by
             :func:`varkern.patch` alone, because what a text is made into is its method's own affair.
         ValueError, TypeError: if an argument is wrong, before any work.
+
+    Example::
+
+        >>> result = varkern.generate(var, labels, search=varkern.BestOfM(scorer, m=4), seeds=0)
+        >>> result.images.shape, result.scores[2].shape
+        (torch.Size([8, 3, 24, 24]), torch.Size([8, 4]))
     """
     family, search = recognise(model), as_search(search)
     if not family.has_classes:

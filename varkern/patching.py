@@ -104,6 +104,14 @@ def patch(
         UnsupportedModelError: if the model fits no family; it lists what was looked for and not found.
         ValueError: if the search does not fit the model (scales, classes, channels) as far as its sizes are known, or
             ``sampler`` is unknown, or ``cuda_graph`` goes with another than ``"philox"``.
+
+    Example::
+
+        >>> varkern.patch(var, varkern.BestOfM(scorer, m=4)) is var
+        True
+        >>> var.autoregressive_infer_cfg(B=8, label_B=labels, g_seed=0).shape
+        torch.Size([8, 3, 24, 24])
+        >>> _ = varkern.unpatch(var)
     """
     check_sampler(sampler)
     if cuda_graph and sampler != "philox":
@@ -128,7 +136,14 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Take a patch back; a model that has none is left alone. Returns ``model``."""
+    """Take a patch back; a model that has none is left alone. Returns ``model``.
+
+    Example::
+
+        >>> before = dict(vars(var))
+        >>> varkern.unpatch(varkern.patch(var)) is var and vars(var) == before
+        True
+    """
     for name, value in list(vars(model).items()):
         if isinstance(value, PatchedMethod):
             if value.former is ABSENT:
@@ -146,7 +161,13 @@ def patched(
     sampler: str = "philox",
     cuda_graph: bool = False,
 ) -> Iterator[Model]:
-    """:func:`patch` inside a ``with`` block; afterwards the model is as it was before, patched or not."""
+    """:func:`patch` inside a ``with`` block; afterwards the model is as it was before, patched or not.
+
+    Example::
+
+        >>> with varkern.patched(var, varkern.BestOfM(scorer, m=4)):
+        ...     images = var.autoregressive_infer_cfg(B=8, label_B=labels, g_seed=0)
+    """
     name = recognise(model).method
     before = vars(model).get(name, ABSENT)
     patch(model, search, sampler=sampler, cuda_graph=cuda_graph)

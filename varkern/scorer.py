@@ -33,6 +33,11 @@ class ScorerConfig:
         widths: channels at each resolution, one residual block each.
         embedding: width of the class and of the scale embedding.
         hidden: width of the MLP.
+
+    Example::
+
+        >>> varkern.ScorerConfig(num_classes=10, num_scales=5, channels=16, size=6, widths=(32, 64, 64)).size
+        6
     """
 
     num_classes: int = 1000
@@ -150,6 +155,12 @@ class Scorer(nn.Module):
 
     Args:
         config: sizes; None: ImageNet, VAR at 256 px.
+
+    Example::
+
+        >>> features = torch.randn(8, 4, 16, 6, 6)  # eight images, four candidates
+        >>> scorer(labels, features, 2).shape
+        torch.Size([8, 4])
     """
 
     channels_last = True

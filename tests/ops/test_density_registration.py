@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.test_density import backend, normal  # noqa: F401
-from varkern.ops import bit_density, kernel_density, log_density, silverman_bandwidth, token_density
+from varkern.ops import bit_density, kernel_density, silverman_bandwidth, token_density
 from varkern.ops.backend import use_backend
 
 OPS = torch.ops.varkern
@@ -28,7 +28,7 @@ def test_opcheck(device, backend, groups):  # noqa: F811
 def test_compiles_as_one_graph(device, backend):  # noqa: F811
     def all_of_them(x, tokens, codebook, bits):
         return (
-            kernel_density(x * 2) + log_density(x, metric="cosine"),
+            kernel_density(x * 2) + kernel_density(x, metric="cosine"),
             silverman_bandwidth(x),
             token_density(tokens, codebook, bandwidth="batch"),
             token_density(tokens, codebook, "map", x.new_ones(2)),
@@ -73,18 +73,20 @@ BAD = [
     pytest.param(kernel_density, (X.long(),), TypeError, r"x must be .*, got a tensor of torch.int64", id="x-int"),
     pytest.param(kernel_density, (X[0, 0],), ValueError, r"x must have shape \[..., N, D\].*\[3\]", id="x-rank"),
     pytest.param(silverman_bandwidth, (X[:, :0],), ValueError, r"x must have .*\[2, 0, 3\]", id="no-samples"),
-    pytest.param(log_density, (X[..., :0],), ValueError, r"x must have .*\[2, 4, 0\]", id="no-dimensions"),
+    pytest.param(kernel_density, (X[..., :0],), ValueError, r"x must have .*\[2, 4, 0\]", id="no-dimensions"),
     pytest.param(kernel_density, (X, 0), ValueError, "bandwidth must be finite and > 0, got 0", id="h-zero"),
     pytest.param(
         kernel_density, (X, float("nan")), ValueError, "bandwidth must be finite and > 0, got nan", id="h-nan"
     ),
     pytest.param(kernel_density, (X, "image"), TypeError, "bandwidth must be a number, got str", id="h-rule"),
     pytest.param(kernel_density, (X, TWO), TypeError, "bandwidth must be a number or a float tensor", id="h-int"),
-    pytest.param(log_density, (X, torch.ones(3)), ValueError, r"broadcast to .* \[2\], got \[3\]", id="h-shape"),
+    pytest.param(kernel_density, (X, torch.ones(3)), ValueError, r"broadcast to .* \[2\], got \[3\]", id="h-shape"),
     pytest.param(
         kernel_density, (X, None, "l1"), ValueError, "metric must be 'euclidean' or 'cosine', got 'l1'", id="l1"
     ),
-    pytest.param(log_density, (GRADIENT,), RuntimeError, "log_density defines no gradients, but x", id="gradient"),
+    pytest.param(
+        kernel_density, (GRADIENT,), RuntimeError, "kernel_density defines no gradients, but x", id="gradient"
+    ),
     pytest.param(
         kernel_density, (CODEBOOK, GRADIENT[0, 0]), RuntimeError, "no gradients, but bandwidth", id="h-gradient"
     ),

@@ -36,12 +36,6 @@ def kernel_sums(x, h=None, metric="euclidean"):
         return np.where(squares == 0, 1.0, np.exp(-squares / (2 * h**2))).sum(-1)
 
 
-def log_density(x, h, metric="euclidean"):
-    n, d = x.shape[-2:]
-    h = np.asarray(h, dtype=np.float64)[..., None]
-    return np.log(kernel_sums(x, h[..., 0], metric)) - np.log(n) - d / 2 * np.log(2 * np.pi) - d * np.log(h)
-
-
 def map_density(codes, per="position", bandwidth="image", metric="euclidean"):
     """``[B, N]`` of float64 ``codes[B, N, l, C]``; bandwidth "image", "batch", a number or ``[B, positions]``."""
     codes = codes.transpose(0, 2, 1, 3) if per == "position" else codes.reshape(*codes.shape[:2], -1)[:, None]

@@ -173,6 +173,11 @@ def load_vae(
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_state_dict`.
+
+    Example::
+
+        >>> varkern.load_vae(varkern.demo.run.WEIGHTS / "vae.safetensors").Cvae
+        16
     """
     path = download(HUB_VAE) if str(source) == HUB_VAE and not Path(source).exists() else Path(source)
     state, config = read_state_dict(path)
@@ -207,6 +212,11 @@ def load_var(
         FileNotFoundError: if a path leads nowhere.
         ValueError: if a file does not hold what it should.
         ImportError: if a short name needs the ``hub`` extra.
+
+    Example::
+
+        >>> varkern.load_var("demo").patch_nums
+        (1, 2, 3, 4, 6)
     """
     short = str(source)
     if short == "demo":

@@ -1,7 +1,7 @@
 """One file an operation: its contract, its checks, its plain PyTorch form, its dispatch."""
 
 from .backend import use_backend
-from .density import bit_density, kernel_density, log_density, silverman_bandwidth, token_density
+from .density import bit_density, kernel_density, silverman_bandwidth, token_density
 from .fusion import commit_tokens, fuse_tokens, resize_features
 from .norm import channel_norm
 from .philox import image_seeds
@@ -15,7 +15,6 @@ __all__ = [
     "fuse_tokens",
     "image_seeds",
     "kernel_density",
-    "log_density",
     "resize_features",
     "sample_tokens",
     "silverman_bandwidth",

@@ -30,6 +30,11 @@ class use_backend:
 
     Raises:
         ValueError: if ``name`` is none of the three.
+
+    Example::
+
+        >>> with varkern.use_backend("torch"):
+        ...     images = varkern.generate(var, labels, seeds=0).images
     """
 
     def __init__(self, name: str):

@@ -22,7 +22,7 @@ from varkern.ops import density_torch
 from varkern.ops.backend import backend_for
 from varkern.ops.resizing import refuse_gradients
 
-__all__ = ["bit_density", "kernel_density", "log_density", "silverman_bandwidth", "token_density"]
+__all__ = ["bit_density", "kernel_density", "silverman_bandwidth", "token_density"]
 
 METRICS = ("euclidean", "cosine")
 PER = ("position", "map")
@@ -53,6 +53,11 @@ def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: s
         RuntimeError: a gradient is asked for; none is defined.
 
     Source: VAR-Scaling, eq. 2.
+
+    Example::
+
+        >>> varkern.ops.kernel_density(torch.tensor([[[0.0], [0.0], [10.0]]]), bandwidth=1.0)
+        tensor([[2., 2., 1.]])
     """
     _check_samples("kernel_density", x)
     cosine = _check_choice("metric", metric, METRICS) == "cosine"
@@ -62,40 +67,6 @@ def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: s
     if tensor is not None:
         tensor = _broadcast(tensor, lead, "the leading axes of x").reshape(math.prod(lead))
     return _kernel_op(groups, tensor, width, cosine).reshape(*lead, x.shape[-2])
-
-
-def log_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: str = "euclidean") -> Tensor:
-    """The logarithm of the density estimate of eq. 2 at each sample, normalised.
-
-    ``log f(x_i) = log sums[i] - log N - D/2 log(2 pi) - D log h`` with the sums of ``kernel_density``. A sample's own
-    kernel is 1, the largest of its terms, so the sum needs no shift; the constant, which at D=128 no float32 holds,
-    is only ever taken as a logarithm. With ``metric="cosine"`` the same formula, which is then not a density.
-
-    Args:
-        x, bandwidth, metric: as ``kernel_density``. Here a bandwidth below 2^-126, such as Silverman's of equal
-            samples, counts as 2^-126, so that the result is finite.
-
-    Returns:
-        float32 ``[..., N]``.
-
-    Raises:
-        as ``kernel_density``.
-
-    Source: VAR-Scaling, eq. 2.
-    """
-    _check_samples("log_density", x)
-    _check_choice("metric", metric, METRICS)
-    count, dims = x.shape[-2:]
-    if bandwidth is None:
-        bandwidth = silverman_bandwidth(x, metric)
-    sums = kernel_density(x, bandwidth, metric)
-    smallest = torch.finfo(torch.float32).tiny
-    if isinstance(bandwidth, Tensor):
-        log_width = bandwidth.detach().double().clamp(min=smallest).log()[..., None]
-    else:
-        log_width = math.log(max(bandwidth, smallest))
-    constant = math.log(count) + dims * (log_width + 0.5 * math.log(2 * math.pi))
-    return (sums.double().log() - constant).float()
 
 
 def silverman_bandwidth(x: Tensor, metric: str = "euclidean") -> Tensor:
@@ -117,6 +88,11 @@ def silverman_bandwidth(x: Tensor, metric: str = "euclidean") -> Tensor:
         as ``kernel_density``.
 
     Source: VAR-Scaling, eq. 3.
+
+    Example::
+
+        >>> varkern.ops.silverman_bandwidth(torch.tensor([[[0.0], [1.0], [2.0], [3.0]]]))
+        tensor([0.8975])
     """
     _check_samples("silverman_bandwidth", x)
     cosine = _check_choice("metric", metric, METRICS) == "cosine"
@@ -154,6 +130,12 @@ def token_density(
         as ``kernel_density``.
 
     Source: VAR-Scaling, section 3.3; ``autoregressive_infer_cfg`` of the released code.
+
+    Example::
+
+        >>> tokens, codebook = torch.zeros(2, 5, 9, dtype=torch.int64), torch.randn(50, 16)
+        >>> varkern.ops.token_density(tokens, codebook)[0]  # five equal maps of nine positions
+        tensor([45., 45., 45., 45., 45.])
     """
     _check_tokens(tokens, codebook)
     joined = _check_choice("per", per, PER) == "map"
@@ -189,6 +171,11 @@ def bit_density(
         as ``kernel_density``.
 
     Source: VAR-Scaling's setting for Infinity (Table 1).
+
+    Example::
+
+        >>> varkern.ops.bit_density(torch.zeros(1, 5, 4, 8, dtype=torch.uint8), 0.35)  # five equal maps
+        tensor([[20., 20., 20., 20., 20.]])
     """
     if not isinstance(bits, Tensor) or bits.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"bits must be a uint8 or bool tensor, got {_kind(bits)}")

@@ -67,6 +67,12 @@ def fuse_tokens(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, named.
         RuntimeError: a gradient is asked for; none is defined.
+
+    Example::
+
+        >>> tokens, codebook = torch.zeros(2, 4, 9, dtype=torch.int64), torch.randn(50, 16)
+        >>> varkern.ops.fuse_tokens(tokens, codebook, side=3, size=(6, 6)).shape
+        torch.Size([2, 4, 16, 6, 6])
     """
     side, size = pair(side, "side"), pair(size, "size")
     if tokens.dim() != 3:
@@ -107,6 +113,13 @@ def commit_tokens(
 
     Raises:
         as ``fuse_tokens``.
+
+    Example::
+
+        >>> tokens, codebook = torch.zeros(2, 9, dtype=torch.int64), torch.randn(50, 16)
+        >>> f_hat = torch.zeros(2, 16, 6, 6)
+        >>> varkern.ops.commit_tokens(tokens, f_hat, codebook, side=3).shape
+        torch.Size([2, 16, 6, 6])
     """
     side = pair(side, "side")
     if chosen is None:

@@ -58,6 +58,12 @@ def channel_norm(
 
     Raises:
         ValueError, TypeError: a shape, device, dtype or number that does not fit, named.
+
+    Example::
+
+        >>> x = torch.randn(2, 8, 6, 6)
+        >>> varkern.ops.channel_norm(x, torch.ones(8), torch.zeros(8), negative_slope=0.2).shape
+        torch.Size([2, 8, 6, 6])
     """
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"x must have shape [N, C, H, W] with C at least 1, got {list(x.shape)}")

@@ -181,6 +181,11 @@ def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None 
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
+
+    Example::
+
+        >>> torch.equal(varkern.image_seeds(0, 3)[:2], varkern.image_seeds(0, 2))
+        True
     """
     check_count("g_seed", g_seed, -(2**63))
     if g_seed >= 2**64:

@@ -33,6 +33,11 @@ def resize_features(
 
     Raises:
         as ``fuse_tokens``.
+
+    Example::
+
+        >>> varkern.ops.resize_features(torch.zeros(2, 16, 6, 6), size=4).shape
+        torch.Size([2, 16, 4, 4])
     """
     size = pair(size, "size")
     if f_hat.dim() != 4 or 0 in f_hat.shape[1:]:

@@ -37,7 +37,15 @@ _CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements of logits worked on at once: 
 
 
 class SampleStats(NamedTuple):
-    """What ``sample_tokens(..., return_stats=True)`` says about its draws."""
+    """What ``sample_tokens(..., return_stats=True)`` says about its draws.
+
+    Example::
+
+        >>> options = {"seeds": varkern.image_seeds(0, 1), "return_stats": True}
+        >>> tokens, stats = varkern.ops.sample_tokens(torch.zeros(1, 4, 50), 2, top_k=10, **options)
+        >>> stats.log_prob.shape
+        torch.Size([1, 2, 4])
+    """
 
     log_prob: Tensor
     """float32 [B, M, l]: log-probability of each drawn token under the filtered distribution it was drawn from."""
@@ -98,6 +106,13 @@ def sample_tokens(
         TypeError, ValueError: naming the argument, before any work.
 
     Source: the ``sample_with_top_k_top_p_`` and guidance of FoundationVision/VAR; Philox of Salmon et al. 2011.
+
+    Example::
+
+        >>> logits = torch.randn(2, 9, 50)  # two images, a scale of 3 by 3, 50 codes
+        >>> tokens = varkern.ops.sample_tokens(logits, 4, top_k=10, top_p=0.9, seeds=varkern.image_seeds(0, 2))
+        >>> tokens.shape
+        torch.Size([2, 4, 9])
     """
     strengths = _check(logits, num_candidates, uncond_logits, guidance, temperature, top_k, top_p, seeds, scale)
     if isinstance(guidance, Tensor):

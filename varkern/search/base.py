@@ -26,6 +26,19 @@ class Candidates:
             the images' seeds; each ``draw`` gives others.
         codebook: ``[V, C]``; None for binary codes.
         code_scale: of binary codes: a bit stands for plus or minus this.
+
+    Example::
+
+        >>> class First:
+        ...     def num_candidates(self, scale, num_scales):
+        ...         return 4
+        ...
+        ...     def choose(self, candidates):
+        ...         features = candidates.fuse(0, 4)  # [B, M, C, H, W]
+        ...         scores = features.mean((2, 3, 4)) + 0 * candidates.uniforms()
+        ...         return varkern.search.Choice(torch.zeros(len(scores), dtype=torch.int64), scores)
+        >>> varkern.generate(var, labels, search=First(), seeds=0).choices[3].tolist()
+        [0, 0, 0, 0, 0, 0, 0, 0]
     """
 
     scale: int
@@ -39,30 +52,61 @@ class Candidates:
 
 
 class Choice(NamedTuple):
-    """Which candidate each image keeps, ``[B]`` int64, and what the search thought of all of them, ``[B, M]``."""
+    """Which candidate each image keeps, ``[B]`` int64, and what the search thought of all of them, ``[B, M]``.
+
+    Example::
+
+        >>> scores = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
+        >>> varkern.search.Choice(scores.argmax(-1), scores).index
+        tensor([1, 0])
+    """
 
     index: Tensor
     scores: Tensor
 
 
 class Search(Protocol):
-    """A rule for keeping one of several candidates; it never waits for the device."""
+    """A rule for keeping one of several candidates: any object with these two methods, which never wait for the device.
 
-    def check(self, spec: ModelSpec) -> None:
-        """Raise ``ValueError`` if the search does not fit a model of these sizes; called before any work."""
-        ...
+    Two more methods are optional, and run before any work. ``check(spec)`` raises ``ValueError`` if the search does not
+    fit a model of these sizes. ``check_labels(highest, spec)`` raises it if the search cannot judge images of classes
+    up to ``highest``. A search without them fits every model.
 
-    def check_labels(self, highest: int, spec: ModelSpec) -> None:
-        """Raise ``ValueError`` if the search cannot judge images of classes up to this one; called before any work."""
+    Example::
+
+        >>> class MostUsual:
+        ...     def num_candidates(self, scale, num_scales):
+        ...         return 8 if scale > 0 else 1
         ...
+        ...     def choose(self, candidates):
+        ...         tokens = candidates.tokens  # [B, M, l]
+        ...         shared = (tokens.unsqueeze(1) == tokens.unsqueeze(2)).sum((2, 3)).float()
+        ...         return varkern.search.Choice(shared.argmax(-1), shared)
+        >>> varkern.generate(var, labels, search=MostUsual(), seeds=0).images.shape
+        torch.Size([8, 3, 24, 24])
+    """
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
-        """M at ``scale``; 1: no search there."""
+        """How many candidates ``scale`` gets, of ``num_scales`` scales counted from 0; 1 means no search there."""
         ...
 
     def choose(self, candidates: Candidates) -> Choice:
-        """Keep one candidate an image."""
+        """Keep one candidate for each image."""
         ...
+
+
+def check_model(search: object, spec: ModelSpec) -> None:
+    """Raise if a search says that it does not fit a model of these sizes; one without a ``check`` fits all."""
+    check = getattr(search, "check", None)
+    if check is not None:
+        check(spec)
+
+
+def check_highest_label(search: object, highest: int, spec: ModelSpec) -> None:
+    """Raise if a search says that it cannot judge classes up to ``highest``; one without ``check_labels`` can."""
+    check = getattr(search, "check_labels", None)
+    if check is not None:
+        check(highest, spec)
 
 
 Scorer = Callable[[Tensor, Tensor, int], Tensor]

@@ -49,6 +49,12 @@ class BestOfM:
 
     Raises:
         ValueError, TypeError: if an argument is out of its range.
+
+    Example::
+
+        >>> search = varkern.BestOfM(scorer, m=8, pick="resample")
+        >>> varkern.generate(var, labels, search=search, seeds=0).images.shape
+        torch.Size([8, 3, 24, 24])
     """
 
     def __init__(

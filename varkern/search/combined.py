@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from varkern.spec import ModelSpec
 
-from .base import Candidates, Choice, Search
+from .base import Candidates, Choice, Search, check_highest_label, check_model
 
 
 class Combined:
@@ -20,6 +20,12 @@ class Combined:
 
     Raises:
         TypeError: if one of them is no search.
+
+    Example::
+
+        >>> search = varkern.Combined(varkern.DensitySearch(n=20), varkern.BestOfM(scorer, m=4))
+        >>> [search.num_candidates(scale, 5) for scale in range(5)]
+        [1, 20, 4, 4, 4]
     """
 
     def __init__(self, *searches: Search):
@@ -34,12 +40,12 @@ class Combined:
     def check(self, spec: ModelSpec) -> None:
         """See :class:`.base.Search`."""
         for search in self.searches:
-            search.check(spec)
+            check_model(search, spec)
 
     def check_labels(self, highest: int, spec: ModelSpec) -> None:
         """See :class:`.base.Search`."""
         for search in self.searches:
-            search.check_labels(highest, spec)
+            check_highest_label(search, highest, spec)
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
         """See :class:`.base.Search`."""
@@ -56,9 +62,13 @@ class Combined:
 
 
 def is_search(search: object) -> bool:
-    """True for what has the four methods of :class:`.base.Search`; a class of searches is none itself."""
-    names = ("check", "check_labels", "num_candidates", "choose")
-    return not isinstance(search, type) and all(callable(getattr(search, name, None)) for name in names)
+    """True for what has ``num_candidates`` and ``choose``; a class of searches is no search itself."""
+    return not isinstance(search, type) and not missing_methods(search)
+
+
+def missing_methods(search: object) -> list[str]:
+    """The methods that :class:`.base.Search` asks for and ``search`` does not have."""
+    return [name for name in ("num_candidates", "choose") if not callable(getattr(search, name, None))]
 
 
 def named(search: object) -> str:
@@ -71,11 +81,20 @@ def as_search(search: Search | Sequence[Search] | None) -> Search | None:
 
     Raises:
         TypeError: if it is neither a search, nor several, nor None.
+
+    Example::
+
+        >>> search = varkern.search.as_search([varkern.DensitySearch(n=20), varkern.BestOfM(scorer, m=4)])
+        >>> type(search).__name__
+        'Combined'
     """
     if isinstance(search, list | tuple):
         return Combined(*search)
     if search is not None and not is_search(search):
+        missing = [] if isinstance(search, type) else missing_methods(search)
+        without = f", which has no method {missing[0]}" if len(missing) == 1 else ""
         raise TypeError(
-            f"search must be a search such as varkern.BestOfM(scorer), several in a list, or None, got {named(search)}"
+            "search must be a search such as varkern.BestOfM(scorer), several in a list, or None, "
+            f"got {named(search)}{without}"
         )
     return search

@@ -114,6 +114,12 @@ class DensitySearch:
 
     Raises:
         ValueError, TypeError: if an argument is out of its range.
+
+    Example::
+
+        >>> search = varkern.DensitySearch(n=20, min_distance=0)
+        >>> varkern.generate(var, labels, search=search, seeds=0).scores[1].shape
+        torch.Size([8, 20])
     """
 
     def __init__(
@@ -184,9 +190,6 @@ class DensitySearch:
             raise ValueError(f"scales must be < {spec.num_scales}, the model's scales, got {max(self.scales)}")
         if spec.vocabulary is None and self.metric != "euclidean":
             raise ValueError(f"metric must be 'euclidean' for a model of binary codes, got {self.metric!r}")
-
-    def check_labels(self, highest: int, spec: ModelSpec) -> None:
-        """See :class:`.base.Search`; a density needs no label."""
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
         """See :class:`.base.Search`."""

@@ -16,6 +16,7 @@ from varkern.families import recognise
 from varkern.files import atomically
 from varkern.generate import Generation, generate
 from varkern.search import Candidates, Choice, Search
+from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec
 
 from .pictures import Row, Tile, draw_rows
@@ -40,10 +41,10 @@ class RecordingSearch:
         self.images: dict[int, Tensor] = {}  # scale: [M, 3, H, W], of the first image of the batch
 
     def check(self, spec: ModelSpec) -> None:
-        self.search.check(spec)
+        check_model(self.search, spec)
 
     def check_labels(self, highest: int, spec: ModelSpec) -> None:
-        self.search.check_labels(highest, spec)
+        check_highest_label(self.search, highest, spec)
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
         return self.search.num_candidates(scale, num_scales)
