@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Everything there is to run on a GPU: tests, every benchmark, a memory check, the report. One command, from anywhere:
+# Everything there is to run on a GPU: every benchmark, the report, the tests, a memory check. One command, from anywhere:
 #
 #     bench/gpu.sh [folder [stage ...]]        # default: bench/results/<device>, all stages
 #
-# Writes <folder>/environment.txt, tests.txt, one .txt and -rounds.json a benchmark, generation.json and parts.json with
-# REPORT.md and its plots, memcheck.txt (where compute-sanitizer exists), stages.txt and summary.txt.
+# Writes <folder>/environment.txt, one .txt and -rounds.json per benchmark, generation.json and parts.json with REPORT.md
+# and its plots, tests.txt, memcheck.txt (where compute-sanitizer exists), stages.txt and summary.txt; and
+# results.tar.gz, which holds all of these.
 #
-# All of it takes under nine minutes: every stage has a share of VARKERN_BENCH_SECONDS (default 530). What a stage leaves
-# over goes to those after it; one that runs longer is cut off, and what it had written by then counts. A stage that
-# fails or is cut off does not stop the others; stages.txt says what became of each, the exit code whether all is well.
-# VARKERN_UPSTREAM=DIR also times the published class from a checkout.
+# The kernels of whole generations are compiled first, on all cores, into Triton's cache, where every later stage finds
+# them. Then come the generations, those of d16 and d30 with 24 images and with one first of all.
+#
+# Every stage has a share of VARKERN_BENCH_SECONDS (default 530). What a stage does not use goes to those after it. A
+# stage that runs longer is stopped, and what it had written by then counts. A stage that fails or is stopped does not
+# stop the others: stages.txt says what became of each, and which kernel's launch failed; the exit code says whether all
+# is well. VARKERN_UPSTREAM=DIR also times the published class from a checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -18,7 +22,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
 # Stage and share in hundredths, in the order in which they run. The report reads what generation wrote.
-STAGES=(tests:21 generation:39 report:3 sampling:10 fusion:8 scorer:8 density:7 memcheck:4)
+STAGES=(compile:8 generation:34 report:3 tests:21 sampling:10 fusion:8 scorer:6 density:6 memcheck:4)
 GRACE=5 # seconds between asking a stage to end and ending it
 
 folder=${1:-}
@@ -55,7 +59,7 @@ share_of() { # of one wanted stage, in seconds
     echo $((all_seconds * own / total))
 }
 
-later_shares() { # of all wanted stages after this one
+shares_after() { # of all wanted stages after this one
     local entry sum=0 after=0
     for entry in "${STAGES[@]}"; do
         [ $after = 1 ] && is_wanted "${entry%:*}" && sum=$((sum + $(share_of "${entry%:*}")))
@@ -68,16 +72,19 @@ stage() { # name, then the command; its output goes to <folder>/<name>.txt
     local name=$1 began=$SECONDS share limit code state=done
     shift
     share=$(share_of "$name")
-    limit=$((all_seconds - SECONDS - $(later_shares "$name") - GRACE))
+    limit=$((all_seconds - SECONDS - $(shares_after "$name") - GRACE))
     timeout --signal=INT --kill-after=$GRACE $((limit > 1 ? limit : 1)) "$@" > "$folder/$name.txt" 2>&1
     code=$?
     if [ $code = 124 ] || [ $code = 137 ]; then
-        state="cut off"
+        state=stopped
     elif [ $code != 0 ]; then
         state=failed
     fi
     [ "$state" = done ] || failed=1
-    printf '%-11s %4d s of %4d  %s\n' "$name" $((SECONDS - began)) "$share" "$state" | tee -a "$folder/stages.txt" >&2
+    local kernels
+    kernels=$(grep -oE 'failed kernel: \w+' "$folder/$name.txt" | sort -u | cut -d' ' -f3 | paste -sd, -)
+    printf '%-11s %4d s of %4d  %s\n' "$name" $((SECONDS - began)) "$share" "$state${kernels:+, kernels: $kernels}" |
+        tee -a "$folder/stages.txt" >&2
 }
 
 run_stage() {
@@ -88,7 +95,10 @@ run_stage() {
             local workers=()
             "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8)
             [ "$TINY" = 1 ] && order=(tests/bench/test_compare.py) workers=()
-            stage tests "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${order[@]}"
+            stage tests "$PYTHON" -m pytest -q -p no:cacheprovider -p bench.blame "${workers[@]}" "${order[@]}"
+            ;;
+        compile)
+            stage compile "$PYTHON" -m bench.compile_kernels
             ;;
         memcheck)
             command -v compute-sanitizer > /dev/null || return 0
@@ -101,7 +111,7 @@ run_stage() {
         *)
             local options=()
             [ "$1" = generation ] && [ -n "${VARKERN_UPSTREAM:-}" ] && options=(--upstream="$VARKERN_UPSTREAM")
-            stage "$1" "$PYTHON" -m pytest "bench/test_$1.py" -q -s -p no:cacheprovider \
+            stage "$1" "$PYTHON" -m pytest "bench/test_$1.py" -q -s -p no:cacheprovider -p bench.blame \
                 --benchmark-json="$folder/$1-rounds.json" "${options[@]}"
             ;;
     esac
@@ -133,4 +143,6 @@ printf '%-11s %4d s of %4d\n' all $SECONDS "$all_seconds" >> "$folder/stages.txt
         if [ "$name" = tests ] || [ "$name" = memcheck ]; then tail -n 25 "$folder/$name.txt"; else cat "$folder/$name.txt"; fi
     done
 } | tee "$folder/summary.txt"
+rm -f "$folder/results.tar.gz"
+tar -czf "/tmp/varkern-results-$$.tar.gz" -C "$folder" . && mv "/tmp/varkern-results-$$.tar.gz" "$folder/results.tar.gz"
 exit $failed

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varkern.models import VAR, VQVAE
 from varkern.models.transformer import SelfAttention
@@ -59,6 +59,13 @@ def random_models(depth: int, device: torch.device, small: bool = False) -> tupl
     return var.to(device).eval().requires_grad_(False), scorer.to(device, dtype).eval().requires_grad_(False)
 
 
+def layers_of(layer: type) -> Iterator[type]:
+    """All classes derived from ``layer``."""
+    for derived in layer.__subclasses__():
+        yield derived
+        yield from layers_of(derived)
+
+
 def upstream_model(folder: Path, ours: VAR) -> Any:
     """The published class from a checkout at ``folder``, with the weights of ``ours``.
 
@@ -73,9 +80,19 @@ def upstream_model(folder: Path, ours: VAR) -> Any:
     finally:
         sys.path.remove(str(folder))
     device = ours.lvl_1L.device
-    vae, var = build_vae_var(
-        device, ours.patch_nums, V=ours.V, Cvae=ours.Cvae, num_classes=ours.num_classes, depth=ours.depth
-    )
+    # It takes the initialisation off PyTorch's own layers, for good: models made after it would hold what the memory
+    # happened to hold.
+    kept = [(c, vars(c)["reset_parameters"]) for c in layers_of(nn.Module) if "reset_parameters" in vars(c)]
+    try:
+        vae, var = build_vae_var(
+            device, ours.patch_nums, V=ours.V, Cvae=ours.Cvae, num_classes=ours.num_classes, depth=ours.depth
+        )
+    finally:
+        for layer in layers_of(nn.Module):
+            if "reset_parameters" in vars(layer):
+                del layer.reset_parameters
+        for layer, method in kept:
+            layer.reset_parameters = method
     vae.load_state_dict(ours.vae_proxy[0].state_dict(), strict=True)
     var.load_state_dict(ours.state_dict(), strict=True)
     return var.eval().requires_grad_(False)

@@ -7,9 +7,15 @@
 On a GPU: VAR of the published sizes with random weights, d16 to d30, B in 1, 8, 24, M in 1, 4, 16, 128, guidance,
 top_k=900, top_p=0.96, float16 autocast, weights in float32, as users call it; from the second scale on the best of M by
 a bfloat16 scorer. On a CPU: depth 8, two images, M in 1, 4. The baseline is the published loop: eager sampling of every
-scale, caches that grow by concatenation, PyTorch's fused attention. Baseline and patched generations take turns, so
-that what slows one slows the other. ``$VARKERN_BENCH_OUT`` (default: the working folder) gets generation.json and
-parts.json, which hold what is done so far after every cell; the cells that bars are set for come first.
+scale, caches that grow by concatenation, PyTorch's fused attention.
+
+In a cell all ways of generating take turns, first in one order, then in the other, so that what slows one (clocks,
+heat) slows all. The time of a generation is the host's, from an idle device to an idle device. Each way's first
+generation is not timed: it compiles, captures, and shows the peak of memory.
+
+``$VARKERN_BENCH_OUT`` (default: the working folder) gets generation.json and parts.json, which hold what is done so far
+after every cell. The cells that bars are set for come first: 24 images, then one image, of d16 and d30. A cell that
+fails says so, and the others run.
 """
 
 import importlib.metadata
@@ -18,13 +24,16 @@ import os
 import platform
 import statistics
 import time
-from contextlib import nullcontext
+import traceback
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import varkern
+from bench.blame import find_kernel
 from bench.measure import device_name, synchronize
 from bench.models import as_published, random_models, upstream_model
 from bench.parts import timing_parts
@@ -38,6 +47,7 @@ CANDIDATES = (1, 4) if TINY or not CUDA else (1, 4, 128, 16)
 SAMPLING = {"cfg": 1.5, "top_k": 20 if TINY else 900, "top_p": 0.96}
 BUDGET = 0.0 if TINY else 0.9 if CUDA else 60.0  # seconds a way of generating gets in each cell
 LEAST, MOST = (1, 1) if TINY else (3, 15)
+METHOD = "autoregressive_infer_cfg"
 OUT = Path(os.environ.get("VARKERN_BENCH_OUT", "."))
 
 
@@ -59,23 +69,29 @@ def timed(model, batch, seed):
     return time.perf_counter() - start
 
 
-def peak_bytes(model, batch):
+def own_bytes(*modules):
+    """Bytes of all weights and buffers, each counted once."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def peak_bytes(model, scorer, batch):
+    """The most memory of one generation: its own weights and what it allocates, whatever else is on the device."""
     if not CUDA:
+        generate(model, batch, 0)
         return None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     generate(model, batch, 0)
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before + own_bytes(model, model.vae_proxy[0], scorer)
 
 
 def taking_turns(ways, batch):
     """{name: sorted seconds} of ways to generate, each a (model, context) pair, one after the other in every round."""
     times = {name: [] for name in ways}
-    for model, context in ways.values():
-        with context():
-            generate(model, batch, 0)
     for seed in range(1, MOST + 1):
-        for name, (model, context) in ways.items():
+        for name, (model, context) in list(ways.items())[:: 1 if seed % 2 else -1]:
             with context():
                 times[name].append(timed(model, batch, seed))
         if seed >= LEAST and max(map(sum, times.values())) > BUDGET:
@@ -83,47 +99,63 @@ def taking_turns(ways, batch):
     return {name: sorted(found) for name, found in times.items()}
 
 
+def captured(var, search):
+    """A context in which ``var`` replays captured generations: one patch, so that captures outlive the context."""
+    varkern.patch(var, search, cuda_graph=True)
+    method = vars(var)[METHOD]
+    varkern.unpatch(var)
+
+    @contextmanager
+    def patched():
+        vars(var)[METHOD] = method
+        try:
+            yield var
+        finally:
+            del vars(var)[METHOD]
+
+    return patched
+
+
 def ways_of(var, scorer, m, upstream):
     """The baseline and the patched ways for ``m`` candidates."""
     search = varkern.BestOfM(scorer, m=m) if m > 1 else None
-    ways = {"published": (var, lambda: as_published(var)), "patched": (var, lambda: varkern.patched(var, search))}
+    ways = {"published": (var, partial(as_published, var)), "patched": (var, partial(varkern.patched, var, search))}
+    if CUDA:
+        ways["graph"] = (var, captured(var, search))
     if upstream is not None:
         ways["upstream"] = (upstream, nullcontext)
-        ways["upstream patched"] = (upstream, lambda: varkern.patched(upstream, search))
+        ways["upstream patched"] = (upstream, partial(varkern.patched, upstream, search))
     return ways
 
 
-def graph_way(var, scorer, m, batch):
-    """Times of the captured generation, which stays patched between calls, and the peak while it is captured.
-
-    A replay allocates nothing but copies of what it wrote, so that its own peak would leave the graph's memory out.
-    """
-    search = varkern.BestOfM(scorer, m=m) if m > 1 else None
-    varkern.patch(var, search, cuda_graph=True)
-    try:
-        peak = peak_bytes(var, batch)
-        times = []
-        for seed in range(1, MOST + 1):
-            times.append(timed(var, batch, seed))
-            if seed >= LEAST and sum(times) > BUDGET:
-                break
-        return sorted(times), peak
-    finally:
-        varkern.unpatch(var)
-
-
-def cell(var, scorer, batch, m, upstream):
-    ways = ways_of(var, scorer, m, upstream)
-    row = {"depth": var.depth, "B": batch, "M": m, "seconds": taking_turns(ways, batch), "peak": {}}
+def cell(depth, batch, m, folder):
+    var, scorer, upstream = models(depth, folder)
+    ways, peaks = ways_of(var, scorer, m, upstream), {}
     for name, (model, context) in ways.items():
         with context():
-            row["peak"][name] = peak_bytes(model, batch)
-    if CUDA:
-        row["seconds"]["graph"], row["peak"]["graph"] = graph_way(var, scorer, m, batch)
-    return row
+            peaks[name] = peak_bytes(model, scorer, batch)
+    return {"depth": depth, "B": batch, "M": m, "seconds": taking_turns(ways, batch), "peak": peaks}
 
 
-def parts_of(var, scorer, batch, m):
+@cache
+def models(depth, folder):
+    var, scorer = random_models(depth, DEVICE, small=TINY)
+    return var, scorer, upstream_model(folder, var) if folder else None
+
+
+def in_order(depths):
+    """(depth, B, M) of all cells, those first that the first two depths, and the first two batches, are asked for."""
+    cells = [(depth, batch, m) for batch in BATCHES for depth in depths for m in CANDIDATES]
+
+    def is_core(cell):
+        depth, batch, m = cell
+        return depth in depths[:2] and batch in BATCHES[:2] and m in CANDIDATES[:3]
+
+    return sorted(cells, key=is_core, reverse=True)  # the order within both halves stays
+
+
+def parts_of(depth, batch, m, folder=None):
+    var, scorer, _ = models(depth, folder)
     search = varkern.BestOfM(scorer, m=m) if m > 1 else None
     with varkern.patched(var, search):
         generate(var, batch, 0)
@@ -144,36 +176,54 @@ def print_row(row):
 
 
 def write(rows, parts, finished):
-    """What is done so far; a run that is cut off leaves whole files."""
+    """What is done so far; a run that is stopped leaves whole files."""
     versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     versions |= {"cuda": torch.version.cuda, "python": platform.python_version()}
-    told = {"device": device_name(DEVICE), **versions, "sampling": SAMPLING, "finished": finished, "rows": rows}
+    content = {"device": device_name(DEVICE), **versions, "sampling": SAMPLING, "finished": finished, "rows": rows}
     OUT.mkdir(parents=True, exist_ok=True)
-    for name, content in (("generation.json", told), ("parts.json", parts)):
+    for name, saved in (("generation.json", content), ("parts.json", parts)):
         unfinished = OUT / f"{name}.partial"
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.write_text(json.dumps(saved, indent=1) + "\n")
         unfinished.replace(OUT / name)
+
+
+def attempt(what, failures, do, *arguments):
+    """``do(*arguments)``; None where it fails, which is said and noted, with the kernel if a launch failed."""
+    try:
+        return do(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        kernel = find_kernel(error.__traceback__)
+        if kernel is not None:
+            print(f"failed kernel: {kernel}, in {what}", flush=True)
+        failures.append(f"{what}: {type(error).__name__}: {error}")
+        return None
 
 
 def test_generations(benchmark, request):
     chosen = request.config.getoption("--depths")
     depths = tuple(int(part) for part in chosen.split(",")) if chosen else DEPTHS
     folder = request.config.getoption("--upstream")
-    rows, parts = [], {}
+    rows, parts, failures = [], {}, []
     print(f"\n{device_name(DEVICE)}, torch {torch.__version__}; times over the published loop's median")
-    for depth in depths:
-        var, scorer = random_models(depth, DEVICE, small=TINY)
-        upstream = upstream_model(folder, var) if folder else None
-        for batch in BATCHES:
-            for m in CANDIDATES:
-                rows.append(cell(var, scorer, batch, m, upstream))
-                print_row(rows[-1])
-                parts[f"d{depth} B={batch} M={m}"] = parts_of(var, scorer, batch, m)
-                write(rows, parts, finished=False)
-        last = var, scorer
-    write(rows, parts, finished=True)
-    with varkern.patched(last[0], varkern.BestOfM(last[1], m=max(CANDIDATES))):
-        benchmark.pedantic(lambda: generate(last[0], max(BATCHES), 0), rounds=1 if TINY else 3)
+    for key in in_order(depths):
+        row = attempt("d{} B={} M={}".format(*key), failures, cell, *key, folder)
+        if row is not None:
+            rows.append(row)
+            print_row(row)
+            write(rows, parts, finished=False)
+    for row in rows:
+        key = row["depth"], row["B"], row["M"]
+        name = "d{} B={} M={}".format(*key)
+        found = attempt(f"the parts of {name}", failures, parts_of, *key, folder)
+        if found is not None:
+            parts[name] = found
+            write(rows, parts, finished=False)
+    write(rows, parts, finished=not failures)
+    assert not failures, "\n".join(failures)
+    var, scorer, _ = models(depths[0], folder)
+    with varkern.patched(var, varkern.BestOfM(scorer, m=max(CANDIDATES))):
+        benchmark.pedantic(lambda: generate(var, max(BATCHES), 0), rounds=1 if TINY else 3)
     for row in rows:
         assert all(seconds > 0 for times in row["seconds"].values() for seconds in times)
 
@@ -181,8 +231,7 @@ def test_generations(benchmark, request):
 @pytest.mark.parametrize("m", CANDIDATES)
 def test_the_parts_make_up_the_generation(m):
     """No part is negative, and together they are most of a generation's time."""
-    var, scorer = random_models(DEPTHS[0], DEVICE, small=TINY)
-    parts = parts_of(var, scorer, BATCHES[0], m)
+    parts = parts_of(DEPTHS[0], BATCHES[0], m)
     assert {"blocks", "head", "sampler", "winner", "decoder"} <= set(parts)
     assert min(parts.values()) >= 0
     assert ("scorer" in parts and "F" in parts) == (m > 1)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
@@ -15,15 +16,17 @@ def run(*arguments, **environment):
     return subprocess.run([SCRIPT, *map(str, arguments)], env=kept, capture_output=True, text=True)
 
 
-def test_a_stage_beyond_its_share_is_cut_off_and_the_others_run(tmp_path):
-    """One second for two stages that take several: both are cut off or fail, and the summary is written."""
+def test_a_stage_beyond_its_share_is_stopped_and_the_others_run(tmp_path):
+    """One second for two stages that take several: both are stopped or fail, and the summary is written."""
     done = run(tmp_path, "generation", "report", VARKERN_BENCH_SECONDS="1")
     assert done.returncode == 1
     generation, report, whole = (tmp_path / "stages.txt").read_text().splitlines()
-    assert generation.startswith("generation ") and generation.endswith("cut off")
-    assert report.startswith("report ") and report.endswith(("cut off", "failed")) and whole.startswith("all ")
+    assert generation.startswith("generation ") and generation.endswith("stopped")
+    assert report.startswith("report ") and report.endswith(("stopped", "failed")) and whole.startswith("all ")
     summary = (tmp_path / "summary.txt").read_text()
     assert summary.startswith("torch ") and generation in summary and done.stdout == summary
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert {"./stages.txt", "./summary.txt"} <= set(archive.getnames())
 
 
 def test_a_stage_alone(tmp_path):
@@ -37,5 +40,5 @@ def test_a_stage_alone(tmp_path):
 
 def test_an_unknown_stage(tmp_path):
     done = run(tmp_path, "generation", "coffee")
-    assert done.returncode == 2 and "no stage coffee; there are: tests generation" in done.stderr
+    assert done.returncode == 2 and "no stage coffee; there are: compile generation" in done.stderr
     assert not list(tmp_path.iterdir())
