@@ -47,7 +47,7 @@ def random_models(depth: int, device: torch.device, small: bool = False) -> tupl
         sides = (1, 2, 4)
         vae = VQVAE(64, 8, 8, ch_mult=(1, 1), num_res_blocks=1, norm_groups=4, v_patch_nums=sides)
         var = VAR(vae, num_classes=10, depth=depth, embed_dim=32, num_heads=2, patch_nums=sides)
-        scorer = Scorer(ScorerConfig(10, 3, 8, 4, widths=(8, 16), embedding=8, hidden=8))
+        scorer = Scorer(ScorerConfig(10, 3, 8, 4, widths=(8,), embedding=8, hidden=(8,)))
     else:
         with torch.device(device):
             vae = VQVAE()

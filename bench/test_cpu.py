@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.references.fusion import case
-from varkern.ops import channel_norm, commit_tokens, fuse_tokens, image_seeds, resize_features, sample_tokens
+from varkern.ops import commit_tokens, fuse_tokens, image_seeds, map_norm, resize_features, sample_tokens
 from varkern.ops import token_density as density
 from varkern.ops.backend import use_backend
 
@@ -69,7 +69,7 @@ def test_token_density(benchmark, per):
     timed(benchmark, lambda: density(tokens, codebook, per=per))
 
 
-def test_channel_norm(benchmark):
-    x, residual = torch.randn(2, 2 * M, 128, 16, 16)
-    weight, bias = torch.randn(2, 128)
-    timed(benchmark, lambda: channel_norm(x, weight, bias, residual=residual, negative_slope=0.2))
+def test_map_norm(benchmark):
+    x, residual = torch.randn(2, 2 * M, 64, 8, 8)
+    weight, bias = torch.randn(2, 64, 8, 8)
+    timed(benchmark, lambda: map_norm(x, weight, bias, residual=residual, negative_slope=0.2))

@@ -5,7 +5,7 @@
 
 3,072 maps are M=128 of 24 images, [3072, 32, 16, 16] bfloat16 channels-last; the bar is 2 ms on an H200. A training
 step is forward and backward of the pairwise loss, 128 pairs at ten scales, float32 weights under bfloat16 autocast. The
-peers are PyTorch's own layers (``nn.LayerNorm`` on permuted axes), eager and by ``torch.compile``. Forward times are of
+peers are PyTorch's own layers (``nn.LayerNorm``), eager and by ``torch.compile``. Forward times are of
 captured CUDA graphs, without launches; those of training steps are of plain calls. Floors: of the scorer, operations
 over the matrix units' rate, or bytes over bandwidth, convolution by convolution and norm by norm; of the norm, bytes.
 """
@@ -26,19 +26,21 @@ if TINY and not torch.cuda.is_available():
 
 from bench.measure import call_seconds, device_name, graph_seconds, rates_of, synchronize  # noqa: E402
 from bench.roofline import Part, counting  # noqa: E402
-from tests.references.norm import eager_norm, eager_scores, exact_norm  # noqa: E402
+from tests.references.norm import eager_norm, exact_norm  # noqa: E402
+from tests.references.scorer import eager_scores  # noqa: E402
 from varkern import Scorer, ScorerConfig  # noqa: E402
-from varkern.ops import channel_norm  # noqa: E402
+from varkern.ops import map_norm  # noqa: E402
+from varkern.scorer import stage_sides  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CONFIG = ScorerConfig(5, 3, 4, 4, widths=(8, 16), embedding=4, hidden=4) if TINY else ScorerConfig()
+CONFIG = ScorerConfig(5, 3, 4, 4, widths=(8,), embedding=4, hidden=(4,)) if TINY else ScorerConfig()
 IMAGES, CANDIDATES = (2, 2) if TINY else (24, 128)
 PAIRS = 1 if TINY else 128
 BAR = 2e-3
 HALF = torch.bfloat16
 
 
-channel_norm_backward = torch.ops.varkern.channel_norm_backward
+map_norm_backward = torch.ops.varkern.map_norm_backward
 
 
 def peak():
@@ -138,11 +140,8 @@ def test_training_step(benchmark):
 
 
 def stages():
-    """(width, side) of every resolution."""
-    side = CONFIG.size
-    for i, width in enumerate(CONFIG.widths):
-        side = (side + 1) // 2 if i else side
-        yield width, side
+    """(width, side) of every stage."""
+    return zip(CONFIG.widths, stage_sides(CONFIG.size), strict=True)
 
 
 def norm_steps(x, weight, bias, residual, grad):
@@ -150,7 +149,7 @@ def norm_steps(x, weight, bias, residual, grad):
     asked = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, residual)]
 
     def ours(x, weight, bias, residual):
-        return channel_norm(x, weight, bias, residual=residual, negative_slope=0.2)
+        return map_norm(x, weight, bias, residual=residual, negative_slope=0.2)
 
     def peer(x, weight, bias, residual):
         return eager_norm(x, weight, bias, residual, 0.2)
@@ -162,12 +161,12 @@ def norm_steps(x, weight, bias, residual, grad):
         return lambda: torch.autograd.grad(function(*asked), asked, grad)
 
     return {
-        "forward": (lambda: channel_norm(x, weight, bias, negative_slope=0.2), 2),
+        "forward": (lambda: map_norm(x, weight, bias, negative_slope=0.2), 2),
         "forward, residual": (forward(ours), 3),
         "  eager forward": (forward(peer), 3),
         **{f"  {name} forward": (forward(function), 3) for name, function in compiled(peer).items()},
-        "backward": (lambda: channel_norm_backward(grad, x, weight, bias, None, None, 0.2, 1e-5), 3),
-        "backward, residual": (lambda: channel_norm_backward(grad, x, weight, bias, residual, None, 0.2, 1e-5), 5),
+        "backward": (lambda: map_norm_backward(grad, x, weight, bias, None, 0.2, 1e-5), 3),
+        "backward, residual": (lambda: map_norm_backward(grad, x, weight, bias, residual, 0.2, 1e-5), 5),
         "both, residual": (both(ours), 8),
         "  eager both": (both(peer), 8),
     }
@@ -184,8 +183,8 @@ def test_norm(benchmark):
             torch.randn(maps, width, side, side, device=DEVICE).to(HALF, memory_format=torch.channels_last)
             for _ in range(3)
         )
-        weight, bias = torch.rand(2, width, device=DEVICE).to(HALF)
-        error = channel_norm(x[:4], weight, bias, residual=residual[:4], negative_slope=0.2).double()
+        weight, bias = torch.rand(2, width, side, side, device=DEVICE).to(HALF)
+        error = map_norm(x[:4], weight, bias, residual=residual[:4], negative_slope=0.2).double()
         error -= exact_norm(x[:4], weight, bias, residual[:4], slope=0.2)
         assert error.abs().max() < 2**-6
         for name, (step, passes) in norm_steps(x, weight, bias, residual, grad).items():
@@ -225,18 +224,16 @@ def test_where_forward_spends_its_time(maps):
         show(name, y, graph_seconds(convolve, DEVICE), count, 2 * (x.numel() + y.numel()))
 
         def normalise():
-            return norm(y, residual, convolution.bias, slope)
+            return norm(y, residual, slope)
 
         passes = 2 if residual is None else 3
         show("norm", y, graph_seconds(normalise, DEVICE), 0, passes * 2 * y.numel())
         return normalise()
 
-    layers = list(scorer.visual)
     with torch.no_grad():
-        for convolution, norm, block in zip(layers[0::3], layers[1::3], layers[2::3], strict=True):
-            x = timed("3x3, in", convolution, norm, x, slope=None)
-            branch = block.branch
-            y = timed("3x3", branch[0], branch[1], x)
-            y = timed("3x3", branch[3], branch[4], y)
-            x = timed("1x1", branch[6], branch[7], y, x)
+        for block in (block for stage in scorer.stages for block in stage[:2]):
+            y = timed("3x3", block.conv1, block.ln1, x)
+            y = timed("3x3", block.conv2, block.ln2, y)
+            shortcut = timed("1x1, shortcut", *block.shortcut, x, slope=None) if len(block.shortcut) else x
+            x = timed("1x1", block.conv3, block.ln3, y, shortcut)
     print(f"{'all':>20} {'':>14} {'':>6} {'':>6} {total * 1e6:8.1f} {floors * 1e6:7.1f}")

@@ -71,7 +71,14 @@ def ten_scale_var(**config) -> VAR:
 
 def small_scorer(**changes) -> Scorer:
     """A scorer that fits :func:`small_var`."""
-    fitting = {"num_classes": NUM_CLASSES, "num_scales": 5, "channels": 8, "size": 6, "widths": (8, 8, 8)}
+    fitting = {
+        "num_classes": NUM_CLASSES,
+        "num_scales": 5,
+        "channels": 8,
+        "size": 6,
+        "widths": (8, 8),
+        "hidden": (16, 8),
+    }
     return randomise(Scorer(ScorerConfig(**(fitting | changes))), 0).eval().requires_grad_(False)
 
 

@@ -1,42 +1,64 @@
-"""The scorer S(c, e_k, k) of LSRS (paper, appendix A): a small CNN that tells real features from generated ones."""
+"""The scorer S(c, e_k, k) of LSRS, as its authors published it: a small CNN that tells real features from generated."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varkern.files import atomically
-from varkern.models.initialization import initialize
-from varkern.ops import channel_norm
+from varkern.models.loading import count_modules, read_state_dict
+from varkern.ops import map_norm
 
-POOLED_SIDE = 2  # the visual features end at 2x2, as in the paper
+FINAL_SIDE = 2  # the visual features end at 2x2, as in the paper
+FIRST_WIDTHS = (64, 128)  # of the published stages; 256 at every stage after these
+SLOPE = 0.2
+HUB_FILE_NAMES = ("scorer.safetensors", "scoring_model.pth")
+
+
+def stage_sides(size: int) -> tuple[int, ...]:
+    """The side after each stage for a latent of side ``size``: halved, rounded up, until it is 2."""
+    sides = []
+    while size > FINAL_SIDE:
+        size = (size + 1) // 2
+        sides.append(size)
+    return tuple(sides)
+
+
+def default_widths(size: int) -> tuple[int, ...]:
+    """Channels of each stage for a latent of side ``size``: 64, 128, then 256 (the published ones at 16)."""
+    return (FIRST_WIDTHS + (256,) * size)[: len(stage_sides(size))]
 
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """Sizes of a scorer; the defaults are for ImageNet and VAR at 256 px (4.1 million parameters).
+    """Sizes of a scorer; the defaults are the published ones, for VAR at 256 px (4,007,425 parameters).
 
     Args:
         num_classes: classes of the model whose maps are scored.
         num_scales: K, its scales.
         channels: C, the width of its codes.
-        size: side of its latent; each width after the first halves it, and the last must stand at 2x2.
-        widths: channels at each resolution, one residual block each.
+        size: side of its latent, at least 3. Each stage halves it, rounded up, until it is 2.
+        widths: channels of each stage; None: 64, 128, then 256 for as many stages as ``size`` needs.
         embedding: width of the class and of the scale embedding.
-        hidden: width of the MLP.
+        hidden: widths of the MLP's layers, without its last layer's single output.
+        dropout: probability of the dropout behind each stage, in training only.
+
+    Raises:
+        ValueError: if ``widths`` and ``size`` do not fit, or ``hidden`` is empty.
 
     Example::
 
-        >>> varkern.ScorerConfig(num_classes=10, num_scales=5, channels=16, size=6, widths=(32, 64, 64)).size
+        >>> varkern.ScorerConfig(num_classes=10, num_scales=5, channels=16, size=6, widths=(32, 64)).size
         6
     """
 
@@ -44,86 +66,64 @@ class ScorerConfig:
     num_scales: int = 10
     channels: int = 32
     size: int = 16
-    widths: tuple[int, ...] = (32, 128, 256, 256)
+    widths: tuple[int, ...] | None = None
     embedding: int = 128
-    hidden: int = 128
+    hidden: tuple[int, ...] = (512, 256, 128)
+    dropout: float = 0.05
 
     def __post_init__(self):
-        object.__setattr__(self, "widths", tuple(self.widths))
-        side = self.size
-        for _ in self.widths[1:]:
-            side = (side + 1) // 2
-        if side != POOLED_SIDE:
+        stages = len(stage_sides(self.size))
+        if not stages:
+            raise ValueError(f"size must be at least {FINAL_SIDE + 1}, got {self.size}")
+        object.__setattr__(self, "widths", default_widths(self.size) if self.widths is None else tuple(self.widths))
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if len(self.widths) != stages:
             raise ValueError(
-                f"widths must halve size={self.size} down to {POOLED_SIDE}, "
-                f"got {len(self.widths)} widths, which end at {side}"
+                f"widths must have one number for each of the {stages} stages that halve size={self.size} "
+                f"down to {FINAL_SIDE}, got {len(self.widths)}"
             )
+        if not self.hidden:
+            raise ValueError("hidden must have at least one width, got none")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each pixel, ``[N, C, H, W] -> [N, C, H, W]``."""
+class MapNorm(nn.LayerNorm):
+    """Layer norm over all numbers of a map, ``[N, C, H, W] -> [N, C, H, W]``; weight and bias are ``[C, H, W]``."""
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        input_bias: Tensor | None = None,
-        negative_slope: float | None = None,
-    ) -> Tensor:
-        """See :func:`varkern.ops.channel_norm`."""
-        return channel_norm(
-            x,
-            self.weight,
-            self.bias,
-            residual=residual,
-            input_bias=input_bias,
-            negative_slope=negative_slope,
-            eps=self.eps,
-        )
-
-
-def normalised(
-    convolution: nn.Conv2d,
-    norm: ChannelNorm,
-    x: Tensor,
-    activation: nn.LeakyReLU | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """``activation(norm(convolution(x)) + residual)``."""
-    slope = None if activation is None else activation.negative_slope
-    if not bias_costs_a_pass(x):
-        return norm(convolution(x), residual, negative_slope=slope)
-    x = F.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
-    return norm(x, residual, convolution.bias, slope)
-
-
-def bias_costs_a_pass(x: Tensor) -> bool:
-    """True where PyTorch's convolution adds its bias by another read and write of the result: on a GPU."""
-    return x.is_cuda
+    def forward(self, x: Tensor, residual: Tensor | None = None, negative_slope: float | None = None) -> Tensor:
+        """See :func:`varkern.ops.map_norm`."""
+        return map_norm(x, self.weight, self.bias, residual=residual, negative_slope=negative_slope, eps=self.eps)
 
 
 class ResidualBlock(nn.Module):
-    """3x3, 3x3 and 1x1 convolutions, each normalised and the first two rectified, plus the input."""
+    """3x3, 3x3 and 1x1 convolutions without bias, each normalised, plus the input; rectified after the first two norms
+    and after the sum. Where the shapes differ, the input goes through a normalised 1x1 convolution.
 
-    def __init__(self, width: int):
+    Args:
+        channels: of the input.
+        width: channels of the output.
+        side: of the output.
+        stride: of the first convolution.
+    """
+
+    def __init__(self, channels: int, width: int, side: int, stride: int = 1):
         super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            ChannelNorm(width),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width, 3, padding=1),
-            ChannelNorm(width),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width, 1),
-            ChannelNorm(width),
-        )
-        self.activation = nn.LeakyReLU(0.2)
+        shape = [width, side, side]
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.ln1 = MapNorm(shape)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.ln2 = MapNorm(shape)
+        self.conv3 = nn.Conv2d(width, width, 1, bias=False)
+        self.ln3 = MapNorm(shape)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride=stride, bias=False), MapNorm(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        first, first_norm, first_activation, second, second_norm, second_activation, third, third_norm = self.branch
-        y = normalised(first, first_norm, x, first_activation)
-        y = normalised(second, second_norm, y, second_activation)
-        return normalised(third, third_norm, y, self.activation, residual=x)
+        y = self.ln1(self.conv1(x), negative_slope=SLOPE)
+        y = self.ln2(self.conv2(y), negative_slope=SLOPE)
+        return self.ln3(self.conv3(y), residual=self.shortcut(x), negative_slope=SLOPE)
 
 
 class WideLinear(nn.Linear):
@@ -142,19 +142,38 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
 
 
+@torch.no_grad()
+def initialise(scorer: nn.Module) -> None:
+    """The published starting weights: He for convolutions (fan-out), Glorot for linear layers, small embeddings."""
+    for layer in scorer.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Embedding):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+
+
 class Scorer(nn.Module):
     """Scores token maps by their fused features: higher means more like a real image's.
 
     A scorer trained by either loss of the paper tends to ``log p_real(e) / p_generated(e)`` plus a constant of class
     and scale; see :class:`varkern.BestOfM` for what follows from it.
 
+    The names and shapes of its weights are those of the published ``RewardNet``, so the state dict of one loads into
+    the other.
+
     The dtype of the weights decides the precision: ``Scorer.from_pretrained(path, dtype=torch.bfloat16)`` runs its
     convolutions in bfloat16, whatever the autocast mode; autocast lowers float32 weights only. The MLP always computes
     in float32, so that scores of many candidates do not fall together (bfloat16 knows 128 numbers from 4 to 8).
-    Convolutions are channels-last throughout; weights are stored so.
+    Convolutions are channels-last throughout; their weights are stored so.
 
     Args:
-        config: sizes; None: ImageNet, VAR at 256 px.
+        config: sizes; None: the published ones, for VAR at 256 px.
 
     Example::
 
@@ -169,31 +188,32 @@ class Scorer(nn.Module):
     def __init__(self, config: ScorerConfig | None = None):
         super().__init__()
         self.config = config = config or ScorerConfig()
-        layers: list[nn.Module] = [
-            nn.Conv2d(config.channels, config.widths[0], 3, padding=1),
-            ChannelNorm(config.widths[0]),
-        ]
-        for i, width in enumerate(config.widths):
-            if i:
-                layers += [nn.Conv2d(config.widths[i - 1], width, 3, stride=2, padding=1), ChannelNorm(width)]
-            layers.append(ResidualBlock(width))
-        self.visual = nn.Sequential(*layers)
-        self.class_embedding = nn.Embedding(config.num_classes, config.embedding)
-        self.scale_embedding = nn.Embedding(config.num_scales, config.embedding)
-        self.head = nn.Sequential(
-            WideLinear(config.widths[-1] * POOLED_SIDE**2 + 2 * config.embedding, config.hidden),
-            nn.LeakyReLU(0.2),
-            WideLinear(config.hidden, config.hidden),
-            nn.LeakyReLU(0.2),
-            WideLinear(config.hidden, 1),
-        )
-        initialize(self)
+        before = config.channels
+        for i, (width, side) in enumerate(zip(config.widths, stage_sides(config.size), strict=True)):
+            blocks = ResidualBlock(before, width, side, stride=2), ResidualBlock(width, width, side)
+            self.add_module(f"conv_stage_{i + 1}", nn.Sequential(*blocks, nn.Dropout(config.dropout)))
+            before = width
+        self.class_label_embedding = nn.Embedding(config.num_classes, config.embedding)
+        self.class_label_proj = WideLinear(config.embedding, config.embedding)
+        self.stage_label_embedding = nn.Embedding(config.num_scales, config.embedding)
+        self.stage_label_proj = WideLinear(config.embedding, config.embedding)
+        layers, joined = [], before * FINAL_SIDE**2 + 2 * config.embedding
+        for wide, narrow in zip((joined, *config.hidden), config.hidden, strict=False):
+            layers += [WideLinear(wide, narrow), nn.LeakyReLU(SLOPE)]
+        self.fuser = nn.Sequential(*layers[:-1])
+        self.out_proj = WideLinear(config.hidden[-1], 1)
+        initialise(self)
         self.to(memory_format=torch.channels_last)  # after the weights are drawn, which goes by memory order
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The convolutional stages, in order."""
+        return [self.get_submodule(f"conv_stage_{i + 1}") for i in range(len(self.config.widths))]
 
     @property
     def dtype(self) -> torch.dtype:
         """What the convolutions compute in: their weights' dtype, or autocast's where that is on and they float32."""
-        weight = self.visual[0].weight
+        weight = self.out_proj.weight
         if weight.dtype == torch.float32 and autocasting(weight):
             return torch.get_autocast_dtype(weight.device.type)
         return weight.dtype
@@ -209,7 +229,7 @@ class Scorer(nn.Module):
         Args:
             labels: classes ``[B]`` int64.
             features: fused features ``[B, M, C, H, W]``, any float dtype and memory format.
-            scale: the scale that all candidates belong to, or one a candidate, ``[M]`` or ``[B, M]`` int64.
+            scale: the scale that all candidates belong to, or one per candidate, ``[M]`` or ``[B, M]`` int64.
 
         Returns:
             scores ``[B, M]`` float32, or float64 if the weights are.
@@ -217,21 +237,20 @@ class Scorer(nn.Module):
         batch, candidates = features.shape[:2]
         dtype = self.dtype
         x = features.flatten(0, 1).to(dtype=dtype, memory_format=torch.channels_last)
-        lowered = dtype != self.visual[0].weight.dtype
+        lowered = dtype != self.out_proj.weight.dtype
         with contextlib.nullcontext() if lowered else no_autocast(x):
-            layers = list(self.visual)
-            for convolution, norm, block in zip(layers[0::3], layers[1::3], layers[2::3], strict=True):
-                x = block(normalised(convolution, norm, x))
+            for stage in self.stages:
+                x = stage(x)
         if not isinstance(scale, Tensor):
             scale = torch.full((), scale, device=labels.device)  # filled there: a copy from the host would wait
-        conditions = (
-            self.class_embedding(labels.unsqueeze(1).expand(batch, candidates)),
-            self.scale_embedding(scale.expand(batch, candidates)),
-        )
         wide = torch.promote_types(dtype, torch.float32)
         with no_autocast(x):
-            joined = torch.cat([x.flatten(1).to(wide), *(c.flatten(0, 1).to(wide) for c in conditions)], dim=1)
-            return self.head(joined).view(batch, candidates)
+            # One row per class of an image or per scale given is projected, then spread over the candidates.
+            classes = self.class_label_proj(self.class_label_embedding(labels).to(wide))
+            scales = self.stage_label_proj(self.stage_label_embedding(scale).to(wide))
+            conditions = [c.expand(batch, candidates, -1).flatten(0, 1) for c in (classes.unsqueeze(1), scales)]
+            joined = torch.cat([x.flatten(1).to(wide), *conditions], dim=1)
+            return self.out_proj(self.fuser(joined)).view(batch, candidates)
 
     def save_pretrained(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
         """Write weights and config to one safetensors file; a crash leaves the former file whole."""
@@ -241,29 +260,82 @@ class Scorer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls, source: str | os.PathLike, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Scorer:
-        """Read a scorer that :meth:`save_pretrained` wrote, in evaluation mode and without gradients.
+        """Read a scorer, in evaluation mode and without gradients.
 
         Args:
-            path: a safetensors file.
+            source: a ``.safetensors`` file that :meth:`save_pretrained` wrote; or a state dict of the published
+                network, ``.pth`` (read with ``weights_only=True``) or ``.safetensors``, whose shapes tell the sizes
+                (an even latent side); or the name of a repository on the hub, ``"user/repo"``, which holds
+                ``scorer.safetensors`` or ``scoring_model.pth``. A local path goes before a hub name.
             device: where the weights go; :class:`varkern.BestOfM` moves a scorer to its model's device by itself.
             dtype: of the weights, in which the convolutions compute. On a GPU bfloat16 halves the bytes; its scores
                 err by some hundredths of their spread, which changes few choices.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if there is no such file, or the repository holds none of the two.
             ValueError: if it is no scorer's file.
+            ImportError: if a hub name needs the ``hub`` extra.
         """
-        path = Path(path)
+        path = Path(source)
+        if not path.exists() and is_hub_name(str(source)):
+            path = download_scorer(str(source))
         if not path.is_file():
             raise FileNotFoundError(f"no scorer at {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            config = ScorerConfig(**json.loads(metadata["config"]))
-            scorer = cls(config)
-            scorer.load_state_dict(load_file(path), strict=True)
+            state, config = read_state_dict(path)
+            scorer = cls(ScorerConfig(**(config or config_of_state(state))))
+            scorer.load_state_dict(state, strict=True)
         except Exception as error:
-            raise ValueError(f"{path} is not a scorer's safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a scorer's file: {error}") from error
         return scorer.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def config_of_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of :class:`ScorerConfig` that the shapes of a state dict tell; the latent's side is taken as even.
+
+    Raises:
+        KeyError: if a weight that tells a size is missing.
+    """
+    stages = sum(f"conv_stage_{i + 1}.0.conv1.weight" in state for i in range(len(state)))
+    first = state["conv_stage_1.0.conv1.weight"]
+    num_classes, embedding = state["class_label_embedding.weight"].shape
+    layers = range(0, 2 * count_modules(state, "fuser"), 2)
+    return {
+        "num_classes": num_classes,
+        "num_scales": state["stage_label_embedding.weight"].shape[0],
+        "channels": first.shape[1],
+        "size": 2 * state["conv_stage_1.0.ln1.weight"].shape[-1],
+        "widths": [state[f"conv_stage_{i + 1}.0.conv1.weight"].shape[0] for i in range(stages)],
+        "embedding": embedding,
+        "hidden": [state[f"fuser.{i}.weight"].shape[0] for i in layers],
+    }
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a text can name a repository on the hub: two words with a slash between, no file's suffix."""
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and not source.endswith((".pth", ".pt", ".safetensors")) and "." not in parts
+
+
+def download_scorer(repository: str) -> Path:
+    """The local copy of a scorer on the hub, downloaded on first use.
+
+    Raises:
+        FileNotFoundError: if the repository holds none of ``HUB_FILE_NAMES``.
+        ImportError: if huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            f"{repository} names a repository on the hub: install it with pip install 'varkern[hub]', or give a path"
+        ) from error
+    for name in HUB_FILE_NAMES:
+        with contextlib.suppress(EntryNotFoundError):
+            return Path(hf_hub_download(repository, name))
+    raise FileNotFoundError(
+        f"no scorer in the hub's repository {repository}: it has no {' and no '.join(HUB_FILE_NAMES)}"
+    )

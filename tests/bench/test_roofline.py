@@ -16,7 +16,7 @@ SIDES = (1, 2, 4)
 def small_models() -> tuple[VAR, Scorer]:
     vae = VQVAE(64, 8, 16, ch_mult=(1, 2), norm_groups=4, v_patch_nums=SIDES)
     var = VAR(vae, num_classes=7, depth=3, embed_dim=24, num_heads=3, patch_nums=SIDES)
-    return var, Scorer(ScorerConfig(7, 3, 8, 4, widths=(8, 16), embedding=4, hidden=8))
+    return var, Scorer(ScorerConfig(7, 3, 8, 4, widths=(8,), embedding=4, hidden=(8,)))
 
 
 def counted_by_torch(call) -> int:

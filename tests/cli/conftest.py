@@ -13,7 +13,7 @@ from varkern.scorer import Scorer, ScorerConfig
 
 PATCH_NUMS = (1, 2, 4)
 CLASSES = 12
-SCORER = {"num_classes": CLASSES, "num_scales": 3, "channels": 8, "size": 4, "widths": (8, 8), "embedding": 4}
+SCORER = {"num_classes": CLASSES, "num_scales": 3, "channels": 8, "size": 4, "widths": (8,), "embedding": 4}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def weights(tmp_path_factory) -> Path:
         var.head.weight.normal_(std=1.0)
     save_model(vae, folder / "vae.safetensors")
     save_model(var, folder / "var.safetensors")
-    Scorer(ScorerConfig(**SCORER, hidden=8)).save_pretrained(folder / "scorer.safetensors")
-    Scorer(ScorerConfig(**{**SCORER, "channels": 4}, hidden=8)).save_pretrained(folder / "other_scorer.safetensors")
+    Scorer(ScorerConfig(**SCORER, hidden=(8,))).save_pretrained(folder / "scorer.safetensors")
+    Scorer(ScorerConfig(**{**SCORER, "channels": 4}, hidden=(8,))).save_pretrained(folder / "other_scorer.safetensors")
     save_file({"weight": torch.zeros(2)}, folder / "other.safetensors")
     (folder / "garbage.pth").write_bytes(b"no checkpoint")
     return folder

@@ -255,7 +255,7 @@ class TestResume:
         copy = tmp_path / "scorer.safetensors"
         copy.write_bytes((weights / "scorer.safetensors").read_bytes())
         assert command(scorer=copy) == 0
-        Scorer(ScorerConfig(**SCORER, hidden=8)).save_pretrained(copy)
+        Scorer(ScorerConfig(**SCORER, hidden=(8,))).save_pretrained(copy)
         assert command(scorer=copy) == 2
 
     def test_unreadable_settings(self, command, tmp_path, one_line):

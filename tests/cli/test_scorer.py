@@ -17,7 +17,7 @@ from varkern.demo import train as demo_train
 from varkern.ops import use_backend
 from varkern.training.scorer import read_facts
 
-SMALL = {"widths": "8,8", "embedding": 4, "hidden": 8, "epochs": 1, "warmup-epochs": 0.5, "batch-size": 8}
+SMALL = {"widths": "8", "embedding": 4, "hidden": 8, "epochs": 1, "warmup-epochs": 0.5, "batch-size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ class TestTrain:
         assert "on 12 pairs held out" in out and f"wrote {tmp_path / 'scorer.safetensors'}" in out
         assert sorted(path.name for path in tmp_path.iterdir()) == ["scorer.csv", "scorer.safetensors"]
         scorer = varkern.Scorer.from_pretrained(tmp_path / "scorer.safetensors")
-        assert (scorer.config.num_classes, scorer.config.widths) == (CLASSES, (8, 8))
+        assert (scorer.config.num_classes, scorer.config.widths) == (CLASSES, (8,))
         var = varkern.load_var(weights / "var.safetensors", vae=weights / "vae.safetensors")
         found = varkern.generate(var, [3, 7], search=varkern.BestOfM(scorer, 2), seeds=0)
         assert found.scores[1].isfinite().all()
@@ -143,8 +143,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"widths": "8,x"}, "widths must be numbers such as 32,128,256,256, got '8,x'"),
-            ({"widths": "8,8,8"}, "widths must halve size=4 down to 2"),
+            ({"widths": "8,x"}, "widths must be numbers such as 64,128,256, got '8,x'"),
+            ({"widths": "8,8,8"}, "widths must have one number for each of the 1 stages"),
             ({"every": 0}, "every must be >= 1, got 0"),
             ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
             ({"epochs": -1}, "epochs must be a finite number > 0, got -1"),
@@ -250,7 +250,7 @@ def test_three_commands_on_the_demo_model(tmp_path):
 
     command("tokens", "generate", var="demo", per_class=200, cfg=0, top_k=0, out=tmp_path / "generated", batch_size=500)
     data = {"real": tmp_path / "real", "generated": tmp_path / "generated", "vae": vae}
-    scorer, sizes = tmp_path / "scorer.safetensors", {"widths": "16,32,32", "embedding": 8, "hidden": 32}
+    scorer, sizes = tmp_path / "scorer.safetensors", {"widths": "24,32", "embedding": 8, "hidden": "32"}
     settings = {"learning_rate": 1e-3, "batch_size": 32, "warmup_epochs": 0.2, "validation": 0.1}
     command("scorer", "train", **data, **sizes, **settings, out=scorer)
     command("scorer", "report", **data, scorer=scorer, out=tmp_path / "report")

@@ -50,7 +50,9 @@ def prepared(folder):
     (folder / "scorers").mkdir(parents=True)
     for name in table.scorers.Comparison().trainings():
         shutil.copy(run.WEIGHTS / "scorer.safetensors", folder / "scorers" / f"{name}.safetensors")
-    shutil.copy(FIGURES / "scorers.json", folder / "scorers" / "scorers.json")
+    report = json.loads((FIGURES / "scorers.json").read_text())
+    report["settings"] = table.scorers.Comparison().settings(run.WEIGHTS)
+    (folder / "scorers" / "scorers.json").write_text(json.dumps(report))
     return folder
 
 

@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named_before_any_work(options, message, sampler):
 
 def test_a_search_is_held_to_the_requests_sizes():
     model, vae = small_flexvar()
-    scorer = Scorer(ScorerConfig(num_classes=7, num_scales=5, channels=32, size=6, widths=(8, 8, 8)))
+    scorer = Scorer(ScorerConfig(num_classes=7, num_scales=5, channels=32, size=6, widths=(8, 8)))
     patch(model, BestOfM(scorer, m=2))  # nothing to hold it to yet
     assert call(model, vae).shape == (2, 3, 12, 12)
     with (

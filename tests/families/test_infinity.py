@@ -134,7 +134,7 @@ def test_what_is_wrong_for_a_model_of_indices():
 
 def test_a_scorer_of_classes_is_refused():
     case = CASES["Infinity"]
-    scorer = Scorer(ScorerConfig(num_classes=7, num_scales=5, channels=5, size=6, widths=(8, 8, 8)))
+    scorer = Scorer(ScorerConfig(num_classes=7, num_scales=5, channels=5, size=6, widths=(8, 8)))
     model = patch(case.build(), BestOfM(scorer, m=2))
     with idle(model), pytest.raises(ValueError, match=r"scorer was made for num_classes=7, .* num_classes=None"):
         case.call(model, 0)

@@ -83,23 +83,23 @@ def of_resize_features(dtype):
                 yield f"{layout}, {size}, channels last {last}", OPS.resize_features, (f_hat, size, "area", last)
 
 
-def of_channel_norm(dtype):
-    weight, bias = normal(8), normal(8, dtype=dtype)
+def of_map_norm(dtype):
+    weight, bias = normal(8, 3, 4), normal(8, 3, 4, dtype=dtype)
     for layout, x in formats(normal(2, 8, 3, 4, dtype=dtype)):
-        yield layout, OPS.channel_norm, (x, weight, bias, None, None, 1.0, 1e-5)
-        yield f"{layout}, residual", OPS.channel_norm, (x, weight, bias, x.contiguous(), bias, 0.2, 1e-5)
-    yield "no pixels", OPS.channel_norm, (normal(0, 8, 3, 4, dtype=dtype), weight, bias, None, None, 1.0, 1e-5)
-    yield "float64", OPS.channel_norm, (normal(2, 8, 3, 4).double(), weight, bias, None, None, 0.2, 1e-5)
+        yield layout, OPS.map_norm, (x, weight, bias, None, 1.0, 1e-5)
+        yield f"{layout}, residual", OPS.map_norm, (x, weight, bias, x.contiguous(), 0.2, 1e-5)
+    yield "no maps", OPS.map_norm, (normal(0, 8, 3, 4, dtype=dtype), weight, bias, None, 1.0, 1e-5)
+    yield "float64", OPS.map_norm, (normal(2, 8, 3, 4).double(), weight, bias, None, 0.2, 1e-5)
 
 
-def of_channel_norm_backward(dtype):
-    weight, bias = normal(8), normal(16, dtype=dtype)[::2]
+def of_map_norm_backward(dtype):
+    weight, bias = normal(8, 3, 4), normal(16, 3, 4, dtype=dtype)[::2]
     for layout, x in formats(normal(2, 8, 3, 4, dtype=dtype)):
         for other, grad in formats(normal(2, 8, 3, 4, dtype=dtype)):
-            yield f"{layout}, {other}", OPS.channel_norm_backward, (grad, x, weight, bias, None, None, 1.0, 1e-5)
-            yield f"{layout}, {other}, all", OPS.channel_norm_backward, (grad, x, weight, bias, grad, bias, 0.2, 1e-5)
+            yield f"{layout}, {other}", OPS.map_norm_backward, (grad, x, weight, bias, None, 1.0, 1e-5)
+            yield f"{layout}, {other}, all", OPS.map_norm_backward, (grad, x, weight, bias, grad, 0.2, 1e-5)
     x = normal(2, 8, 3, 4).double()
-    yield "float64", OPS.channel_norm_backward, (x, x.mT.contiguous().mT, weight, bias, x, None, 0.2, 1e-5)
+    yield "float64", OPS.map_norm_backward, (x, x.mT.contiguous().mT, weight, bias, x, 0.2, 1e-5)
 
 
 def of_silverman_bandwidth(dtype):

@@ -1,9 +1,9 @@
-"""``channel_norm`` as a registered operator: opcheck, torch.compile, CUDA graphs, very large input."""
+"""``map_norm`` as a registered operator: opcheck, torch.compile, CUDA graphs, very large input."""
 
 import pytest
 import torch
 
-from varkern.ops import channel_norm
+from varkern.ops import map_norm
 from varkern.ops.backend import use_backend
 
 
@@ -23,8 +23,8 @@ def arguments(place, dtype=torch.float32, residual=True, asking=True):
     shape = (2, 12, 3, 4)
     x, other = torch.randn(2, *shape, generator=generator).to(place, dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    vectors = torch.randn(3, 12, generator=generator).to(place)
-    given = [x, vectors[0], vectors[1], other if residual else None, vectors[2] if residual else None]
+    vectors = torch.randn(2, *shape[1:], generator=generator).to(place)
+    given = [x, vectors[0], vectors[1], other if residual else None]
     return [tensor if tensor is None else tensor.clone().requires_grad_(asking) for tensor in given]
 
 
@@ -32,16 +32,16 @@ def arguments(place, dtype=torch.float32, residual=True, asking=True):
 @pytest.mark.parametrize("residual", [True, False], ids=["all", "norm alone"])
 def test_opcheck(backend, place, dtype, residual):
     given = arguments(place, dtype, residual)
-    torch.library.opcheck(torch.ops.varkern.channel_norm.default, (*given, 0.2 if residual else 1.0, 1e-5))
+    torch.library.opcheck(torch.ops.varkern.map_norm.default, (*given, 0.2 if residual else 1.0, 1e-5))
     grad = torch.ones_like(given[0])
     given = [tensor if tensor is None else tensor.detach() for tensor in given]
-    torch.library.opcheck(torch.ops.varkern.channel_norm_backward.default, (grad, *given, 0.2, 1e-5))
+    torch.library.opcheck(torch.ops.varkern.map_norm_backward.default, (grad, *given, 0.2, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_trains_compiled_as_one_graph(backend, place, dtype):
-    def step(x, weight, bias, residual, input_bias):
-        y = channel_norm(x * 2, weight, bias, residual=residual, input_bias=input_bias, negative_slope=0.2)
+    def step(x, weight, bias, residual):
+        y = map_norm(x * 2, weight, bias, residual=residual, negative_slope=0.2)
         return (y.float() ** 2).sum()
 
     given = arguments(place, dtype)
@@ -63,7 +63,7 @@ def test_one_gradient_only(backend, place):
         for name in names:
             given[name] = given[name].clone().requires_grad_()
         with torch.autocast(place.type, dtype=torch.bfloat16):
-            y = channel_norm(**given) + channel_norm(given["x"] * 2, given["weight"], given["bias"])
+            y = map_norm(**given) + map_norm(given["x"] * 2, given["weight"], given["bias"])
         assert y.dtype == torch.float32
         y.sum().backward()
         assert all(given[name].grad is not None for name in names) and given["bias"].grad is None
@@ -74,7 +74,7 @@ def test_replays_in_a_cuda_graph():
     given = arguments("cuda", asking=False)
 
     def step():
-        return channel_norm(*given[:3], residual=given[3], input_bias=given[4], negative_slope=0.2)
+        return map_norm(*given[:3], residual=given[3], negative_slope=0.2)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -92,10 +92,10 @@ def test_beyond_two_to_the_31_elements():
     x = torch.empty(count, 32, 16, 16, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
     x[:-3].zero_()
     x[-3:].normal_()
-    weight, bias = torch.ones(32, device="cuda"), torch.ones(32, device="cuda")
+    weight, bias = torch.ones(2, 32, 16, 16, device="cuda")
     with use_backend("triton"):
-        y, end = channel_norm(x, weight, bias), channel_norm(x[-3:], weight, bias)
+        y, end = map_norm(x, weight, bias), map_norm(x[-3:], weight, bias)
         assert torch.equal(y[-3:], end) and (y[:3] == 1).all()
-        gradient = torch.ops.varkern.channel_norm_backward(y, x, weight, bias, None, None, 1.0, 1e-5)[0]
-        at_end = torch.ops.varkern.channel_norm_backward(end, x[-3:], weight, bias, None, None, 1.0, 1e-5)[0]
+        gradient = torch.ops.varkern.map_norm_backward(y, x, weight, bias, None, 1.0, 1e-5)[0]
+        at_end = torch.ops.varkern.map_norm_backward(end, x[-3:], weight, bias, None, 1.0, 1e-5)[0]
     assert torch.equal(gradient[-3:], at_end)

@@ -29,7 +29,9 @@ from varkern.training.scorer import train_scorer
 
 SIDES = (1, 2, 4)
 VOCABULARY, NUM_CLASSES, LENGTH = 64, 3, 21
-CONFIG = ScorerConfig(num_classes=NUM_CLASSES, num_scales=3, channels=8, size=4, widths=(8, 8), embedding=4, hidden=8)
+CONFIG = ScorerConfig(
+    num_classes=NUM_CLASSES, num_scales=3, channels=8, size=4, widths=(8,), embedding=4, hidden=(8, 8), dropout=0.0
+)
 TRAINING = ScorerTraining(epochs=2.0, warmup_epochs=0.5, batch_size=8, learning_rate=3e-3, validation=0.2, seed=5)
 
 # The first optimizer of a process imports much of PyTorch: here once, instead of once in every child.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from varkern.training.recipe import ScorerTraining, default_widths, pairwise_loss, pointwise_loss, wins
+from varkern.training.recipe import ScorerTraining, pairwise_loss, pointwise_loss, wins
 
 SCORES = torch.tensor([-80.0, -3.0, -0.5, 0.0, 0.25, 4.0, 60.0])
 
@@ -49,17 +49,6 @@ def test_gradients_at_zero(loss, wanted):
 
 def test_a_draw_is_half_a_win():
     assert wins(torch.tensor([1.0, 2.0, -1.0]), torch.tensor([2.0, 1.0, -1.0])).tolist() == [0.0, 1.0, 0.5]
-
-
-@pytest.mark.parametrize(
-    "size, widths",
-    [(2, (32,)), (4, (32, 128)), (6, (32, 128, 256)), (16, (32, 128, 256, 256)), (32, (32, 128, 256, 256, 256))],
-)
-def test_default_widths_fit_a_scorer(size, widths):
-    from varkern import ScorerConfig
-
-    assert default_widths(size) == widths
-    ScorerConfig(size=size, widths=widths)
 
 
 def test_defaults_are_the_papers():

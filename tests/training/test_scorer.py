@@ -72,7 +72,7 @@ class TestRanks:
         self.run(folder, tmp_path / "two.safetensors", 2)
         found, wanted = load_file(tmp_path / "two.safetensors"), load_file(folder / "unbroken.safetensors")
         differences = {name: (found[name] - wanted[name]).abs().max().item() for name in found}
-        assert differences.pop("head.2.bias") < 5e-3 and max(differences.values()) < 1e-5
+        assert differences.pop("fuser.2.bias") < 5e-3 and max(differences.values()) < 1e-5
 
     def test_a_run_of_one_rank_goes_on_with_two(self, folder, tmp_path, monkeypatch, every_step):
         out, training = tmp_path / "scorer.safetensors", replace(TRAINING, loss="pointwise")
@@ -164,12 +164,14 @@ class TestWhatIsTrained:
     @pytest.mark.parametrize("changes", [{"loss": "pointwise"}, {"first_scale": 1}, {"seed": 6}], ids=str)
     def test_a_setting_changes_the_scorer(self, changes, folder, tmp_path):
         train(folder, tmp_path / "scorer.safetensors", replace(TRAINING, **changes))
-        assert "visual.0.weight" in differing(tmp_path / "scorer.safetensors", folder / "unbroken.safetensors")
+        assert "conv_stage_1.0.conv1.weight" in differing(
+            tmp_path / "scorer.safetensors", folder / "unbroken.safetensors"
+        )
 
     def test_the_first_scale_is_not_trained_where_it_is_left_out(self, folder, tmp_path):
         facts = train(folder, tmp_path / "scorer.safetensors", replace(TRAINING, first_scale=1))
         trained, start = load_file(tmp_path / "scorer.safetensors"), initial()
-        moved = (trained["scale_embedding.weight"] != start["scale_embedding.weight"]).any(1)
+        moved = (trained["stage_label_embedding.weight"] != start["stage_label_embedding.weight"]).any(1)
         assert moved.tolist() == [False, True, True]
         assert len(facts["validation"]["accuracy"]) == 2
         assert "validation_loss_0" not in rows_of(tmp_path / "scorer.csv")[0]
@@ -192,11 +194,11 @@ class TestWhatIsTrained:
         assert facts["device"].startswith(device.type)
 
     def test_a_constant_is_not_trained_under_the_pairwise_loss(self, folder):
-        assert load_file(folder / "unbroken.safetensors")["head.4.bias"].item() == 0
+        assert load_file(folder / "unbroken.safetensors")["out_proj.bias"].item() == 0
 
     def test_facts(self, folder):
         facts = read_facts(folder / "unbroken.safetensors")
-        assert facts["settings"]["scorer"]["widths"] == [8, 8] and facts["settings"]["precision"] == "float32"
+        assert facts["settings"]["scorer"]["widths"] == [8] and facts["settings"]["precision"] == "float32"
         assert (facts["pairs"], facts["held_out"], facts["left_out"], facts["ranks"]) == (38, 12, 0, 1)
         assert facts["step"] == steps_in(folder)[0] and json.loads(json.dumps(facts)) == facts
 

@@ -18,7 +18,7 @@ from varkern.scorer import Scorer, ScorerConfig
 from varkern.studies import sampling
 from varkern.training import report as scores
 from varkern.training.features import FeatureMaker
-from varkern.training.recipe import ScorerTraining, default_widths
+from varkern.training.recipe import ScorerTraining
 from varkern.training.scorer import check_maker, read_facts, train_scorer
 
 from .options import Device, pick_device, require
@@ -52,10 +52,11 @@ def train(
     validation: Annotated[float, typer.Option(help="Share of every class's images that is held out")] = 0.02,
     seed: Annotated[int, typer.Option(help="Of weights, order, partners and of what is held out")] = 0,
     widths: Annotated[
-        str | None, typer.Option(help="Channels at each resolution; default: 32,128,256,... down to 2x2")
+        str | None, typer.Option(help="Channels of each stage; default: 64,128,256,... for as many as lead to 2x2")
     ] = None,
     embedding: Annotated[int, typer.Option(help="Width of the class and of the scale embedding")] = 128,
-    hidden: Annotated[int, typer.Option(help="Width of the MLP")] = 128,
+    hidden: Annotated[str, typer.Option(help="Widths of the MLP's layers")] = "512,256,128",
+    dropout: Annotated[float, typer.Option(help="Probability of dropout after each stage")] = 0.05,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 by autocast on a GPU, else float32")
     ] = "auto",
@@ -91,9 +92,10 @@ def train(
         num_scales=len(maker.patch_nums),
         channels=maker.codebook.shape[1],
         size=size,
-        widths=default_widths(size) if widths is None else parse_widths(widths),
+        widths=None if widths is None else parse_widths("widths", widths),
         embedding=embedding,
-        hidden=hidden,
+        hidden=parse_widths("hidden", hidden),
+        dropout=dropout,
     )
     first_rank = os.environ.get("RANK", "0") == "0"
     if first_rank:
@@ -171,14 +173,14 @@ def load_maker(vae: Path, datasets: Sequence[TokenMaps], features: str) -> Featu
     return maker
 
 
-def parse_widths(text: str) -> tuple[int, ...]:
-    """Widths such as ``32,64,64``.
+def parse_widths(name: str, text: str) -> tuple[int, ...]:
+    """Widths such as ``32,64,64``; ``name``: of the option.
 
     Raises:
         ValueError: if ``text`` is no such list.
     """
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
-        raise ValueError(f"widths must be numbers such as 32,128,256,256, got {text!r}")
+        raise ValueError(f"{name} must be numbers such as 64,128,256, got {text!r}")
     return tuple(int(width) for width in text.split(","))
 
 

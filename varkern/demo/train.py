@@ -44,7 +44,7 @@ VAE_SIZES = {
 }
 VAR_SIZES = {"num_classes": 10, "depth": 4, "embed_dim": 96, "num_heads": 4, "patch_nums": PATCH_NUMS}
 SCORER_SIZES = ScorerConfig(
-    num_classes=10, num_scales=5, channels=16, size=6, widths=(32, 64, 64), embedding=32, hidden=64
+    num_classes=10, num_scales=5, channels=16, size=6, widths=(48, 64), embedding=32, hidden=(64, 32)
 )
 SAMPLING = {"cfg": 0.0, "top_p": 0.96}
 BATCHES = {"batch_size": 500, "shard_size": 5000}

@@ -3,18 +3,18 @@
 from .backend import use_backend
 from .density import bit_density, kernel_density, silverman_bandwidth, token_density
 from .fusion import commit_tokens, fuse_tokens, resize_features
-from .norm import channel_norm
+from .norm import map_norm
 from .philox import image_seeds
 from .sampling import SampleStats, sample_tokens
 
 __all__ = [
     "SampleStats",
     "bit_density",
-    "channel_norm",
     "commit_tokens",
     "fuse_tokens",
     "image_seeds",
     "kernel_density",
+    "map_norm",
     "resize_features",
     "sample_tokens",
     "silverman_bandwidth",

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from .features import FEATURES
 
-FIRST_WIDTHS = (32, 128)  # the paper's; 256 at every resolution after these
-
 
 def pairwise_loss(real: Tensor, generated: Tensor) -> Tensor:
     """Eq. 4 for every pair: ``-log sigmoid(real - generated)``, the shape of the scores, which come in pairs."""
@@ -99,14 +97,6 @@ class ScorerTraining:
     def steps(self, examples: int) -> tuple[int, int]:
         """Steps in all, and of them those of the warm-up, for an epoch of ``examples`` pairs; rounded up."""
         return tuple(math.ceil(epochs * examples / self.batch_size) for epochs in (self.epochs, self.warmup_epochs))
-
-
-def default_widths(size: int) -> tuple[int, ...]:
-    """A scorer's widths for a latent of side ``size``: 32, 128, then 256 down to 2x2 (the paper's at 16)."""
-    levels, side = 1, size
-    while side > 2:
-        side, levels = (side + 1) // 2, levels + 1
-    return (FIRST_WIDTHS + (256,) * levels)[:levels]
 
 
 def wins(real: Tensor, generated: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Trainer:
         self.loss, self.half = LOSSES[training.loss], training.precision_on(ranks.device) == "bfloat16"
         if training.loss == "pairwise":
             # Eq. 4 does not see a constant added to all scores; rounding would be its only gradient.
-            scorer.head[-1].bias.requires_grad_(False).zero_()
+            scorer.out_proj.bias.requires_grad_(False).zero_()
         self.model: nn.Module = scorer
         if ranks.size > 1:
             on_gpu = [ranks.device] if ranks.device.type == "cuda" else None
@@ -201,7 +201,8 @@ def train_scorer(
 ) -> dict[str, Any]:
     """Train a scorer and write it to ``out``, going on where a killed run stopped; done already: only say so.
 
-    Under ``torchrun`` the ranks share every batch and the result is that of one rank, to rounding.
+    Under ``torchrun`` the ranks share every batch. Without dropout, whose masks every rank draws for itself, the result
+    is that of one rank, to rounding.
 
     Args:
         real, generated: token maps of real images and of the model's own.
