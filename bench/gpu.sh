@@ -91,7 +91,7 @@ run_stage() {
     case $1 in
         tests)
             # What the device changes comes first; all workers share it, and compile kernels side by side.
-            local order=(tests/test_graphs.py tests/test_waiting.py tests/test_chunks.py tests/ops tests/test_generate.py tests)
+            local order=(tests/test_graphs.py tests/test_waiting.py tests/test_chunks.py tests/ops tests/test_generation.py tests)
             local workers=()
             "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8)
             [ "$TINY" = 1 ] && order=(tests/bench/test_compare.py) workers=()

@@ -26,10 +26,10 @@ if TINY and not torch.cuda.is_available():
 import triton  # noqa: E402
 
 from bench import measure  # noqa: E402
-from varkern.multinomial import filter_logits, sample_multinomial  # noqa: E402
 from varkern.ops import sample_tokens  # noqa: E402
 from varkern.ops.backend import use_backend  # noqa: E402
 from varkern.ops.philox import image_seeds  # noqa: E402
+from varkern.published import filter_logits, sample_multinomial  # noqa: E402
 
 SIDES, CANDIDATES = ((1, 2), (1, 4)) if TINY else ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 4, 32, 128))
 V, B = (300, 2) if TINY else (4096, 24)

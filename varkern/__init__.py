@@ -1,7 +1,7 @@
 """Best-of-M sampling for visual autoregressive (VAR) image models at next to no cost."""
 
 from varkern.errors import UnsupportedModelError
-from varkern.generate import Generation, generate
+from varkern.generation import Generation, generate
 from varkern.models import load_vae, load_var
 from varkern.ops import image_seeds, use_backend
 from varkern.patching import patch, patched, unpatch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varkern.multinomial import filter_logits, gumbel_softmax, sample_multinomial
 from varkern.ops import philox, sample_tokens
+from varkern.published import filter_logits, gumbel_softmax, sample_multinomial
 from varkern.spec import Logits, Request
 
 

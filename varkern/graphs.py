@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from varkern.checks import capturing, check_request
 from varkern.draws import as_image_seeds
 from varkern.families import Family
-from varkern.generate import as_labels, run
+from varkern.generation import as_labels, run
 from varkern.ops.backend import chosen_backend
 from varkern.ops.fusion import list_tables
 from varkern.search import Search
@@ -72,8 +72,8 @@ class GenerationGraphs:
     """The captured generations of one patched model.
 
     Args:
-        family, model, search: as :func:`varkern.generate.run` takes them; the sampler is ``"philox"``, whose seeds are
-            a tensor on the device.
+        family, model, search: as :func:`varkern.generation.run` takes them; the sampler is ``"philox"``, whose seeds
+            are a tensor on the device.
         capacity: how many captured generations are kept, the latest used ones.
         capture: what captures a generation; tests give another.
     """
@@ -88,7 +88,7 @@ class GenerationGraphs:
         self.copied: torch.cuda.Event | None = None  # the latest images are out of the graph's memory
 
     def run(self, request: Request) -> Tensor:
-        """The images of :func:`varkern.generate.run` for ``request``, replayed where it was captured before.
+        """The images of :func:`varkern.generation.run` for ``request``, replayed where it was captured before.
 
         The first call with new settings runs the generation eagerly, captures it and says so. Where capture is
         impossible it warns once and runs eagerly from then on. Inside the caller's own capture it runs eagerly too.

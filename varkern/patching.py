@@ -12,7 +12,7 @@ import torch
 from varkern.checks import check_sampler, check_search
 from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
-from varkern.generate import run
+from varkern.generation import run
 from varkern.graphs import GenerationGraphs
 from varkern.search import Search, as_search
 

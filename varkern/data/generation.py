@@ -14,7 +14,7 @@ from torch import nn
 from varkern.checks import check_request
 from varkern.errors import UnsupportedModelError
 from varkern.families import recognise
-from varkern.generate import generate
+from varkern.generation import generate
 from varkern.ops import image_seeds
 from varkern.spec import Request, is_int
 

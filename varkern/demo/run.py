@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from varkern.extras import require_pillow
-from varkern.generate import Generation, generate
+from varkern.generation import Generation, generate
 from varkern.models import VAR, load_var
 from varkern.ops import image_seeds
 from varkern.scorer import Scorer

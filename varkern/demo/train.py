@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from varkern.data import Batch, Manifest, TokenMaps, file_sha256, generate_token_maps, write_token_maps
 from varkern.files import atomically
-from varkern.generate import generate
+from varkern.generation import generate
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
 from varkern.models.quantizer import VectorQuantizer

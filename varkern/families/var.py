@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varkern.multinomial import smoothing_temperature
 from varkern.ops import commit_tokens, fuse_tokens, resize_features
+from varkern.published import smoothing_temperature
 from varkern.spec import Logits, ModelSpec, Request
 
 from .base import Draws, check_cfg, check_options, class_request, missing_caches, seeded

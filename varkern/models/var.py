@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varkern.multinomial import filter_logits, gumbel_softmax, sample_multinomial, smoothing_temperature
+from varkern.published import filter_logits, gumbel_softmax, sample_multinomial, smoothing_temperature
 
 from .initialization import initialize
 from .transformer import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin

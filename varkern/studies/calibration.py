@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varkern.checks import check_request
 from varkern.families import recognise
-from varkern.generate import generate
+from varkern.generation import generate
 from varkern.ops import image_seeds
 from varkern.search import Search
 from varkern.spec import ModelSpec, Request

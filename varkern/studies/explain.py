@@ -14,7 +14,7 @@ from torch import Tensor
 
 from varkern.families import recognise
 from varkern.files import atomically
-from varkern.generate import Generation, generate
+from varkern.generation import Generation, generate
 from varkern.search import Candidates, Choice, Search
 from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec

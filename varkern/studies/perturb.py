@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varkern.families import recognise
-from varkern.generate import generate
+from varkern.generation import generate
 from varkern.progress import progress_bar
 
 from .pictures import Row, Tile, draw_rows

@@ -20,7 +20,7 @@ from varkern.checks import check_request
 from varkern.extras import require_pillow
 from varkern.families import recognise
 from varkern.files import atomically
-from varkern.generate import generate
+from varkern.generation import generate
 from varkern.metrics.arrays import write_array
 from varkern.metrics.evaluate import PUBLISHED_IMAGES
 from varkern.metrics.images import SETTINGS, SHEET, ImageFiles, PixelFacts

@@ -24,7 +24,7 @@ import torch
 from varkern.data.writer import locked, ranks
 from varkern.families import recognise
 from varkern.files import atomically
-from varkern.generate import generate
+from varkern.generation import generate
 from varkern.metrics.evaluate import check_finite, check_fit, compare
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Gathering, Measured

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.references import var as reference
-from varkern.multinomial import filter_logits, gumbel_softmax, sample_multinomial, smoothing_temperature
+from varkern.published import filter_logits, gumbel_softmax, sample_multinomial, smoothing_temperature
 
 FILTERS = [(0, 0.0), (1, 0.0), (7, 0.0), (252, 0.0), (253, 0.0), (999, 0.0), (0, 0.3), (0, 0.999), (0, 1.0), (40, 0.6)]
 
