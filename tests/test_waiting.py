@@ -157,7 +157,7 @@ def test_the_kernels_launchers_read_no_value(device, monkeypatch):
 
     What an op does inside is out of the modes' sight, so the reading methods themselves tell who calls them.
     """
-    model, scorer = on(small_var((1, 2)), device), small_scorer(num_scales=2, size=2, widths=(8,)).to(device)
+    model, scorer = on(small_var((1, 3)), device), small_scorer(num_scales=2, size=3, widths=(8,)).to(device)
     labels, readers = LABELS[:1].to(device), []
 
     def watched(name, read):
