@@ -184,14 +184,18 @@ def test_guidance_dtypes_and_strides(dtype, strided, backend, place):
         assert unclear == 0
 
 
-def test_a_row_beyond_2_31_elements(backend, place):
-    # The memory between the two rows is never touched, so it costs address space and no more.
-    far, vocab = 2**31 + 16, 300
-    if place.type == "cuda" and torch.cuda.mem_get_info()[0] < 6e9:
-        pytest.skip("needs 5 GB of GPU memory")
-    logits = torch.empty(far + vocab, dtype=torch.bfloat16, device=place).as_strided((1, 2, vocab), (0, far, 1))
-    logits.copy_(rows_of("random", 1, 2, vocab))
-    unclear, _ = compare(logits, 2, image_seeds(0, 1, place), top_k=20, top_p=0.9)
+@pytest.mark.parametrize("images, far", [(1, 2**31 + 16), (4, 2**30 + 16)], ids=["a stride", "a product"])
+def test_a_row_beyond_2_31_elements(images, far, backend, place):
+    """Also where the stride itself fits into 32 bits, and three times as much does not."""
+    # The memory between the rows is never touched, so it costs address space and no more.
+    vocab, rows = 300, max(images, 2)
+    if place.type == "cuda" and torch.cuda.mem_get_info()[0] < 8e9:
+        pytest.skip("needs 7 GB of GPU memory")
+    storage = torch.empty((rows - 1) * far + vocab, dtype=torch.bfloat16, device=place)
+    strides = (0, far, 1) if images == 1 else (far, 0, 1)
+    logits = storage.as_strided((images, rows // images, vocab), strides)
+    logits.copy_(rows_of("random", images, rows // images, vocab))
+    unclear, _ = compare(logits, 2, image_seeds(0, images, place), top_k=20, top_p=0.9)
     assert unclear == 0
 
 
