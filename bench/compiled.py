@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
 import triton
+import varkern.kernels
 from triton.backends.compiler import GPUTarget
 
 from tests import emulator
@@ -41,6 +44,7 @@ def record(target: str) -> dict[str, tuple[emulator.Totals, list[str], float]]:
 
     emulator.install(90, run=False)
     emulator.set_target(TARGETS[target])
+    forget_compilations()
     backend.takes_cpu_tensors = lambda: True
     found: dict[str, tuple[emulator.Totals, list[str], float]] = {}
     for name, run in scenarios():
@@ -55,6 +59,15 @@ def record(target: str) -> dict[str, tuple[emulator.Totals, list[str], float]]:
             if totals.launches or totals.grids:
                 found.setdefault(key, (totals, [], seconds if key not in before else 0.0))[1].append(name)
     return found
+
+
+def forget_compilations() -> None:
+    """Make every kernel compile anew at its next launch: what it compiled was for the former target."""
+    emulator.launched.clear()
+    for info in pkgutil.iter_modules(varkern.kernels.__path__):
+        for thing in vars(importlib.import_module(f"varkern.kernels.{info.name}")).values():
+            if isinstance(thing, triton.JITFunction):
+                thing.device_caches.clear()
 
 
 def describe(totals: emulator.Totals) -> str:
@@ -102,7 +115,6 @@ def compile_all(targets: list[str]) -> list[dict]:
             usage = compile_for(totals, target)
             rows.append({"kernel": totals.name, "case": describe(totals), "target": target, "by": names, **usage})
             print(f"{target:11} {totals.name:24} {usage} {names[0]}", flush=True)
-        emulator.launched.clear()
     return rows
 
 

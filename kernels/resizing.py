@@ -1,5 +1,8 @@
 """``f_hat`` resized to the next scale's side: every output is a weighted sum over a few rows and columns of its input.
 
+Its tile has channels last: Triton 3.6 lets neighbouring lanes read neighbouring pixels of it and 3.8 lets them read
+neighbouring channels, which moves seven times the sectors; with channels first it is the other way round.
+
 Source: the end of VAR's ``get_next_autoregressive_input`` (mode ``area`` is adaptive average pooling). Bound by reading
 ``f_hat`` once, ``4 * B * C * H * W`` bytes, which for a batch of images is less than a launch costs.
 """
