@@ -173,16 +173,23 @@ def tabulate(folder: Path) -> str:
 
 
 def over_targets(rows: list[dict]) -> list[dict]:
-    """One row per launch: the largest figures of its targets, and where it spills."""
+    """One row per launch: the largest figures of its targets, and where it spills.
+
+    Launches of the same sizes that differ in what Triton found out about their arguments are numbered as they come,
+    which is the same order under every Triton version; their digests are not the same.
+    """
     merged: dict[tuple, dict] = {}
     for row in rows:
-        entry = merged.setdefault(
-            (row["kernel"], row["case"]), {"kernel": row["kernel"], "case": row["case"], "where": []}
-        )
+        entry = merged.setdefault((row["kernel"], row["case"]), {"kernel": row["kernel"], "where": []})
         for key in ("registers", "shared", "spills"):
             entry[key] = max(entry.get(key, 0), row[key])
         if row["spills"]:
             entry["where"].append(row["target"])
+    seen: dict[tuple, int] = {}
+    for (kernel, case), entry in merged.items():
+        sizes = re.sub(r" \([0-9a-f]{6}\)$", "", case)
+        seen[kernel, sizes] = number = seen.get((kernel, sizes), 0) + 1
+        entry["case"] = sizes if number == 1 else f"{sizes}, variant {number}"
     return list(merged.values())
 
 
