@@ -37,12 +37,12 @@ def best_of(m: int) -> varkern.BestOfM | None:
     return None if m == 1 else varkern.BestOfM(BlankScorer(), m=m, pick="resample")
 
 
-def generate_var(batch: int, search) -> None:
+def generate_var(batch: int, search, **filters) -> None:
     """VAR at 256 px: V=4096, C=32, ten scales."""
     vae = VQVAE(4096, 32, 32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, v_patch_nums=PATCH_NUMS_256)
     model = VAR(vae, depth=1, embed_dim=64, num_heads=1, patch_nums=PATCH_NUMS_256).eval().requires_grad_(False)
     labels = torch.arange(batch)
-    varkern.generate(model, labels, search=search, seeds=0, decode=False, cfg=1.5, **FILTERS)
+    varkern.generate(model, labels, search=search, seeds=0, decode=False, cfg=1.5, **(FILTERS | filters))
 
 
 def generate_flexvar(batch: int, search) -> None:
@@ -78,6 +78,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[], None]]]:
     density = varkern.DensitySearch(n=50, min_distance=0)
     for m in CANDIDATES:
         yield f"VAR M={m}", lambda m=m: generate_var(BATCH, best_of(m))
+    yield "VAR M=4, top-p alone", lambda: generate_var(BATCH, best_of(4), top_k=0)
     yield "VAR, one image, M=4", lambda: generate_var(1, best_of(4))
     yield "VAR, density n=50", lambda: generate_var(BATCH, density)
     for m in CANDIDATES:
