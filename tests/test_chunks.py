@@ -97,11 +97,11 @@ def possible(scores, noise, pick, error):
 @pytest.mark.parametrize("pick", PICKS_OF, ids=str)
 @pytest.mark.parametrize("m", [2, 7, 33, 128])
 def test_a_network_chooses_the_same_but_for_its_rounding(m, pick, device, quick_backend, capture):  # noqa: F811
-    """As long as an image's maps are the same, scores agree to 1e-5, and the kept map is one that a difference of
-    1e-5 in the scores explains. Where no other map can be explained, the maps are thereby equal; that is so for more
-    than nine in ten choices. Images whose maps are all equal are equal bit for bit, since they are fused alone.
+    """As long as an image's maps are the same, scores agree to 2e-6, and the kept map is one that a difference of
+    2e-6 in the scores explains. Where no other map can be explained, the maps are thereby equal; that is so for more
+    than eight in ten choices. Images whose maps are all equal are equal bit for bit, since they are fused alone.
     """
-    error = 1e-5  # the scores' spread is 0.1, their rounding some 5e-7
+    error = 2e-6  # the scores' spread is 0.01, their rounding some 4e-7
     model, scorer = on(small_var(), device), small_scorer()
     told = {}
     with use_backend(quick_backend):
@@ -128,7 +128,7 @@ def test_a_network_chooses_the_same_but_for_its_rounding(m, pick, device, quick_
             choices += same.sum().item()
             same &= (found.tokens[scale].cpu() == kept).all(1)
         assert torch.equal(found.images.cpu()[same], wanted.images.cpu()[same])
-    assert choices >= 30 and settled > 0.9 * choices
+    assert choices >= 30 and settled > 0.8 * choices
 
 
 def recorded_tokens(model, search):

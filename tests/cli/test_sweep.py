@@ -102,14 +102,15 @@ def test_preset(sweep, tmp_path, capsys):
     assert [(row["m"], row["first_scale"]) for row in rows[::2]] == [("1", "1"), ("32", "0"), ("32", "1"), ("32", "2")]
 
 
-def test_scorers_by_name(sweep, weights, capsys):
+def test_scorers_by_name(sweep, weights, tmp_path, capsys):
     path = weights / "scorer.safetensors"
     given = {**PRESET, "preset": "lsrs-table2", "max_m": 4, "scorer": [f"pointwise={path}", f"pairwise={path}"]}
     assert sweep(**given) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    scorers = [line.split("|")[2].strip() for line in table[2:]]
-    distances = [line.split("|")[3] for line in table[2:]]
-    assert scorers == ["", "pointwise", "pairwise"] and distances[1] == distances[2] != distances[0]
+    assert [line.split("|")[2].strip() for line in table[2:]] == ["", "pointwise", "pairwise"]
+    rows = list(csv.DictReader((tmp_path / "out" / "lsrs-table2.csv").open()))
+    figures = {name: [row["fid"] for row in rows if row["scorer"] == name] for name in ("", "pointwise", "pairwise")}
+    assert figures["pointwise"] == figures["pairwise"] != figures[""]
     assert sweep(**{**given, "scorer": path, "out": "other"}) == 2
     assert "wants scorer 'pointwise', and there is none: given are ''" in capsys.readouterr().err.splitlines()[-1]
 
