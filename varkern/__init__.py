@@ -6,7 +6,7 @@ from varkern.models import load_vae, load_var
 from varkern.ops import image_seeds, use_backend
 from varkern.patching import patch, patched, unpatch
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.search import BestOfM, Combined, DensitySearch
+from varkern.search import BestOfM, Combined, DensitySearch, PublishedScorer
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "Combined",
     "DensitySearch",
     "Generation",
+    "PublishedScorer",
     "Scorer",
     "ScorerConfig",
     "UnsupportedModelError",

@@ -4,5 +4,15 @@ from .base import Candidates, Choice, Search
 from .best_of_m import BestOfM
 from .combined import Combined, as_search
 from .density import DensitySearch
+from .published_scorer import PublishedScorer
 
-__all__ = ["BestOfM", "Candidates", "Choice", "Combined", "DensitySearch", "Search", "as_search"]
+__all__ = [
+    "BestOfM",
+    "Candidates",
+    "Choice",
+    "Combined",
+    "DensitySearch",
+    "PublishedScorer",
+    "Search",
+    "as_search",
+]

@@ -13,6 +13,7 @@ from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
 from .base import Candidates, Choice, Scorer
+from .published_scorer import takes_published_arguments
 
 
 class BestOfM:
@@ -38,7 +39,8 @@ class BestOfM:
     Args:
         scorer: a :class:`varkern.Scorer`, or any callable ``(labels[B], features[B, M, C, H, W], scale) ->
             scores[B, M]``. One whose ``config`` tells ``num_classes``, ``num_scales``, ``channels`` and ``size`` is
-            checked against the model. A module is moved to the model's device when it is first used there.
+            checked against the model. A module is moved to the model's device when it is first used there. A network
+            of LSRS' own class goes through :class:`varkern.PublishedScorer`.
         m: candidates of every searched scale, or a sequence with one number a scale (1: no search there).
         first_scale: the first searched scale, from 0; the paper's ST is ``first_scale + 1``.
         last_scale: the last searched scale; None: the model's last. Both stand beside an int ``m`` only.
@@ -70,6 +72,11 @@ class BestOfM:
     ):
         if not callable(scorer):
             raise TypeError(f"scorer must be callable, got {type(scorer).__name__}")
+        if takes_published_arguments(scorer):
+            raise TypeError(
+                f"scorer must take (labels, features, scale), got {type(scorer).__name__}, which takes "
+                "(x, class_labels, stage_label) as the published network: wrap it by varkern.PublishedScorer(scorer)"
+            )
         if not is_int(m) and (not isinstance(m, Sequence) or isinstance(m, str)):
             raise TypeError(f"m must be an int or a sequence of ints, got {m!r}")
         for number in (m,) if is_int(m) else m:
@@ -119,8 +126,9 @@ class BestOfM:
             self.scorer.to(spec.device)
 
     def check_labels(self, highest: int, spec: ModelSpec) -> None:
-        """See :class:`.base.Search`; a scorer with a ``config`` knows its classes only, not "no class"."""
-        num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", None)
+        """See :class:`.base.Search`; a scorer that tells its ``num_classes`` knows these only, not "no class"."""
+        num_classes = getattr(self.scorer, "num_classes", None)
+        num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", num_classes)
         if num_classes is not None and highest >= num_classes:
             meaning = ", which means 'no class' and has no score" if highest == spec.num_classes else ""
             raise ValueError(
