@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from varkern.files import atomically
 from varkern.models.loading import count_modules, read_state_dict
 from varkern.ops import map_norm
+from varkern.runs import atomically
 
 FINAL_SIDE = 2  # the visual features end at 2x2, as in the paper
 FIRST_WIDTHS = (64, 128)  # of the published stages; 256 at every stage after these

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from varkern.demo import run as demo_run
 from varkern.extras import require_matplotlib
-from varkern.files import atomically
+from varkern.runs import atomically
 from varkern.studies import sampling
 
 from .options import Device, Seed, pick_device, require

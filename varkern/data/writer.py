@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varkern.files import atomically
 from varkern.progress import progress_bar
+from varkern.runs import atomically
 
 from .manifest import FILE, Manifest, Shard, differences
 

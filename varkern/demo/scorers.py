@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from varkern.data import TokenMaps, file_sha256
-from varkern.files import atomically
 from varkern.models import load_vae
+from varkern.runs import atomically
 from varkern.scorer import Scorer
 from varkern.studies import sampling
 from varkern.training import report as scores

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varkern.data import Batch, Manifest, TokenMaps, file_sha256, generate_token_maps, write_token_maps
-from varkern.files import atomically
 from varkern.generation import generate
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
 from varkern.models.quantizer import VectorQuantizer
 from varkern.progress import progress_bar
+from varkern.runs import atomically
 from varkern.scorer import ScorerConfig
 from varkern.training import scorer as scorer_training
 from varkern.training.features import FeatureMaker

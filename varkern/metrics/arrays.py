@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 ARRAY = "arr_0"
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 from .features import Extracted
 from .frechet import Moments

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 from .frechet import Moments
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 from .var import PATCH_NUMS_256, PATCH_NUMS_512, VAR
 from .vqvae import VQVAE

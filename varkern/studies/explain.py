@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from varkern.families import recognise
-from varkern.files import atomically
 from varkern.generation import Generation, generate
+from varkern.runs import atomically
 from varkern.search import Candidates, Choice, Search
 from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 from .cells import BEST_OF_M, DENSITY, Cell, from_json, written
 from .presets import Preset

@@ -19,13 +19,13 @@ import torch
 from varkern.checks import check_request
 from varkern.extras import require_pillow
 from varkern.families import recognise
-from varkern.files import atomically
 from varkern.generation import generate
 from varkern.metrics.arrays import write_array
 from varkern.metrics.evaluate import PUBLISHED_IMAGES
 from varkern.metrics.images import SETTINGS, SHEET, ImageFiles, PixelFacts
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
+from varkern.runs import atomically
 from varkern.search import Search
 from varkern.spec import Request
 

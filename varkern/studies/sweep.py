@@ -23,7 +23,6 @@ import torch
 
 from varkern.data.writer import locked, ranks
 from varkern.families import recognise
-from varkern.files import atomically
 from varkern.generation import generate
 from varkern.metrics.evaluate import check_finite, check_fit, compare
 from varkern.metrics.features import Extractor
@@ -32,6 +31,7 @@ from varkern.metrics.images import SETTINGS
 from varkern.metrics.statistics import SPLIT, StoredStatistics
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
+from varkern.runs import atomically
 
 from .calibration import CALIBRATION_SEED, checked, density_ratios, in_batches
 from .cells import Cell

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 SAMPLED_EVERY = 16  # on a GPU measuring a step waits for it, so few are measured
 

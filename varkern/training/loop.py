@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varkern.files import atomically
 from varkern.progress import progress_bar
+from varkern.runs import atomically
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from varkern.data import TokenMaps
-from varkern.files import atomically
 from varkern.progress import progress_bar
+from varkern.runs import atomically
 from varkern.scorer import Scorer
 from varkern.training.features import FeatureMaker
 from varkern.training.pairs import Part, check_datasets, fingerprint, make_pairs

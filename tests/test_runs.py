@@ -2,7 +2,7 @@
 
 import pytest
 
-from varkern.files import atomically
+from varkern.runs import atomically
 
 
 @pytest.fixture(params=[None, b"former"], ids=["new", "over a former file"])
