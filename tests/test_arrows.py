@@ -34,7 +34,6 @@ ALLOWED = {
     "metrics": {"extras", "runs", "progress"},
     "studies": {
         "checks",
-        "data",
         "extras",
         "families",
         "runs",

@@ -488,11 +488,10 @@ def test_a_save_that_fails_leaves_the_former_file(scorer, tmp_path, monkeypatch)
     scorer.save_pretrained(path)
     before = path.read_bytes()
 
-    def fail(weights, filename, metadata):
-        filename.write_bytes(b"half")
-        raise OSError("disk full")
+    def fail(descriptor):
+        raise OSError(28, "disk full")
 
-    monkeypatch.setattr("varkern.scorer.save_file", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         randomise(Scorer(SMALL), 1).save_pretrained(path)
     assert path.read_bytes() == before

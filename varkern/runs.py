@@ -1,11 +1,29 @@
-"""Writing files whole or not at all."""
+"""Folders of long work: settings that must match, one writer at a time, ranks, and files that are whole or not there.
+
+Whatever takes long here writes into a folder, can be killed at any time, and goes on where it stopped when the same
+command is given again. Three rules make that safe. A folder notes the settings that its files were made with, and other
+settings are refused. A file appears under its name only when it is whole. A process holds a lock while it writes.
+
+Under ``torchrun`` several processes, the ranks, share the work of one folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, distributed
+
+SETTINGS, PROGRESS = "settings.json", "progress"
 
 
 @contextlib.contextmanager
@@ -21,3 +39,220 @@ def atomically(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: naming the file, where the error of a full disk names none.
+    """
+    try:
+        with atomically(path) as unfinished, unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = f"{error.strerror}, while writing {path}; finished files are kept, run again to continue"
+        raise OSError(error.errno, reason) from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, see :func:`write_bytes`; its folder is made if it is not there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Write JSON, see :func:`write_text`."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, see :func:`write_bytes`; its own writer reports a full disk as no ``OSError``."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(contiguous, None if metadata is None else dict(metadata)))
+
+
+def write_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
+    """Write what ``torch.save`` makes of ``state``, see :func:`write_bytes`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def open_folder(folder: Path) -> None:
+    """Make ``folder`` and check that files can be written there.
+
+    Raises:
+        OSError: if not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink(missing_ok=True)  # another process may have been as quick
+
+
+def check_file(name: str, path: Path | None, suffix: str) -> None:
+    """Check that the file of argument ``name`` can be written, and make its folder; None is fine.
+
+    Raises:
+        ValueError: if it does not end in ``suffix``, or is a folder.
+        OSError: if files cannot be written in its folder.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{name} must end in {suffix}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {path}")
+    open_folder(path.parent)
+
+
+def describe_file(path: str | os.PathLike | None) -> dict[str, Any] | str | None:
+    """A file as a setting: its place, size and time. What is no file, such as a short name, stays as it is."""
+    if path is None or not Path(path).is_file():
+        return path if path is None else str(path)
+    stat = Path(path).stat()
+    return {"path": str(Path(path).resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+
+
+def check_settings(
+    name: object, former: Mapping[str, Any], now: Mapping[str, Any], remedy: str = "choose another folder"
+) -> None:
+    """Check that a thing was made with the settings that are wanted now.
+
+    Args:
+        name: what the error calls the thing.
+        former, now: JSON values by name; mappings inside are compared value by value.
+        remedy: what the error proposes.
+
+    Raises:
+        ValueError: naming the first three settings that differ, such as ``source.cfg was 1.5, now 2.0``.
+    """
+    there, here = (dict(flattened(json.loads(json.dumps(settings)))) for settings in (former, now))
+    changes = [
+        f"{setting} was {there.get(setting)!r}, now {here.get(setting)!r}"
+        for setting in {**there, **here}
+        if there.get(setting) != here.get(setting)
+    ]
+    if changes:
+        raise ValueError(f"{name} was made with other settings ({'; '.join(changes[:3])}): {remedy}")
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``{"a": {"b": 1}}`` as ``("a.b", 1)``."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note in ``folder`` the settings that its files are made with, or check that they are these.
+
+    Args:
+        folder: exists.
+        settings: JSON values by name.
+
+    Raises:
+        ValueError: if the folder's files were made with other settings, see :func:`check_settings`.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        write_json(path, settings)
+        return
+    try:
+        former = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not readable as settings: remove {folder} or choose another") from error
+    check_settings(folder, former, settings)
+
+
+class BeingWrittenError(ValueError):
+    """Another process holds a folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, rank: int) -> Iterator[None]:
+    """Holds the place of one rank in a folder, against a second run of the same command.
+
+    Raises:
+        BeingWrittenError: if another process holds it.
+    """
+    # A record lock: it goes with its process, however that ends, and forked children do not inherit it.
+    (folder / PROGRESS).mkdir(exist_ok=True)
+    with (folder / PROGRESS / f"rank{rank}.lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise BeingWrittenError(f"{folder} is being written by another process") from error
+        except OSError:  # a file system without locks: then two runs at once only waste time
+            pass
+        yield
+
+
+def find_rank() -> tuple[int, int]:
+    """This process' number and the number of processes, by ``torchrun``'s ``RANK`` and ``WORLD_SIZE``; else 0 of 1.
+
+    Raises:
+        ValueError: if they are no such numbers.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK must be in 0..WORLD_SIZE-1, got RANK={rank!r} and WORLD_SIZE={world!r}")
+    return int(rank), int(world)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that compute together.
+
+    Args:
+        rank: its number, from 0.
+        size: how many there are.
+        device: where it computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """``tensor`` summed over all ranks, in place."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def agree(self, name: str, fact: bool) -> None:
+        """Raise ``ValueError`` on every rank unless ``fact`` is the same on all."""
+        count = int(self.sum(torch.tensor(int(fact), device=self.device)))
+        if count not in (0, self.size):
+            raise ValueError(f"{name}: true on {count} of {self.size} ranks, which must share their storage")
+
+
+@contextlib.contextmanager
+def join_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that ``torchrun`` started, connected for sums; without it this process alone.
+
+    Args:
+        device: of a single process; under ``torchrun`` on GPUs each rank takes the one of its ``LOCAL_RANK``.
+    """
+    if distributed.is_initialized():  # by the caller, who also ends it
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
+        return
+    rank, size = find_rank()
+    if size == 1:
+        yield Ranks(rank, size, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, size, device)
+    finally:
+        distributed.destroy_process_group()

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varkern.models.loading import count_modules, read_state_dict
 from varkern.ops import map_norm
-from varkern.runs import atomically
+from varkern.runs import write_tensors
 
 FINAL_SIDE = 2  # the visual features end at 2x2, as in the paper
 FIRST_WIDTHS = (64, 128)  # of the published stages; 256 at every stage after these
@@ -254,9 +253,7 @@ class Scorer(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
         """Write weights and config to one safetensors file; a crash leaves the former file whole."""
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        with atomically(path) as unfinished:
-            save_file(weights, unfinished, {**(metadata or {}), "config": json.dumps(asdict(self.config))})
+        write_tensors(path, self.state_dict(), {**(metadata or {}), "config": json.dumps(asdict(self.config))})
 
     @classmethod
     def from_pretrained(

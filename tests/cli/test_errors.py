@@ -136,7 +136,7 @@ class TestWrongInput:
         assert cli.main(["demo", "train", "--out", str(tmp_path), "--seed", "1"]) == 0
         capsys.readouterr()
         assert cli.main(["demo", "train", "--out", str(tmp_path), "--seed", "2"]) == 2
-        assert "seed 1 there, 2 now" in one_line()
+        assert "seed was 1, now 2" in one_line()
 
     def test_long_message_is_cut(self, command, monkeypatch, one_line):
         def fail(*args, **kwargs):

@@ -151,7 +151,7 @@ class TestArray:
         error = capsys.readouterr().err
         assert "3 of the 6 images" in error and "000003-class0007-seed5.png of 000000-class0003-seed5.png" in error
 
-    @pytest.mark.parametrize("name, named", [("all.npy", "npz must end in .npz"), ("folder.npz", "is a folder")])
+    @pytest.mark.parametrize("name, named", [("all.npy", "npz must end in .npz"), ("folder.npz", "npz must be a file")])
     def test_wrong_place(self, command, tmp_path, one_line, name, named):
         (tmp_path / "folder.npz").mkdir()
         assert command(npz=tmp_path / name) == 2
@@ -224,9 +224,9 @@ class TestResume:
     @pytest.mark.parametrize(
         "options, named",
         [
-            ({"seed": 6}, "seed 5 there, 6 now"),
-            ({"m": 2}, "m 3 there, 2 now"),
-            ({"classes": "3,8"}, "classes [3, 7] there, [3, 8] now"),
+            ({"seed": 6}, "seed was 5, now 6"),
+            ({"m": 2}, "m was 3, now 2"),
+            ({"classes": "3,8"}, "classes was [3, 7], now [3, 8]"),
             ({"cfg": 1.0}, "cfg"),
             ({"top_k": 3}, "top_k"),
             ({"autocast": "bfloat16"}, "autocast"),

@@ -83,7 +83,7 @@ class TestTrain:
     def test_restart(self, command, tmp_path, one_line):
         assert command() == 0
         assert command(seed=4) == 2
-        assert "is a scorer of other settings (seed 0 there, 4 now): choose another name or restart" in one_line()
+        assert "was made with other settings (seed was 0, now 4): choose another file or restart" in one_line()
         assert command(seed=4, restart=True) == 0
         assert read_facts(tmp_path / "scorer.safetensors")["settings"]["seed"] == 4
 

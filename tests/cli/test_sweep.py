@@ -86,10 +86,10 @@ def test_again_and_more(sweep, tmp_path, capsys, one_line):
     assert names >= {"alone", "m=2", "m=2,first_scale=0", "m=1:4:2", "n=3", "n=3,strategy=top"}
     capsys.readouterr()
     assert sweep(m="1,2", top_k=19) == 2
-    assert "made with other settings (top_k 20 there, 19 now)" in one_line()
+    assert "made with other settings (top_k was 20, now 19)" in one_line()
     np.savez(tmp_path / "real.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8))
     assert sweep(m="1,2") == 2
-    assert "made with other settings (reference " in capsys.readouterr().err
+    assert "made with other settings (reference.modified was " in capsys.readouterr().err
 
 
 def test_preset(sweep, tmp_path, capsys):

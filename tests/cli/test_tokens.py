@@ -110,7 +110,7 @@ class TestGenerate:
         capsys.readouterr()
         assert generate(cfg=2.0) == 2
         line = one_line()
-        assert "source.cfg 1.5 there, 2.0 now" in line and "choose another folder" in line
+        assert "source.cfg was 1.5, now 2.0" in line and "choose another folder" in line
 
     def test_a_rank_that_is_not_the_last(self, generate, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("RANK", "0")

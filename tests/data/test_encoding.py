@@ -97,7 +97,7 @@ class TestEncoding:
     def test_resize_counts(self, vae, images, unbroken, tmp_path):
         write(tmp_path, vae, images, resize=1.5)
         assert contents(tmp_path)["tokens-00000.npy"] != unbroken["tokens-00000.npy"]
-        with pytest.raises(ValueError, match=r"source\.resize 1\.5 there, 1\.125 now"):
+        with pytest.raises(ValueError, match=r"source\.resize was 1\.5, now 1\.125"):
             write(tmp_path, vae, images)
 
     def test_a_changed_folder_is_another_setting(self, vae, tmp_path):

@@ -32,7 +32,7 @@ class TestFullDisk:
 
         assert ended(fork(limited))
         said = os.read(read, 4000).decode()
-        assert "File too large" in said and name in said and "run again to go on" in said
+        assert "File too large" in said and name in said and "run again to continue" in said
         assert not [path for path in contents(tmp_path) if name in path]
         write_token_maps_again(tmp_path, unbroken)
 

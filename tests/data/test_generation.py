@@ -121,7 +121,7 @@ class TestGenerating:
     def test_provenance(self, model, tmp_path):
         write(tmp_path, model, provenance={"var": {"file": "a.pth", "sha256": "12"}})
         assert Manifest.read(tmp_path).source["var"] == {"file": "a.pth", "sha256": "12"}
-        with pytest.raises(ValueError, match=r"source\.var\.sha256 '12' there, '13' now"):
+        with pytest.raises(ValueError, match=r"source\.var\.sha256 was '12', now '13'"):
             write(tmp_path, model, provenance={"var": {"file": "a.pth", "sha256": "13"}})
 
     def test_on_the_device(self, tmp_path, device, quick_backend):

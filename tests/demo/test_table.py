@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from varkern import cli
-from varkern.data.writer import locked
 from varkern.demo import digits, measuring, page, run, table
 from varkern.demo.train import load_classifier
 from varkern.ops.backend import use_backend
+from varkern.runs import locked
 from varkern.studies import calibration, sweep
 from varkern.studies.calibration import density_ratios
 from varkern.studies.cells import Cell

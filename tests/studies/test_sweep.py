@@ -227,14 +227,14 @@ class TestGoingOn:
     )
     def test_other_settings_are_refused(self, sweep, tmp_path, changed):
         sweep(tmp_path, CELLS[:1], replace(SETTINGS, repeats=1)).run()
-        with pytest.raises(ValueError, match="holds files made with other settings"):
+        with pytest.raises(ValueError, match="was made with other settings"):
             sweep(tmp_path, CELLS[:1], replace(SETTINGS, repeats=1, **changed)).run()
 
     def test_another_scorer_of_the_same_name_is_refused(self, sweep, models, tmp_path):
         sweep(tmp_path, CELLS[:2]).run()
         other = Models(models.models, models.scorers, {"": "second"})
         assert sweep(tmp_path, CELLS[:1], models=other).run() is not None
-        with pytest.raises(ValueError, match=r"made with another scorer \(first there, second now\)"):
+        with pytest.raises(ValueError, match=r"made with other settings \(scorer was 'first', now 'second'\)"):
             sweep(tmp_path, CELLS[:2], models=other).run()
 
     @pytest.mark.parametrize("what", ["scorer", "model"])
@@ -252,14 +252,14 @@ class TestGoingOn:
             sweep(tmp_path, CELLS[1:2]).run()
         facts = {"scorer_facts": {"": "first"}, f"{what}_facts": {"": "second"}}
         other = Models(models.models, models.scorers, **facts)
-        with pytest.raises(ValueError, match=f"made with another {what}"):
+        with pytest.raises(ValueError, match=rf"made with other settings \({what}"):
             sweep(tmp_path, CELLS[1:2], models=other).run()
         assert sweep(tmp_path, CELLS[1:2]).run() is not None
 
     def test_parts_of_a_process_with_another_scorer_are_refused(self, sweep, models, tmp_path, small_parts):
         assert sweep(tmp_path, CELLS[1:2], share=(1, 2)).run() is None
         other = Models(models.models, models.scorers, {"": "second"})
-        with pytest.raises(ValueError, match="made with another scorer"):
+        with pytest.raises(ValueError, match=r"made with other settings \(scorer"):
             sweep(tmp_path, CELLS[1:2], models=other, share=(0, 2)).run()
 
     def test_a_refused_run_leaves_no_settings(self, sweep, tmp_path):

@@ -1,8 +1,8 @@
 """The training loop: its learning rate, clipping and bookkeeping, and a killed run that ends like an unbroken one."""
 
 import math
+import os
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,8 +113,8 @@ class TestResume:
     def test_work_after_the_last_checkpoint_is_done_again(self, tmp_path, monkeypatch, every_step):
         unbroken = Run(tmp_path / "unbroken.pt").go()
         killed = Run(tmp_path / "killed.pt")
-        save = loop.save_atomically
-        monkeypatch.setattr(loop, "save_atomically", lambda state, path: state["step"] > 5 or save(state, path))
+        save = loop.write_checkpoint
+        monkeypatch.setattr(loop, "write_checkpoint", lambda path, state: state["step"] > 5 or save(path, state))
         with pytest.raises(KeyboardInterrupt):
             killed.go(KILLED_AT)
         resumed = Run(tmp_path / "killed.pt").go()
@@ -123,20 +123,17 @@ class TestResume:
 
     def test_a_kill_while_a_checkpoint_is_written(self, tmp_path, monkeypatch, every_step):
         unbroken = Run(tmp_path / "unbroken.pt").go()
-        killed, write = Run(tmp_path / "killed.pt"), Path.write_bytes
-        written = []
+        killed, written = Run(tmp_path / "killed.pt"), []
 
-        def half(path, content):
-            written.append(path)
+        def half(descriptor):
+            written.append(descriptor)
             if len(written) == KILLED_AT:
-                write(path, bytes(content)[:100])
+                os.ftruncate(descriptor, 100)
                 raise KeyboardInterrupt
-            write(path, content)
 
-        monkeypatch.setattr(Path, "write_bytes", half)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "fsync", half)
             killed.go()
-        monkeypatch.setattr(Path, "write_bytes", write)
         resumed = Run(tmp_path / "killed.pt").go()
         assert resumed.ran == list(range(KILLED_AT - 1, STEPS))
         assert differing(resumed, unbroken) == []
@@ -144,7 +141,7 @@ class TestResume:
     def test_other_settings_are_refused(self, tmp_path, every_step):
         with pytest.raises(KeyboardInterrupt):
             Run(tmp_path / "run.pt").go(KILLED_AT, settings={"batch": 8, "maps": [1, 2]})
-        with pytest.raises(ValueError, match=r"run\.pt was begun with other settings \(batch 8 there, 9 now\)"):
+        with pytest.raises(ValueError, match=r"run\.pt was made with other settings \(batch was 8, now 9\)"):
             Run(tmp_path / "run.pt").go(settings={"batch": 9, "maps": [1, 2]})
         assert Run(tmp_path / "run.pt").go(settings={"batch": 8, "maps": [1, 2]}).ran == list(range(KILLED_AT, STEPS))
 

@@ -1,12 +1,12 @@
-"""Training of a scorer that was killed, ran out of disk, was done already, or was begun with other settings."""
+"""Training of a scorer that was killed, ran out of disk, was done already, or was made with other settings."""
 
 import errno
+import os
 import random
 import resource
 import shutil
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,21 +78,18 @@ class TestKilled:
 
     def test_a_full_disk(self, folder, tmp_path, monkeypatch, every_step):
         """The error names the cause, the former checkpoint stays, and a run with room ends like an unbroken one."""
-        out, write = tmp_path / "scorer.safetensors", Path.write_bytes
-        writes = []
+        out, writes = tmp_path / "scorer.safetensors", []
 
-        def full(path, content):
-            writes.append(path)
+        def full(descriptor):
+            writes.append(descriptor)
             if len(writes) == 4:
-                write(path, bytes(content)[:100])
-                raise OSError(errno.ENOSPC, "No space left on device", str(path))
-            return write(path, content)
+                os.ftruncate(descriptor, 100)
+                raise OSError(errno.ENOSPC, "No space left on device")
 
         def run():
-            monkeypatch.setattr(Path, "write_bytes", full)
-            with pytest.raises(OSError, match="No space left on device"):
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device, while writing"):
+                patch.setattr(os, "fsync", full)
                 train(folder, out, every=3)
-            monkeypatch.setattr(Path, "write_bytes", write)
             assert torch.load(out.with_suffix(".checkpoint.pt"), weights_only=True)["step"] == 3
             assert not list(tmp_path.glob("*.partial"))
             train(folder, out, every=3)
@@ -127,10 +124,10 @@ class TestAgain:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"loss": "pointwise"}, "loss 'pairwise' there, 'pointwise' now"),
-            ({"seed": 6}, "seed 5 there, 6 now"),
-            ({"batch_size": 4}, "batch_size 8 there, 4 now"),
-            ({"epochs": 3.0}, "epochs 2.0 there, 3.0 now"),
+            ({"loss": "pointwise"}, "loss was 'pairwise', now 'pointwise'"),
+            ({"seed": 6}, "seed was 5, now 6"),
+            ({"batch_size": 4}, "batch_size was 8, now 4"),
+            ({"epochs": 3.0}, "epochs was 2.0, now 3.0"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -149,7 +146,7 @@ class TestAgain:
     def test_other_maps_are_refused(self, folder, tmp_path, monkeypatch, every_step):
         interrupt(monkeypatch, folder, tmp_path / "scorer.safetensors")
         small_datasets(tmp_path / "others", real=51)
-        with pytest.raises(ValueError, match=r"begun with other settings \(real '"):
+        with pytest.raises(ValueError, match=r"made with other settings \(real was '"):
             train(tmp_path / "others", tmp_path / "scorer.safetensors")
 
     def test_restart(self, folder, tmp_path, monkeypatch, every_step):

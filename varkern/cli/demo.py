@@ -10,8 +10,7 @@ from rich.console import Console
 
 from varkern.demo import run as demo_run
 from varkern.extras import require_matplotlib
-from varkern.runs import atomically
-from varkern.studies import sampling
+from varkern.runs import claim, open_folder, write_text
 
 from .options import Device, Seed, pick_device, require
 from .tokens import pick_local_device
@@ -48,8 +47,8 @@ def demo_train(
 
     where = pick_device(device)
     originals()  # says what to install if scikit-learn is missing
-    sampling.open_folder(out)
-    sampling.claim(out, {"seed": seed})
+    open_folder(out)
+    claim(out, {"seed": seed})
     train(out, Recipe(seed=seed), where)
     print(f"wrote the weights to {out}")
 
@@ -77,15 +76,14 @@ def demo_table(
     require_matplotlib()
     if page is not None:
         pages.check(page.read_text())
-    sampling.open_folder(out)
+    open_folder(out)
     paths = Demo(out, images, seeds, where, weights or demo_run.WEIGHTS).run()
     if paths is None:
         print("other processes have still cells to make; the last one writes the tables")
         return
     if page is not None:
         text = pages.fill(page.read_text(), pages.read_tables(out))
-        with atomically(page) as unfinished:
-            unfinished.write_text(text)
+        write_text(page, text)
     print(f"wrote {len(paths)} files of figures to {out}" + ("" if page is None else f", and the tables to {page}"))
 
 

@@ -19,7 +19,7 @@ from varkern.metrics import evaluate as evaluation
 from varkern.metrics import features as extractors
 from varkern.metrics.images import ImageSet, open_images
 from varkern.metrics.statistics import StoredStatistics, load_statistics, save_statistics
-from varkern.studies.explain import save_json
+from varkern.runs import check_file, write_json
 
 from .options import Device, pick_device, require
 
@@ -64,7 +64,7 @@ def evaluate(
     require("batch_size", batch_size, 1)
     require("neighbors", neighbors, 0)
     for name, path, suffix in (("out", out, ".json"), ("save_reference", save_reference, ".npz")):
-        check_place(name, path, suffix)
+        check_file(name, path, suffix)
     if save_reference is not None and save_reference.resolve() == reference.resolve():
         raise ValueError(f"save_reference must be another file than reference, got {save_reference}")
     where = pick_device(device)
@@ -75,7 +75,7 @@ def evaluate(
     report = evaluation.evaluate(images, real, stored, extractor, batch_size, neighbors, keep)
     if out is not None:
         settings = {"generated": str(generated), "reference": str(reference)}
-        save_json({"settings": settings, **report.as_json()}, out)
+        write_json(out, {"settings": settings, **report.as_json()})
     against = "stored statistics" if report.reference is None else f"{report.reference:,} reference images"
     print(f"{report.generated:,} generated images against {against}, features {report.features}")
     Console().print(as_table(report))
@@ -83,22 +83,6 @@ def evaluate(
         names = [TITLES[name] for name, why in report.missing.items() if why == reason]
         print(f"not taken: {' and '.join(names)}: {reason}")
     warn(report.warnings)
-
-
-def check_place(name: str, path: Path | None, suffix: str) -> None:
-    """See that a file can be written at ``path``; None is fine.
-
-    Raises:
-        ValueError: if it has another suffix, or is a folder.
-        OSError: if its folder cannot be made.
-    """
-    if path is None:
-        return
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"{name} must end in {suffix}, got {path}")
-    if path.is_dir():
-        raise ValueError(f"{name} must be a file, but {path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def open_reference(path: Path) -> tuple[ImageSet | None, StoredStatistics | None]:

@@ -12,15 +12,14 @@ import varkern
 from varkern.demo import run as demo_run
 from varkern.extras import require_pillow
 from varkern.models import load_var
+from varkern.runs import check_file, write_json
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
 from varkern.studies import explain as explaining
 from varkern.studies import perturb as perturbing
-from varkern.studies.explain import save_json
 from varkern.studies.pictures import save_png
 from varkern.studies.sampling import autocasting
 
-from .evaluate import check_place
 from .options import DTYPES, Device, Dtype, Seed, parse_classes, pick_device, require
 from .sample import parse_m, parse_pick
 
@@ -122,13 +121,13 @@ def check_places(out: Path) -> None:
     Raises:
         ValueError, OSError: if not.
     """
-    check_place("out", out, ".png")
-    check_place("out", out.with_suffix(".json"), ".json")
+    check_file("out", out, ".png")
+    check_file("out", out.with_suffix(".json"), ".json")
 
 
 def save(out: Path, picture: Image.Image, figures: dict[str, Any]) -> None:
     """Write a picture, and the figures behind it beside it."""
-    save_json(figures, out.with_suffix(".json"))
+    write_json(out.with_suffix(".json"), figures)
     save_png(picture, out)
     print(f"wrote {out} and {out.with_suffix('.json')}")
 

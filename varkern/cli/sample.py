@@ -13,6 +13,7 @@ import varkern
 from varkern.demo import run as demo_run
 from varkern.extras import require_pillow
 from varkern.models import load_var
+from varkern.runs import check_file, claim, describe_file, open_folder
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
 from varkern.studies import sampling
@@ -65,18 +66,17 @@ def sample(
         "temperature": temperature,
     }
     require_pillow()
-    if npz is not None:
-        sampling.check_array_path(npz)
-    sampling.open_folder(out)
+    check_file("npz", npz, ".npz")
+    open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
     # Built for one candidate too, so that a wrong pick or scale is told even there.
     search = BestOfM(Scorer.from_pretrained(scorer, device=where) if scorer else no_scorer, **search_settings)
     sampling.check_order(model, search, order, batch_size)
     settings = {
         "varkern": varkern.__version__,
-        "var": sampling.file_of_setting(var),
-        "vae": sampling.file_of_setting(vae),
-        "scorer": sampling.file_of_setting(scorer),
+        "var": describe_file(var),
+        "vae": describe_file(vae),
+        "scorer": describe_file(scorer),
         "classes": wanted,
         "num_per_class": num_per_class,
         "seed": seed,
@@ -88,7 +88,7 @@ def sample(
     }
     if sampler == "multinomial":  # there an image depends on its whole batch
         settings["batch_size"] = batch_size
-    sampling.claim(out, settings)
+    claim(out, settings)
     paths = sampling.fill(out, model, search, order, batch_size)
     sheet = sampling.write_sheet(out, paths, order, num_per_class)
     print(f"{len(paths)} images in {out}, contact sheet {sheet}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from varkern.data import TokenMaps, file_sha256
 from varkern.extras import require_matplotlib
 from varkern.models import load_vae
 from varkern.models.loading import read_state_dict
+from varkern.runs import find_rank, open_folder
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.studies import sampling
 from varkern.training import report as scores
 from varkern.training.features import FeatureMaker
 from varkern.training.recipe import ScorerTraining
@@ -97,13 +96,10 @@ def train(
         hidden=parse_widths("hidden", hidden),
         dropout=dropout,
     )
-    first_rank = os.environ.get("RANK", "0") == "0"
-    if first_rank:
-        sampling.open_folder(out.parent)
     facts = train_scorer(
         real_maps, generated_maps, maker, config, training, out, device=where, every=every, restart=not resume
     )
-    if first_rank:
+    if find_rank()[0] == 0:
         print(summary(facts, out))
 
 
@@ -131,7 +127,7 @@ def report(
     where = pick_device(device)
     require_matplotlib()
     real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
-    sampling.open_folder(out)
+    open_folder(out)
     reports = []
     for path in filter(None, (scorer, against)):
         judged = Scorer.from_pretrained(path, device=where)

@@ -14,16 +14,15 @@ import torch
 import typer
 
 from varkern.data import file_sha256
-from varkern.data.writer import ranks
 from varkern.demo import run as demo_run
 from varkern.extras import require_matplotlib
 from varkern.metrics.evaluate import PUBLISHED_IMAGES, measured_reference
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Measured
 from varkern.models import load_var
+from varkern.runs import describe_file, find_rank, open_folder
 from varkern.scorer import Scorer
 from varkern.studies import report as sweep_report
-from varkern.studies import sampling
 from varkern.studies.cells import MEDIAN, Cell, grid, unique
 from varkern.studies.models import Models
 from varkern.studies.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
@@ -110,7 +109,7 @@ def sweep(
     if chosen.timing:
         measured = {"images": images, "batch_size": batch_size, "reference": reference, "features": features}
         refuse(f"{preset} takes times alone, of one batch of {TIMED}", measured)
-        if ranks()[0] > 0:  # processes that share a machine slow one another
+        if find_rank()[0] > 0:  # processes that share a machine slow one another
             print("times are taken by the first process")
             return
     sampled = sampling_of(demo, chosen, preset is not None)
@@ -128,7 +127,7 @@ def sweep(
         DTYPES.get(autocast),
         0 if chosen.timing else min(neighbors, count),
         chosen.timing,
-        {"vae": sampling.file_of_setting(vae), "dtype": dtype, "device": device_name(where)},
+        {"vae": describe_file(vae), "dtype": dtype, "device": device_name(where)},
     )
     models = later(files, judges, vae, where, DTYPES[dtype])
     if preset is not None:
@@ -142,7 +141,7 @@ def sweep(
         settings = replace(settings, facts={**settings.facts, **facts})
         real_images = find_reference(reference, demo, seed, extractor, settings)
     folder = out / "timing" if chosen.timing else out
-    sampling.open_folder(folder)
+    open_folder(folder)
     share = (0, 1) if chosen.timing else None
     entries = Sweep(folder, chosen.cells, settings, models, extractor, real_images, share).run()
     if entries is None:
@@ -163,7 +162,7 @@ def later(
         {name: partial(load_var, path, vae=vae, device=device, dtype=dtype) for name, path in files.items()},
         {name: partial(Scorer.from_pretrained, path, device=device) for name, path in judges.items()},
         {name: file_sha256(Path(path))[:16] for name, path in judges.items()},
-        {name: demo_weights() if path == "demo" else sampling.file_of_setting(path) for name, path in files.items()},
+        {name: demo_weights() if path == "demo" else describe_file(path) for name, path in files.items()},
     )
 
 
@@ -187,7 +186,7 @@ def demo_weights() -> str:
 def facts_of_reference(reference: Path | None) -> dict[str, Any] | str:
     if reference is None:
         return "the demo's digits"
-    return str(reference.resolve()) if reference.is_dir() else sampling.file_of_setting(reference)
+    return str(reference.resolve()) if reference.is_dir() else describe_file(reference)
 
 
 def named(option: str, texts: Sequence[str]) -> dict[str, str]:

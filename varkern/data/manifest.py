@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,25 +167,6 @@ class Manifest:
             return cls(**fields, shards=None if shards is None else tuple(map(Shard.from_json, shards)))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not a usable manifest: {error}") from error
-
-
-def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which settings differ, such as ``source.cfg 1.5 there, 2.0 now``."""
-    there, here = dict(flattened(former)), dict(flattened(now))
-    return [
-        f"{name} {there.get(name)!r} there, {here.get(name)!r} now"
-        for name in {**there, **here}
-        if there.get(name) != here.get(name)
-    ]
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``{"a": {"b": 1}}`` as ``("a.b", 1)``."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -10,14 +10,12 @@ missing shard sees that all are there, and writes the finished manifest, whose b
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +25,9 @@ import torch
 from torch import Tensor
 
 from varkern.progress import progress_bar
-from varkern.runs import atomically
+from varkern.runs import PROGRESS, check_settings, find_rank, locked, write_bytes
 
-from .manifest import FILE, Manifest, Shard, differences
-
-PROGRESS = "progress"
+from .manifest import FILE, Manifest, Shard
 
 
 class Batch(NamedTuple):
@@ -45,25 +41,9 @@ class Batch(NamedTuple):
     """Names of the images that could not be read; n is smaller by their number."""
 
 
-class BeingWrittenError(ValueError):
-    """Another process holds a folder."""
-
-
 BatchSource = Callable[[Sequence[range]], Iterable[Batch]]
 """Takes the batches that are wanted, as ranges of images' numbers, and gives them one by one, in that order. What it
 gives for a range must depend on the range alone, not on what came before it."""
-
-
-def ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """This process' number and the number of processes, as ``torchrun`` tells them: ``RANK`` and ``WORLD_SIZE``.
-
-    Raises:
-        ValueError: if they are no such numbers.
-    """
-    rank, world = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise ValueError(f"RANK must be in 0..WORLD_SIZE-1, got RANK={rank!r} and WORLD_SIZE={world!r}")
-    return int(rank), int(world)
 
 
 def write_token_maps(
@@ -85,7 +65,7 @@ def write_token_maps(
             does not fit the manifest.
         OSError: if a file cannot be written, naming it. What is whole stays.
     """
-    folder, (rank, world) = Path(folder), ranks()
+    folder, (rank, world) = Path(folder), find_rank()
     mine = range(rank, manifest.num_shards, world)
     if not mine:
         return None
@@ -129,10 +109,7 @@ def look(folder: Path, manifest: Manifest) -> tuple[dict[int, Shard], Manifest |
     if not (folder / FILE).exists():
         return done, None
     former = Manifest.read(folder)
-    if different := differences(former.settings(), manifest.settings()):
-        raise ValueError(
-            f"{folder} holds a dataset made with other settings ({'; '.join(different[:3])}): choose another folder"
-        )
+    check_settings(folder, former.settings(), manifest.settings())
     return done, None if former.shards is None else former
 
 
@@ -226,39 +203,3 @@ def write_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
     own = folder / PROGRESS / f"{FILE}.{rank}"
     write_bytes(own, manifest.to_json().encode())
     os.replace(own, folder / FILE)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: naming the file, where the error of a full disk names none.
-    """
-    try:
-        with atomically(path) as unfinished, unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}, while writing {path}; finished shards are kept, run again to go on"
-        ) from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path, rank: int) -> Iterator[None]:
-    """Holds the place of one rank in a folder, against a second run of the same command.
-
-    Raises:
-        BeingWrittenError: if another process holds it.
-    """
-    # A record lock: it goes with its process, however that ends, and forked children do not inherit it.
-    (folder / PROGRESS).mkdir(exist_ok=True)
-    with (folder / PROGRESS / f"rank{rank}.lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise BeingWrittenError(f"{folder} is being written by another process") from error
-        except OSError:  # a file system without locks: then two runs at once only waste time
-            pass
-        yield

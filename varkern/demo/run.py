@@ -15,6 +15,7 @@ from varkern.extras import require_pillow
 from varkern.generation import Generation, generate
 from varkern.models import VAR, load_var
 from varkern.ops import image_seeds
+from varkern.runs import check_file
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
 from varkern.studies.pictures import Panel, draw_panels, save_png
@@ -76,7 +77,7 @@ def run(
         raise ValueError(f"m must be >= 2, got {m}")
     if num_per_class < 1:
         raise ValueError(f"num_per_class must be >= 1, got {num_per_class}")
-    check_picture_path(out)
+    check_file("out", out, ".png")
     labels = torch.arange(NUM_CLASSES).repeat_interleave(num_per_class)
     seeds = image_seeds(seed, len(labels))
     model, scorer = load_demo(device)
@@ -97,23 +98,6 @@ def run(
     panels = [Panel(result.title, result.images.transpose(0, 1)) for result in results]
     save_png(draw_panels(panels, [str(digit) for digit in range(NUM_CLASSES)]), out)
     return results
-
-
-def check_picture_path(out: Path) -> None:
-    """Make the folder of ``out`` and see that the picture can be written there.
-
-    Raises:
-        ValueError: if it is no name of a PNG file.
-        OSError: if it cannot be written.
-    """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"out must end in .png, got {out}")
-    if out.is_dir():
-        raise ValueError(f"out must be a file, but {out} is a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    probe = out.with_name(out.name + ".partial")
-    probe.touch()
-    probe.unlink()
 
 
 def as_table(results: Sequence[Result], m: int) -> Table:

@@ -7,7 +7,6 @@ and VAR, the same pairs in the same order, and begin with the same weights.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from varkern.data import TokenMaps, file_sha256
 from varkern.models import load_vae
-from varkern.runs import atomically
+from varkern.runs import claim, open_folder, write_json, write_text
 from varkern.scorer import Scorer
-from varkern.studies import sampling
 from varkern.training import report as scores
 from varkern.training.features import FeatureMaker
 from varkern.training.pairs import make_pairs
@@ -118,8 +116,8 @@ def run(
     """
     comparison, device = comparison or Comparison(), torch.device(device)
     settings = comparison.settings(weights)
-    sampling.open_folder(out)
-    sampling.claim(out, settings)
+    open_folder(out)
+    claim(out, settings)
     datasets = write_datasets(comparison.recipe, weights, device, out / "tokens", "")
     maker = FeatureMaker.of_quantizer(load_vae(weights / "vae.safetensors").quantize)
     files = {"shipped": weights / "scorer.safetensors"}
@@ -129,9 +127,8 @@ def run(
     judged = write_datasets(comparison.judged(), weights, device, out / "tokens", "judged-")
     report = {"settings": settings, **judge(files, *judged, maker.to(device), device)}
     text = markdown(report)
-    for name, content in (("scorers.json", json.dumps(report, indent=1) + "\n"), ("scorers.md", text)):
-        with atomically(out / name) as unfinished:
-            unfinished.write_text(content)
+    write_json(out / "scorers.json", report)
+    write_text(out / "scorers.md", text)
     return text
 
 

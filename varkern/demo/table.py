@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from varkern.data import file_sha256
-from varkern.data.writer import PROGRESS, BeingWrittenError, locked, ranks
 from varkern.metrics.evaluate import compare, measure
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Measured
 from varkern.models import load_var
+from varkern.runs import PROGRESS, BeingWrittenError, check_settings, find_rank, locked, write_json
 from varkern.scorer import Scorer
 from varkern.studies import report as sweep_report
 from varkern.studies.cells import MEDIAN, Cell, unique
-from varkern.studies.explain import save_json
 from varkern.studies.models import Models
 from varkern.studies.presets import PRESETS, Preset
 from varkern.studies.sweep import Entry, Settings, Sweep
@@ -118,14 +117,11 @@ def load_models(out: Path, weights: Path, device: torch.device) -> Models:
     trained = {name: folder / f"{name}.safetensors" for name in comparison.trainings()}
     judged = folder / "scorers.json"
     if not all(path.exists() for path in (*trained.values(), judged)):
-        if ranks()[1] > 1:
+        if find_rank()[1] > 1:
             raise ValueError(f"{folder} lacks scorers, which one process trains: varkern demo scorers --out {folder}")
         scorers.run(folder, device, weights=weights)
     made_with, wanted = json.loads(judged.read_text())["settings"], comparison.settings(weights)
-    if different := [name for name in wanted if made_with.get(name) != wanted[name]]:
-        raise ValueError(
-            f"{folder} holds scorers made with other settings ({', '.join(different)}): choose another folder"
-        )
+    check_settings(folder, {name: made_with.get(name) for name in wanted}, wanted)
     files = {"": weights / "scorer.safetensors", **trained}
     return Models(
         {"": partial(load_var, weights / "var.safetensors", vae=weights / "vae.safetensors", device=device)},
@@ -211,7 +207,7 @@ class Demo:
             "scorers.json": json.loads((self.out / "scorers" / "scorers.json").read_text()),
         }
         for name, values in kept.items():
-            save_json(values, self.out / name)
+            write_json(self.out / name, values)
         return [*written, *(self.out / name for name in kept)]
 
     def command(self) -> str:

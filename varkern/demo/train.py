@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
 from varkern.models.quantizer import VectorQuantizer
 from varkern.progress import progress_bar
-from varkern.runs import atomically
+from varkern.runs import write_tensors
 from varkern.scorer import ScorerConfig
 from varkern.training import scorer as scorer_training
 from varkern.training.features import FeatureMaker
@@ -182,8 +182,7 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
         return F.cross_entropy(classifier(images.to(device)), labels.to(device))
 
     def save() -> None:
-        with atomically(folder / "classifier.safetensors") as unfinished:
-            save_file(classifier.cpu().state_dict(), unfinished)
+        write_tensors(folder / "classifier.safetensors", classifier.state_dict())
 
     fit(
         "digit classifier",

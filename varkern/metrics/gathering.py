@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from varkern.runs import atomically
+from varkern.runs import write_tensors
 
 from .features import Extracted
 from .frechet import Moments
@@ -107,8 +106,7 @@ class Gathering:
             "score": {str(number): sums[0] for number, sums in self.score.sums.items()},
         }
         metadata = {"counts": json.dumps(counts), "notes": json.dumps(dict(notes or {}))}
-        with atomically(path) as unfinished:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple[Gathering, dict[str, Any]]:

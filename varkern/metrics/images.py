@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from varkern.extras import require_pillow
+from varkern.runs import SETTINGS
 
 from .arrays import ImageArray
 
-SETTINGS = "settings.json"  # beside the images of `varkern sample`, as is the contact sheet
-SHEET = "sheet.png"
+SHEET = "sheet.png"  # beside the images of `varkern sample`
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg", ".webp")
 READERS = 4  # threads that decode image files

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from varkern.runs import atomically
+from varkern.runs import write_tensors
 
 from .var import PATCH_NUMS_256, PATCH_NUMS_512, VAR
 from .vqvae import VQVAE
@@ -56,9 +56,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
 
 def save_model(model: VAR | VQVAE, path: str | os.PathLike) -> None:
     """Write a model's weights and config to one safetensors file that :func:`load_var` or :func:`load_vae` reads."""
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    with atomically(path) as unfinished:
-        save_file(weights, unfinished, {"config": json.dumps(model.config)})
+    write_tensors(path, model.state_dict(), {"config": json.dumps(model.config)})
 
 
 def count_modules(state: Mapping[str, Tensor], prefix: str) -> int:

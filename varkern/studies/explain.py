@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +11,6 @@ from torch import Tensor
 
 from varkern.families import recognise
 from varkern.generation import Generation, generate
-from varkern.runs import atomically
 from varkern.search import Candidates, Choice, Search
 from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec
@@ -191,9 +187,3 @@ def as_json(scales: Sequence[Explained], settings: Mapping[str, Any]) -> dict[st
             for scale in scales
         ],
     }
-
-
-def save_json(values: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write JSON whole or not at all."""
-    with atomically(path) as unfinished:
-        Path(unfinished).write_text(json.dumps(values, indent=1) + "\n")

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from varkern.runs import atomically
+from varkern.runs import atomically, write_text
 
 from .cells import BEST_OF_M, DENSITY, Cell, from_json, written
 from .presets import Preset
@@ -212,8 +212,7 @@ def write(found: Found, folder: Path) -> list[Path]:
     paths = []
     for suffix, content in contents.items():
         paths.append(stem.with_name(stem.name + suffix))
-        with atomically(paths[-1]) as unfinished:
-            unfinished.write_text(content)
+        write_text(paths[-1], content)
     if drawn(found):
         paths.append(stem.with_name(stem.name + ".png"))
         draw(found, paths[-1])

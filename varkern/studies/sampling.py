@@ -7,8 +7,6 @@ An image is a function of the settings and its number alone: its seed is entry `
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +20,9 @@ from varkern.families import recognise
 from varkern.generation import generate
 from varkern.metrics.arrays import write_array
 from varkern.metrics.evaluate import PUBLISHED_IMAGES
-from varkern.metrics.images import SETTINGS, SHEET, ImageFiles, PixelFacts
+from varkern.metrics.images import SHEET, ImageFiles, PixelFacts
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
-from varkern.runs import atomically
 from varkern.search import Search
 from varkern.spec import Request
 
@@ -52,52 +49,6 @@ class Order:
     sampler: str = "philox"
     options: dict[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None
-
-
-def open_folder(folder: Path) -> None:
-    """Make ``folder`` and see that files can be written there.
-
-    Raises:
-        OSError: if not.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink(missing_ok=True)  # another process may have been as quick
-
-
-def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Note in ``folder`` how its files are made, or see that they were made so.
-
-    Args:
-        folder: exists.
-        settings: JSON values by name.
-
-    Raises:
-        ValueError: if the folder's files were made with other settings, naming the first that differ.
-    """
-    path = folder / SETTINGS
-    settings = json.loads(json.dumps(settings))
-    if not path.exists():
-        with atomically(path) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
-        return
-    try:
-        former = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not readable as settings: remove {folder} or choose another") from error
-    different = [name for name in {**former, **settings} if former.get(name) != settings.get(name)]
-    if different:
-        changes = ", ".join(f"{name} {former.get(name)!r} there, {settings.get(name)!r} now" for name in different[:3])
-        raise ValueError(f"{folder} holds files made with other settings ({changes}): choose another folder")
-
-
-def file_of_setting(path: str | os.PathLike | None) -> dict[str, Any] | str | None:
-    """What :func:`claim` compares of a checkpoint: its place, size and time; a short name or None as it is."""
-    if path is None or not Path(path).is_file():
-        return path if path is None else str(path)
-    stat = Path(path).stat()
-    return {"path": str(Path(path).resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
 
 
 def image_path(folder: Path, number: int, label: int, seed: int) -> Path:
@@ -185,20 +136,6 @@ def write_sheet(folder: Path, paths: Sequence[Path], order: Order, per_class: in
     columns = per_class if 1 < per_class <= 16 else 10
     save_png(contact_sheet(shown, captions[: len(shown)], columns), folder / SHEET)
     return folder / SHEET
-
-
-def check_array_path(path: Path) -> None:
-    """See that an ``.npz`` can be written at ``path``.
-
-    Raises:
-        ValueError: if it is no name of one.
-        OSError: if it cannot be written.
-    """
-    if path.suffix.lower() != ".npz":
-        raise ValueError(f"npz must end in .npz, got {path}")
-    if path.is_dir():
-        raise ValueError(f"npz must be a file, but {path} is a folder")
-    open_folder(path.parent)
 
 
 def pack(paths: Sequence[Path], out: Path, batch_size: int = 64) -> list[str]:

@@ -21,25 +21,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from varkern.data.writer import locked, ranks
 from varkern.families import recognise
 from varkern.generation import generate
 from varkern.metrics.evaluate import check_finite, check_fit, compare
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Gathering, Measured
-from varkern.metrics.images import SETTINGS
 from varkern.metrics.statistics import SPLIT, StoredStatistics
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
-from varkern.runs import atomically
+from varkern.runs import PROGRESS, SETTINGS, check_settings, claim, find_rank, locked, write_json
 
 from .calibration import CALIBRATION_SEED, checked, density_ratios, in_batches
 from .cells import Cell
 from .models import Models
 from .pictures import to_pixels
-from .sampling import autocasting, claim
+from .sampling import autocasting
 
-PROGRESS, RESULTS = "progress", "results"
+RESULTS = "results"
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Sweep:
     ):
         self.folder, self.cells, self.settings, self.models = Path(folder), list(cells), settings, models
         self.extractor, self.reference = extractor, reference
-        self.rank, self.world = ranks() if share is None else share
+        self.rank, self.world = find_rank() if share is None else share
         self.place = self.rank if share is None else -1  # of its lock: no rank's
         for name, least in (("images", 2), ("repeats", 1), ("batch_size", 1), ("neighbors", 0)):
             if getattr(settings, name) < least:
@@ -227,12 +225,8 @@ class Sweep:
 
     def compare(self, cell: Cell, made: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` unless what was made of a cell was made with its model and scorer."""
-        for what, now in self.models.facts(cell).items():
-            if made.get(what) != now:
-                raise ValueError(
-                    f"{self.folder} holds figures of {cell.name} made with another {what} ({made.get(what)} there, "
-                    f"{now} now): choose another folder"
-                )
+        facts = self.models.facts(cell)
+        check_settings(f"cell {cell.name} in {self.folder}", {name: made.get(name) for name in facts}, facts)
 
     def make(self, unit: Unit, advance: Callable[[int], None]) -> None:
         """Generate one part, batch by batch, and write what is gathered of it."""
@@ -298,9 +292,7 @@ class Sweep:
             **({} if self.settings.timing else self.figures(whole)),
             **notes.figures(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomically(path) as unfinished:
-            unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
         for made in parts:
             made.unlink(missing_ok=True)
 
@@ -322,9 +314,7 @@ class Sweep:
             with autocasting(model, self.settings.autocast):
                 ratios = density_ratios(model, cell, self.options(cell))
             facts = {"alpha": round(float(ratios.median()), 4), "images": len(ratios), "seed": CALIBRATION_SEED}
-            path.parent.mkdir(exist_ok=True)
-            with atomically(path) as unfinished:
-                unfinished.write_text(json.dumps(facts) + "\n")
+            write_json(path, facts)
         return float(json.loads(path.read_text())["alpha"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from varkern.progress import progress_bar
-from varkern.runs import atomically
+from varkern.runs import check_settings, write_checkpoint
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
@@ -24,21 +23,6 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Write ``state`` to ``path`` whole or not at all; a full disk is an ``OSError``."""
-    # Through memory, because PyTorch's own writer reports a full disk as a RuntimeError that does not name it.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with atomically(path) as unfinished:
-        unfinished.write_bytes(buffer.getbuffer())
-
-
-def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first three settings that differ, as words; empty if none does."""
-    different = [name for name in {**former, **now} if former.get(name) != now.get(name)]
-    return ", ".join(f"{name} {former.get(name)!r} there, {now.get(name)!r} now" for name in different[:3])
 
 
 @dataclass
@@ -74,9 +58,7 @@ class Checkpoint:
             former = dict(state["settings"])
         except Exception as error:
             raise ValueError(f"{self.path} is not a readable checkpoint, remove it to start again: {error}") from error
-        different = differences(former, self.settings)
-        if different:
-            raise ValueError(f"{self.path} was begun with other settings ({different}): remove it to start again")
+        check_settings(self.path, former, self.settings, "remove it to start again")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, tensor in self.carried.items():
@@ -85,7 +67,7 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}
-        save_atomically(state | {"carried": dict(self.carried), "settings": dict(self.settings)}, self.path)
+        write_checkpoint(self.path, state | {"carried": dict(self.carried), "settings": dict(self.settings)})
 
 
 def fit(

@@ -13,7 +13,6 @@ constant of their own, which spreads both histograms and hides from the KL diver
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from varkern.data import TokenMaps
 from varkern.progress import progress_bar
-from varkern.runs import atomically
+from varkern.runs import atomically, write_json
 from varkern.scorer import Scorer
 from varkern.training.features import FeatureMaker
 from varkern.training.pairs import Part, check_datasets, fingerprint, make_pairs
@@ -242,7 +241,6 @@ def draw_histogram(axis: Any, title: str, row: dict[str, Any]) -> None:
 def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     """``report.json`` and ``scores.png`` in ``folder``; returns their paths."""
     paths = [folder / "report.json", folder / "scores.png"]
-    with atomically(paths[0]) as unfinished:
-        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(paths[0], report)
     draw(report, paths[1])
     return paths

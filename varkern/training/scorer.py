@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from varkern.data import TokenMaps
+from varkern.runs import Ranks, check_file, check_settings, join_ranks
 from varkern.scorer import Scorer, ScorerConfig
 
 from .features import FeatureMaker
 from .log import Log, Stopwatch
-from .loop import differences, fit, schedule
+from .loop import fit, schedule
 from .pairs import Batch, Batches, Pairs, check_datasets, fingerprint, make_pairs
-from .ranks import Ranks, joined
 from .recipe import LOSSES, ScorerTraining, wins
 
 
@@ -211,7 +211,7 @@ def train_scorer(
         training: how it is trained.
         out: a ``.safetensors`` file; beside it, with other suffixes, the checkpoint of a run under way, the CSV and
             TensorBoard's files.
-        device: where to train; see :func:`.ranks.joined`.
+        device: where to train; see :func:`varkern.runs.join_ranks`.
         every: steps from one row of the CSV to the next.
         restart: forget what is there and begin again.
 
@@ -222,11 +222,10 @@ def train_scorer(
     Raises:
         ValueError: if the arguments do not fit each other, or ``out`` or its checkpoint was made with other settings.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(f"out must end in .safetensors, got {out}")
     check_datasets(real, generated)
     check_fit(real, maker, config, training.first_scale)
-    with joined(torch.device(device)) as ranks:
+    check_file("out", out, ".safetensors")
+    with join_ranks(torch.device(device)) as ranks:
         if training.batch_size % ranks.size:
             raise ValueError(f"batch_size must be a multiple of the {ranks.size} ranks, got {training.batch_size}")
         settings = {
@@ -246,9 +245,7 @@ def train_scorer(
         ranks.agree(f"{out} is there", out.exists())
         if out.exists():
             facts = read_facts(out)
-            different = differences(facts.get("settings", {}), settings)
-            if different:
-                raise ValueError(f"{out} is a scorer of other settings ({different}): choose another name or restart")
+            check_settings(out, facts.get("settings", {}), settings, "choose another file or restart")
             checkpoint.unlink(missing_ok=True)
             return facts
         ranks.agree(f"{checkpoint} is there", checkpoint.exists())
@@ -276,10 +273,7 @@ def run(
 
     def finish() -> None:
         facts.update(trainer.figures)
-        try:
-            scorer.save_pretrained(out, {"training": json.dumps(facts)})
-        except SafetensorError as error:  # a full disk, which this library does not call an OSError
-            raise OSError(f"{out} cannot be written, run again when it can: {error}") from error
+        scorer.save_pretrained(out, {"training": json.dumps(facts)})
 
     try:
         fit(
