@@ -44,6 +44,11 @@ class PhiloxDraws:
         """Uniform numbers in [0, 1) for a search, one a candidate, ``[B, M]`` float32; others for each ``draw``."""
         return philox.uniforms(self.seeds, num_candidates, draw + 1, scale, stream=philox.PICKS)[:, :, draw]
 
+    def uniform_tokens(self, scale: int, num_candidates: int, length: int, vocabulary: int) -> Tensor:
+        """Tokens ``[B, M, l]`` int64 of which every one is equally probable, whatever a model says."""
+        uniform = philox.uniforms(self.seeds, num_candidates, length, scale, stream=philox.UNIFORM_TOKENS)
+        return (uniform.double() * vocabulary).long()
+
     def smoothed(self, logits: Logits, scale: int, sharpen: float, temperature: float) -> Tensor:
         """Weights over the codebook, ``[B, l, V]``: a softmax of filtered, sharpened logits plus Gumbel noise."""
         weights = filter_logits(logits.guided(logits.cond.dtype), logits.top_k, logits.top_p) * sharpen
@@ -73,6 +78,10 @@ class MultinomialDraws:
 
     def picks(self, scale: int, num_candidates: int, draw: int = 0) -> Tensor:
         return torch.rand(self.batch_size, num_candidates, device=self.device, generator=self.generator)
+
+    def uniform_tokens(self, scale: int, num_candidates: int, length: int, vocabulary: int) -> Tensor:
+        shape = (self.batch_size, length, num_candidates)
+        return torch.randint(vocabulary, shape, device=self.device, generator=self.generator).transpose(1, 2)
 
     def smoothed(self, logits: Logits, scale: int, sharpen: float, temperature: float) -> Tensor:
         filtered = filter_logits(logits.guided(), logits.top_k, logits.top_p)

@@ -66,6 +66,7 @@ class Captured:
     replay: Callable[[], None]
     written: Tensor
     tables: list[tuple[Tensor, ...]]  # read by the graph, which does not keep them alive
+    search: Search | None  # by whose identity the generation is found again
 
 
 class GenerationGraphs:
@@ -73,7 +74,7 @@ class GenerationGraphs:
 
     Args:
         family, model, search: as :func:`varkern.generation.run` takes them; the sampler is ``"philox"``, whose seeds
-            are a tensor on the device.
+            are a tensor on the device. ``search`` may be set anew before any call.
         capacity: how many captured generations are kept, the latest used ones.
         capture: what captures a generation; tests give another.
     """
@@ -191,7 +192,7 @@ class GenerationGraphs:
         options = {**request.options, **({"cfg": static["cfg"]} if "cfg" in static else {})}
         fixed = replace(request, labels=static.get("labels"), seed=static["seeds"], options=options)
         replay, written = self.capture(lambda: self.eagerly(fixed), device)
-        return Captured(request, static, replay, written, list_tables())
+        return Captured(request, static, replay, written, list_tables(), self.search)
 
 
 def constant(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
 from varkern.generation import run
 from varkern.graphs import GenerationGraphs
+from varkern.lsrs import CalledSearch, published_method
 from varkern.search import Search, as_search
 
 Model = TypeVar("Model")
@@ -31,14 +32,14 @@ class PatchedMethod:
         self,
         model: Any,
         family: Family,
-        search: Search | None,
+        search: Search | CalledSearch | None,
         sampler: str,
         cuda_graph: bool,
         former: Any,
         original: Callable[..., Any],
     ):
         self.model, self.family, self.search, self.sampler, self.former = model, family, search, sampler, former
-        self.graphs = GenerationGraphs(family, model, search) if cuda_graph else None
+        self.graphs = GenerationGraphs(family, model, None) if cuda_graph else None
         self.__wrapped__ = original
         self.__signature__ = inspect.signature(original)
         self.__name__, self.__doc__ = family.method, original.__doc__
@@ -50,10 +51,16 @@ class PatchedMethod:
         bound.apply_defaults()
         # A fork may take more arguments than its family; at their defaults they ask for nothing.
         known = given | set(self.family.arguments)
-        request = self.family.request({name: value for name, value in bound.arguments.items() if name in known})
+        arguments = {name: value for name, value in bound.arguments.items() if name in known}
+        request, search = self.family.request(arguments), self.search_for(arguments)
         if self.graphs is not None:
+            self.graphs.search = search
             return self.graphs.run(request)
-        return run(self.family, self.model, request, self.search, self.sampler).images
+        return run(self.family, self.model, request, search, self.sampler).images
+
+    def search_for(self, arguments: Mapping[str, Any]) -> Search | None:
+        """The search of the patch, or the one that the method's own arguments ask for."""
+        return self.search(arguments) if isinstance(self.search, CalledSearch) else self.search
 
     def __reduce__(self):
         if self.former is ABSENT:
@@ -81,6 +88,11 @@ def patch(
     return value stay. Patching again replaces the search. The model's ``state_dict`` and ``repr`` stay as they were,
     and so do all other models; a pickle or deep copy made of a patched model is not patched. The patch and the model
     hold each other: :func:`unpatch` before dropping a model whose memory is wanted back at once.
+
+    A VAR model of LSRS' own code (dt-3t/LSRS) has a second method, ``autoregressive_infer_cfg_lsrs``, which is replaced
+    likewise. It takes its search from its own arguments (``discriminator``, ``st``, ``ed``, ``m_k``, ``top_k_lsrs``,
+    ``temperature_lsrs``, ``rand_list``), each with its published meaning, and not from ``search``. A
+    :class:`varkern.Scorer` as ``discriminator`` is faster than the published network.
 
     Args:
         model: a VAR, FlexVAR or Infinity model: the published class, a fork of it, or :class:`varkern.models.VAR`.
@@ -126,13 +138,23 @@ def patch(
             f"{type(model).__name__} fits {family.name}, but its {family.method} takes no {' and no '.join(lacking)}"
         )
     check_search(search, family.spec(model))
+    replace_method(model, family, search, sampler, cuda_graph)
+    called = published_method(model, family)
+    if called is not None:
+        replace_method(model, called, CalledSearch(called.spec(model).num_scales, sampler), sampler, cuda_graph)
+    return model
+
+
+def replace_method(
+    model: Any, family: Family, search: Search | CalledSearch | None, sampler: str, cuda_graph: bool
+) -> None:
+    """Put a :class:`PatchedMethod` in the place of the family's method, or of the patch that is there."""
     current = vars(model).get(family.method, ABSENT)
     if isinstance(current, PatchedMethod):
         former, original = current.former, current.__wrapped__
     else:
         former, original = current, getattr(model, family.method)
     vars(model)[family.method] = PatchedMethod(model, family, search, sampler, cuda_graph, former, original)
-    return model
 
 
 def unpatch(model: Model) -> Model:
@@ -168,13 +190,15 @@ def patched(
         >>> with varkern.patched(var, varkern.BestOfM(scorer, m=4)):
         ...     images = var.autoregressive_infer_cfg(B=8, label_B=labels, g_seed=0)
     """
-    name = recognise(model).method
-    before = vars(model).get(name, ABSENT)
+    family = recognise(model)
+    families = filter(None, (family, published_method(model, family)))
+    before = {family.method: vars(model).get(family.method, ABSENT) for family in families}
     patch(model, search, sampler=sampler, cuda_graph=cuda_graph)
     try:
         yield model
     finally:
-        if before is ABSENT:
-            vars(model).pop(name, None)
-        else:
-            vars(model)[name] = before
+        for name, value in before.items():
+            if value is ABSENT:
+                vars(model).pop(name, None)
+            else:
+                vars(model)[name] = value

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def sampled(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator | None) -> Tensor:
-    """One token a position, ``[B, l]``, from logits ``[B, l, V]``, which are overwritten."""
+def sampled(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator | None, count: int | None = None) -> Tensor:
+    """One token a position, ``[B, l]``, or so many, ``[B, l, count]``, from logits ``[B, l, V]``; overwrites these."""
     if top_k > 0:
         kth = torch.topk(logits, min(top_k, logits.shape[-1]), dim=-1).values.min(dim=-1, keepdim=True).values
         logits[logits < kth] = -math.inf
@@ -19,5 +19,6 @@ def sampled(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator | Non
         drop[..., -1] = False
         logits[torch.zeros_like(drop).scatter(-1, order, drop)] = -math.inf
     probabilities = torch.softmax(logits, dim=-1)
-    drawn = torch.multinomial(probabilities.reshape(-1, logits.shape[-1]), 1, replacement=True, generator=rng)
-    return drawn.reshape(logits.shape[:2])
+    rows = probabilities.reshape(-1, logits.shape[-1])
+    drawn = torch.multinomial(rows, count or 1, replacement=True, generator=rng)
+    return drawn.reshape(logits.shape[:2] if count is None else (*logits.shape[:2], count))

@@ -8,10 +8,11 @@ from .base import Family, Session
 from .flexvar import FlexVARFamily
 from .infinity import InfinityFamily
 from .var import VARFamily
+from .var_lsrs import LSRSFamily
 
 FAMILIES: tuple[Family, ...] = (VARFamily(), FlexVARFamily(), InfinityFamily())
 
-__all__ = ["FAMILIES", "Family", "Session", "recognise"]
+__all__ = ["FAMILIES", "Family", "LSRSFamily", "Session", "recognise"]
 
 
 def recognise(model: object) -> Family:

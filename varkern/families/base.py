@@ -24,6 +24,8 @@ class Draws(Protocol):
 
     def smoothed(self, logits: Logits, scale: int, sharpen: float, temperature: float) -> Tensor: ...
 
+    def uniform_tokens(self, scale: int, num_candidates: int, length: int, vocabulary: int) -> Tensor: ...
+
 
 class Session(Protocol):
     """One generation on one model, scale by scale: ``logits``, ``maps``, ``fuse`` and ``commit``, then ``decode``."""

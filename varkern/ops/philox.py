@@ -21,6 +21,7 @@ __all__ = [
     "NOISE",
     "PICKS",
     "TOKENS",
+    "UNIFORM_TOKENS",
     "gumbel",
     "image_seeds",
     "philox",
@@ -34,6 +35,7 @@ LABELS = 1
 PICKS = 2
 NOISE = 3
 IMAGE_SEEDS = 4
+UNIFORM_TOKENS = 5
 
 FEW_SEEDS = 16  # up to so many are hashed on the host
 _ROUNDS = 10
@@ -124,7 +126,7 @@ def uniforms(
         num_candidates: M >= 0.
         num_positions: l >= 0.
         scale: the autoregressive step, counted from 0.
-        stream: what the draws are for: ``TOKENS``, ``LABELS``, ``PICKS`` or ``NOISE``.
+        stream: what the draws are for: ``TOKENS``, ``LABELS``, ``PICKS``, ``NOISE`` or ``UNIFORM_TOKENS``.
 
     Returns:
         float32 [B, M, l] in [0, 1): ``(x0 >> 8) * 2^-24`` with x0 the first word of
