@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from varkern.training.pairs import Batches, fingerprint, held_out, make_pairs, random_order, random_words
+from varkern.training.pairs import fingerprint, held_out, make_pairs, random_order, random_words
 
 from .small import SIDES, random_tokens, small_datasets, write_maps
 
@@ -126,18 +126,18 @@ class TestEpoch:
             assert np.array_equal(*side)
 
     def test_ranks_share_a_batch(self, pairs, datasets):
-        whole = Batches(pairs.training, 12)
-        shares = [Batches(pairs.training, 12, rank, 3) for rank in range(3)]
-        for step in (0, 1, 5, 2):
-            parts = [share[step] for share in shares]
-            for i, wanted in enumerate(whole[step]):
+        steps = range(2, 9)
+        whole = list(pairs.training.batches(steps, 12))
+        shares = zip(*(pairs.training.batches(steps, 12, rank, 3) for rank in range(3)), strict=True)
+        for step, batch, parts in zip(steps, whole, shares, strict=True):
+            real, _ = pairs.training.examples(12 * step, 12 * step + 12)
+            assert torch.equal(batch.real, datasets[0].gather(real))
+            for i, wanted in enumerate(batch):
                 assert torch.equal(torch.cat([part[i] for part in parts]), wanted)
-        for batches in (whole, *shares):
-            batches.close()
 
     def test_a_batch_holds_what_the_datasets_hold(self, pairs, datasets):
-        real, generated = pairs.training.examples(5, 15)
-        batch = pairs.training.batch(5, 15)
+        real, generated = pairs.training.examples(10, 20)
+        (batch,) = pairs.training.batches(range(1, 2), 10)
         assert torch.equal(batch.real, datasets[0].gather(real)) and batch.real.dtype == torch.int64
         assert torch.equal(batch.generated, datasets[1].gather(generated))
         assert batch.labels.tolist() == datasets[0].labels[real].tolist()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from varkern.extras import require_pillow
 from varkern.models import VQVAE
+from varkern.prefetching import prefetch
 from varkern.spec import is_int
 
 from .images import RESIZE, BrokenImageError, ImageFolder, read_image
@@ -74,9 +74,16 @@ def encode_token_maps(
     }
     manifest = Manifest(sides, vae.vocab_size, len(images.classes), len(images), source, batch_size, shard_size)
 
+    def read(number: int) -> np.ndarray | None:
+        try:
+            return read_image(images.root / images.paths[number], size, resize)
+        except BrokenImageError:
+            return None
+
     def batches(wanted: Sequence[range]) -> Iterator[Batch]:
-        for numbers, pictures in read_ahead(images, wanted, size, resize, workers):
-            found = {number: picture for number, picture in zip(numbers, pictures, strict=True) if picture is not None}
+        pictures = prefetch(read, chain(*wanted), workers, BATCHES_AHEAD * batch_size)
+        for numbers in wanted:
+            found = {number: picture for number in numbers if (picture := next(pictures)) is not None}
             tokens = torch.zeros(0, manifest.length, dtype=torch.int64)
             if found:
                 tokens = vae.img_to_idxBl(as_input(torch.from_numpy(np.stack(list(found.values()))), weight))
@@ -92,27 +99,3 @@ def encode_token_maps(
 def as_input(pixels: Tensor, like: Tensor) -> Tensor:
     """Pixels uint8 to [-1, 1], with the device and dtype of ``like``."""
     return pixels.to(like.device).float().div_(255).mul_(2).sub_(1).to(like.dtype)
-
-
-def read_ahead(
-    images: ImageFolder, wanted: Sequence[range], size: int, resize: float, workers: int
-) -> Iterator[tuple[range, list[np.ndarray | None]]]:
-    """The pictures of every batch, read by threads some batches ahead; None for one that is broken."""
-
-    def read(number: int) -> np.ndarray | None:
-        try:
-            return read_image(images.root / images.paths[number], size, resize)
-        except BrokenImageError:
-            return None
-
-    pool, waiting, rest = ThreadPoolExecutor(workers), deque(), iter(wanted)
-    try:
-        while True:
-            while len(waiting) <= BATCHES_AHEAD and (numbers := next(rest, None)) is not None:
-                waiting.append((numbers, [pool.submit(read, number) for number in numbers]))
-            if not waiting:
-                return
-            numbers, futures = waiting.popleft()
-            yield numbers, [future.result() for future in futures]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varkern.extras import require_pillow
+from varkern.prefetching import prefetch
 from varkern.runs import SETTINGS
 
 from .arrays import ImageArray
@@ -72,16 +73,9 @@ class ImageFiles:
         return len(self.paths)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        with ThreadPoolExecutor(READERS) as pool:
-            waiting = None
-            for start in range(0, len(self.paths), batch_size):
-                # The next batch is decoded while the caller works on this one.
-                coming = [pool.submit(read_pixels, path) for path in self.paths[start : start + batch_size]]
-                if waiting is not None:
-                    yield as_batch([future.result() for future in waiting])
-                waiting = coming
-            if waiting is not None:
-                yield as_batch([future.result() for future in waiting])
+        pixels = prefetch(read_pixels, self.paths, READERS, batch_size)
+        while batch := list(islice(pixels, batch_size)):
+            yield as_batch(batch)
 
     def describe(self, number: int) -> str:
         return self.paths[number].name

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from varkern.data import TokenMaps
 from varkern.ops.philox import philox
+from varkern.prefetching import prefetch
 
 # The counter's last word: what a random number of training is for.
 ORDER, PARTNERS, SPLIT, FIXED_PARTNERS = 16, 17, 18, 19
@@ -94,9 +94,17 @@ class Part:
             real[here], generated[here] = self.real[chosen], partners[chosen]
         return real, generated
 
-    def batch(self, first: int, stop: int) -> Batch:
-        """The examples ``first`` to ``stop - 1``."""
-        return self._read(*self.examples(first, stop))
+    def batches(self, steps: range, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """One rank's share of the batches of a training, each read in the background one step ahead.
+
+        Args:
+            steps: whose batches are wanted; batch ``s`` holds the examples ``s * batch_size`` and on.
+            batch_size: pairs of all ranks together, a multiple of ``ranks``.
+            rank, ranks: this process and how many there are.
+        """
+        share = batch_size // ranks
+        starts = (step * batch_size + rank * share for step in steps)
+        return prefetch(lambda first: self._read(*self.examples(first, first + share)), starts)
 
     def fixed_batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Every real image once, in the dataset's order, each with a partner that never changes.
@@ -113,34 +121,6 @@ class Part:
     def _read(self, real: np.ndarray, generated: np.ndarray) -> Batch:
         labels = torch.from_numpy(np.asarray(self.real_maps.labels)[real])
         return Batch(self.real_maps.gather(real), self.generated_maps.gather(generated), labels)
-
-
-class Batches:
-    """One rank's share of every batch of a training, read in the background one batch ahead.
-
-    Args:
-        part: what is trained on.
-        batch_size: pairs of all ranks together, a multiple of ``ranks``.
-        rank, ranks: this process and how many there are.
-    """
-
-    def __init__(self, part: Part, batch_size: int, rank: int = 0, ranks: int = 1):
-        self.part, self.batch_size = part, batch_size
-        self.share = batch_size // ranks
-        self.offset = rank * self.share
-        self.reader, self.ahead = ThreadPoolExecutor(1), {}
-
-    def read(self, step: int) -> Batch:
-        first = step * self.batch_size + self.offset
-        return self.part.batch(first, first + self.share)
-
-    def __getitem__(self, step: int) -> Batch:
-        future = self.ahead.pop(step, None)
-        self.ahead = {step + 1: self.reader.submit(self.read, step + 1)}
-        return self.read(step) if future is None else future.result()
-
-    def close(self) -> None:
-        self.reader.shutdown(cancel_futures=True)
 
 
 def held_out(labels: np.ndarray, share: float, seed: int, stream: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from varkern.scorer import Scorer, ScorerConfig
 from .features import FeatureMaker
 from .log import Log, Stopwatch
 from .loop import fit, schedule
-from .pairs import Batch, Batches, Pairs, check_datasets, fingerprint, make_pairs
+from .pairs import Batch, Pairs, check_datasets, fingerprint, make_pairs
 from .recipe import LOSSES, ScorerTraining, wins
 
 
@@ -49,7 +49,6 @@ class Trainer:
         self.ranks, self.table, self.every = ranks, table, every
         self.examples = len(pairs.training)
         self.num_steps, self.warmup = training.steps(self.examples)
-        self.batches = Batches(pairs.training, training.batch_size, ranks.rank, ranks.size)
         self.scales = torch.arange(training.first_scale, len(maker.patch_nums), device=ranks.device)
         self.loss, self.half = LOSSES[training.loss], training.precision_on(ranks.device) == "bfloat16"
         if training.loss == "pairwise":
@@ -65,13 +64,14 @@ class Trainer:
         self.figures: dict[str, Any] = {}
 
     def begin(self, start: int) -> None:
+        steps, size = range(start, self.num_steps), self.training.batch_size
+        self.batches = self.pairs.training.batches(steps, size, self.ranks.rank, self.ranks.size)
         if self.ranks.rank == 0:
             self.log = Log(self.table, self.columns(), start)
         if start == self.num_steps and len(self.pairs.validation):  # killed when all but saving was done
             self.figures = {"step": start, "validation": self.validate()}
 
     def close(self) -> None:
-        self.batches.close()
         if self.log is not None:
             self.log.close()
 
@@ -89,7 +89,7 @@ class Trainer:
         if self.since is None:
             self.since = time.perf_counter()
         self.watch.start(step)
-        batch = self.batches[step].to(self.ranks.device)
+        batch = next(self.batches).to(self.ranks.device)
         self.watch.lap("data")
         features = self.features(batch)
         self.watch.lap("fuse")
