@@ -73,3 +73,13 @@ def test_no_thread_is_left(end):
         with pytest.raises(ZeroDivisionError):
             list(results)
     assert wait_until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_what_is_not_begun_at_the_end_is_not_read():
+    begun, go_on, before = [], threading.Event(), set(threading.enumerate())
+    results = prefetch(lambda item: begun.append(item) or item == 0 or go_on.wait(20), range(30), 1, 20)
+    next(results)
+    assert wait_until(lambda: len(begun) == 2)
+    results.close()
+    go_on.set()
+    assert wait_until(lambda: set(threading.enumerate()) <= before) and begun == [0, 1]

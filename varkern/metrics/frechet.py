@@ -1,4 +1,4 @@
-"""Figures of merit over features and class probabilities, in float64."""
+"""The Fréchet distance of two sets of features, in float64."""
 
 from __future__ import annotations
 
@@ -33,18 +33,6 @@ class FrechetParts(NamedTuple):
     """``2 Tr((cov_r cov_g)^(1/2))``."""
 
 
-def moments(features: Tensor) -> Moments:
-    """Mean and covariance of features ``[N, D]``.
-
-    Raises:
-        ValueError: if there are fewer than two.
-    """
-    if features.dim() != 2 or features.shape[0] < 2:
-        raise ValueError(f"features must have shape [N, D] with N >= 2, got {list(features.shape)}")
-    features = features.double()
-    return Moments(features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1]))
-
-
 def _square_root(matrix: Tensor) -> Tensor:
     """The square root of a symmetric positive semi-definite matrix.
 
@@ -77,25 +65,3 @@ def frechet_parts(reference: Moments, generated: Moments) -> FrechetParts:
     traces = [side.covariance.trace() for side in (reference, generated)]
     trace_term = traces[0] + traces[1] - cross_term
     return FrechetParts(*map(float, (mean_difference + trace_term, mean_difference, trace_term, *traces, cross_term)))
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """The distance of :func:`frechet_parts` alone; ``a`` and ``b`` may change places."""
-    return frechet_parts(a, b).distance
-
-
-def inception_score(probabilities: Tensor) -> float:
-    """``exp(mean KL(p(y|x) || p(y)))`` over class probabilities ``[N, classes]`` (Salimans et al. 2016), one split.
-
-    :class:`varkern.metrics.statistics.RunningScore` takes it over the published splits, in one pass.
-    """
-    p = probabilities.double()
-    if p.dim() != 2 or p.shape[0] == 0:
-        raise ValueError(f"probabilities must have shape [N, classes] with N >= 1, got {list(p.shape)}")
-    divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
-    return float(divergence.sum(1).mean().exp())
-
-
-def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of rows of ``[N, classes]`` whose largest probability is at the label ``[N]``."""
-    return float((probabilities.argmax(1) == labels.to(probabilities.device)).double().mean())
