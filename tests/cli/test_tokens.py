@@ -249,3 +249,34 @@ class TestWrongInput:
             monkeypatch.setenv("LOCAL_RANK", local)
         assert cli.tokens.pick_local_device(name) == torch.device(wanted)
         assert cli.tokens.pick_local_device("cpu") == torch.device("cpu")
+
+
+class TestPublishedFiles:
+    """``varkern tokens import`` and ``export``: files of LSRS' own code."""
+
+    @pytest.fixture
+    def file(self, tmp_path) -> Path:
+        classes = [torch.randint(64, (count, 21)).to(torch.int16) for count in (3, 0, 2)]
+        torch.save(classes, tmp_path / "samples_idx_d16_n1000.pth")
+        return tmp_path / "samples_idx_d16_n1000.pth"
+
+    def test_there_and_back(self, file, weights, tmp_path, capsys):
+        vae, out = weights / "vae.safetensors", tmp_path / "out"
+        options = ["--patch-nums", "1,2,4", "--vocabulary", "64", "--vae", str(vae), "--out", str(out)]
+        assert cli.main(["tokens", "import", str(file), *options]) == 0
+        assert capsys.readouterr().out.endswith(f"5 images in {out}\n")
+        assert TokenMaps.open(out).manifest.source["vae"] == {"file": vae.name, "sha256": file_sha256(vae)}
+        assert cli.main(["tokens", "import", str(file), *options]) == 0  # done already
+        assert cli.main(["tokens", "info", str(out)]) == 0
+        back = tmp_path / "gt_idx.pth"
+        capsys.readouterr()
+        assert cli.main(["tokens", "export", str(out), "--out", str(back)]) == 0
+        assert capsys.readouterr().out == f"5 images of 3 classes, 0 to 3 per class, in {back}\n"
+        pairs = zip(torch.load(file), torch.load(back, weights_only=True), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+
+    def test_refused(self, file, tmp_path, one_line):
+        assert cli.main(["tokens", "import", str(file), "--out", str(tmp_path / "out")]) == 2
+        assert "patch_nums must have as many tokens as the maps of class 0" in one_line()
+        assert cli.main(["tokens", "export", str(tmp_path / "out"), "--out", str(file)]) == 2
+        assert "is not a token-map dataset" in one_line()

@@ -8,6 +8,7 @@ from .encoding import encode_token_maps
 from .generation import DATASET_SEED, generate_token_maps
 from .images import ImageFolder
 from .manifest import Manifest, Shard, file_sha256
+from .published_files import export_token_maps, import_token_maps
 from .token_maps import TokenMaps
 from .writer import Batch, BatchSource, write_token_maps
 
@@ -20,7 +21,9 @@ __all__ = [
     "Shard",
     "TokenMaps",
     "encode_token_maps",
+    "export_token_maps",
     "file_sha256",
     "generate_token_maps",
+    "import_token_maps",
     "write_token_maps",
 ]
