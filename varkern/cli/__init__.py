@@ -79,8 +79,12 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show it")] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error instead of one line")
+    ] = False,
 ) -> None:
     pass
 

@@ -12,8 +12,7 @@ from varkern.demo import run as demo_run
 from varkern.extras import require_matplotlib
 from varkern.runs import claim, open_folder, write_text
 
-from .options import Device, Seed, pick_device, require
-from .tokens import pick_local_device
+from .options import Device, Seed, pick_device, pick_local_device, require
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -21,10 +20,10 @@ app = typer.Typer(invoke_without_command=True)
 @app.callback()
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="The picture")] = Path("demo.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write")] = Path("demo.png"),
     seed: Seed = 0,
-    m: Annotated[int, typer.Option(help="Candidates a scale")] = 8,
-    num_per_class: Annotated[int, typer.Option(help="Images a digit")] = 4,
+    m: Annotated[int, typer.Option(help="Number of candidates per scale")] = 8,
+    num_per_class: Annotated[int, typer.Option(help="Number of images per digit")] = 4,
     device: Device = "cpu",
 ) -> None:
     """Generate the ten digits with and without best-of-M, from the same seeds, and write one picture."""
@@ -38,7 +37,7 @@ def demo(
 @app.command("train")
 def demo_train(
     out: Annotated[Path, typer.Option(help="Folder for the weights")],
-    seed: Annotated[int, typer.Option(help="Of the whole training")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the whole training")] = 0,
     device: Device = "cpu",
 ) -> None:
     """Train the digits model, its scorer and its classifier from nothing; goes on where a killed run stopped."""

@@ -40,24 +40,24 @@ PARTS = {
 
 
 def evaluate(
-    generated: Annotated[Path, typer.Option(help="Generated images: a folder, or an .npz with arr_0")],
+    generated: Annotated[Path, typer.Option(help="Generated images: a folder, or an .npz file with arr_0")],
     reference: Annotated[
-        Path, typer.Option(help="Real images: a folder, an .npz with arr_0, or one with statistics (mu, sigma)")
+        Path, typer.Option(help="Real images: a folder, or an .npz file with arr_0 or with statistics (mu, sigma)")
     ],
     features: Annotated[
-        str, typer.Option(help="inception, demo (the digits' classifier) or your own, module:function")
+        str, typer.Option(help="Feature extractor: inception, demo (the digits' classifier) or module:function")
     ] = "inception",
     inception_weights: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's file of Inception weights; default: downloaded")
+        Path | None, typer.Option(help="File of torch-fidelity's Inception weights; default: downloaded")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this .json too")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the figures as JSON")] = None,
     save_reference: Annotated[
-        Path | None, typer.Option(help="Keep the reference's statistics in this .npz, to be a --reference later")
+        Path | None, typer.Option(help="File for the reference's statistics as .npz, which --reference takes")
     ] = None,
     neighbors: Annotated[
-        int, typer.Option(help="Images of either set that precision and recall look at; 0: leave them out")
+        int, typer.Option(help="Number of images of either set for precision and recall; 0: leave these out")
     ] = evaluation.PUBLISHED_IMAGES,
-    batch_size: Annotated[int, typer.Option(help="Images at a time")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Number of images at a time")] = 64,
     device: Device = "auto",
 ) -> None:
     """FID and its parts, sFID, Inception score, precision and recall of generated images against a reference."""

@@ -9,7 +9,6 @@ import torch
 import typer
 
 import varkern
-from varkern.demo import run as demo_run
 from varkern.extras import require_pillow
 from varkern.models import load_var
 from varkern.runs import check_file, write_json
@@ -20,47 +19,61 @@ from varkern.studies import perturb as perturbing
 from varkern.studies.pictures import save_png
 from varkern.studies.sampling import autocasting
 
-from .options import DTYPES, Device, Dtype, Seed, parse_classes, pick_device, require
-from .sample import parse_m, parse_pick
+from .options import (
+    DTYPES,
+    Autocast,
+    Cfg,
+    Classes,
+    Device,
+    FirstScale,
+    LastScale,
+    NumPerClass,
+    Pick,
+    ScorerFile,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Vae,
+    Var,
+    WeightsDtype,
+    find_scorer,
+    parse_classes,
+    parse_m,
+    parse_pick,
+    pick_device,
+    require,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Var = Annotated[str, typer.Option(help="A VAR checkpoint, or d16, d20, d24, d30, d36, demo")]
-Vae = Annotated[Path | None, typer.Option(help="The VQ-VAE's checkpoint; not needed for short names")]
-Cfg = Annotated[float, typer.Option(help="Strength of guidance at the last scale")]
-TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all")]
-TopP = Annotated[float, typer.Option(help="Then keep the most probable up to this mass; 0: all")]
-Weights = Annotated[Dtype, typer.Option(help="Of the weights")]
-Autocast = Annotated[Dtype | None, typer.Option(help="Generate under torch.autocast with this dtype")]
-
 
 def explain(
-    label: Annotated[int, typer.Option("--class", help="The image's class")],
+    label: Annotated[int, typer.Option("--class", help="Class of the image")],
     var: Var = "demo",
     vae: Vae = None,
-    scorer: Annotated[Path | None, typer.Option(help="The scorer; demo brings its own")] = None,
+    scorer: ScorerFile = None,
     seed: Seed = 0,
-    number: Annotated[int, typer.Option(help="Which image of `varkern sample` with this seed")] = 0,
-    m: Annotated[str, typer.Option(help="Candidates a scale, or one number a scale: 1,4,4,...")] = "8",
-    first_scale: Annotated[int, typer.Option(help="The first searched scale, from 0")] = 1,
-    last_scale: Annotated[int | None, typer.Option(help="The last searched scale; default: the model's last")] = None,
-    pick: Annotated[str, typer.Option(help="best, resample, or k: resample among the k best")] = "best",
-    temperature: Annotated[float, typer.Option(help="Of the softmax that resamples")] = 1.0,
+    number: Annotated[int, typer.Option(help="Number of the image among those of `varkern sample` with this seed")] = 0,
+    m: Annotated[str, typer.Option(help="Number of candidates per scale, or one number for each: 1,4,4,...")] = "8",
+    first_scale: FirstScale = 1,
+    last_scale: LastScale = None,
+    pick: Pick = "best",
+    temperature: Temperature = 1.0,
     cfg: Cfg = 1.5,
     top_k: TopK = 900,
     top_p: TopP = 0.96,
     device: Device = "auto",
-    dtype: Weights = "float32",
+    dtype: WeightsDtype = "float32",
     autocast: Autocast = None,
-    out: Annotated[Path, typer.Option(help="The picture; the scores go to a .json beside it")] = Path("explain.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the scores")] = Path("explain.png"),
 ) -> None:
     """Picture one generation: every scale's candidates by score, the kept one framed, and M=1 from the same seed."""
     require_pillow()
     require("number", number, 0)
     check_places(out)
-    if var == "demo" and scorer is None:
-        scorer = demo_run.WEIGHTS / "scorer.safetensors"
+    scorer = find_scorer(var, scorer)
     if scorer is None:
         raise ValueError("scorer must be given: without one there is no choice to explain")
     where, candidates = pick_device(device), parse_m(m, scorer)
@@ -78,19 +91,19 @@ def explain(
 
 
 def perturb(
-    classes: Annotated[str, typer.Option("--classes", "--class", help="Such as 207,88 or 0-9; one image each")],
+    classes: Classes,
     var: Var = "demo",
     vae: Vae = None,
     seed: Seed = 0,
-    replacements: Annotated[int, typer.Option(help="Random token maps a scale and image")] = 16,
-    num_per_class: Annotated[int, typer.Option(help="Images a class")] = 1,
+    replacements: Annotated[int, typer.Option(help="Number of random token maps per scale and image")] = 16,
+    num_per_class: NumPerClass = 1,
     cfg: Cfg = 1.5,
     top_k: TopK = 900,
     top_p: TopP = 0.96,
     device: Device = "auto",
-    dtype: Weights = "float32",
+    dtype: WeightsDtype = "float32",
     autocast: Autocast = None,
-    out: Annotated[Path, typer.Option(help="The picture; the figures go to a .json beside it")] = Path("perturb.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the figures")] = Path("perturb.png"),
 ) -> None:
     """Replace each scale of finished images in turn by random tokens, and measure how far the images move."""
     require_pillow()

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
 
+from varkern.demo.run import WEIGHTS
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Seed = Annotated[int, typer.Option(help="From which every image's own seed is made")]
+
+Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda or cuda:N")]
+Seed = Annotated[int, typer.Option(help="Base seed; every image gets its own seed derived from it")]
+Var = Annotated[str, typer.Option(help="VAR checkpoint, or one of the names d16, d20, d24, d30, d36, demo")]
+Vae = Annotated[Path | None, typer.Option(help="VQ-VAE checkpoint; not needed for named models")]
+ScorerFile = Annotated[Path | None, typer.Option(help="Scorer's safetensors file; the demo model has one of its own")]
+Classes = Annotated[str, typer.Option("--classes", "--class", help="Classes, such as 207,88 or 0-9")]
+NumPerClass = Annotated[int, typer.Option(help="Number of images per class")]
+FirstScale = Annotated[int, typer.Option(help="First searched scale, counted from 0")]
+LastScale = Annotated[int | None, typer.Option(help="Last searched scale; default: the model's last")]
+Pick = Annotated[str, typer.Option(help="Rule for the kept candidate: best, resample, or k to resample among k best")]
+Temperature = Annotated[float, typer.Option(help="Temperature of the softmax over scores when resampling")]
+Cfg = Annotated[float, typer.Option(help="Strength of guidance at the last scale; 0: no guidance")]
+TopK = Annotated[int, typer.Option(help="Number of most probable tokens to keep; 0: all")]
+TopP = Annotated[float, typer.Option(help="Probability mass of the tokens to keep, after --top-k; 0: all")]
+BatchSize = Annotated[int, typer.Option(help="Number of images generated at a time")]
+WeightsDtype = Annotated[Dtype, typer.Option(help="Data type of the model's weights")]
+Autocast = Annotated[Dtype | None, typer.Option(help="Data type to generate in under torch.autocast; default: none")]
 
 
 def require(name: str, value: int, least: int) -> None:
@@ -51,3 +71,36 @@ def parse_classes(text: str) -> list[int]:
             raise ValueError(f"classes must be numbers and ranges such as 207,88 or 0-9, got {text!r}")
         classes.extend(range(first, last + 1))
     return classes
+
+
+def pick_local_device(name: str) -> torch.device:
+    """The device that ``--device`` names; under ``torchrun``, auto and cuda mean this process' own GPU."""
+    local = os.environ.get("LOCAL_RANK", "")
+    if name in ("auto", "cuda") and local.isdecimal() and torch.cuda.is_available():
+        name = f"cuda:{local}"
+    return pick_device(name)
+
+
+def parse_m(text: str | None, scorer: Path | None) -> int | list[int]:
+    """Candidates a scale, or one number a scale; not given: 4 with a scorer, 1 without.
+
+    Raises:
+        ValueError: if ``text`` is no such number, or asks for a search without a scorer.
+    """
+    if text is None:
+        return 1 if scorer is None else 4
+    if not re.fullmatch(r"-?\d{1,9}(,\d{1,9})*", text):
+        raise ValueError(f"m must be a number, or one number a scale such as 1,4,4,8, got {text!r}")
+    numbers = [int(part) for part in text.split(",")]
+    if scorer is None and max(numbers) > 1:
+        raise ValueError(f"m must be 1 without a scorer, got {text}: give --scorer")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_pick(text: str) -> str | int:
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+
+
+def find_scorer(var: str, scorer: Path | None) -> Path | None:
+    """The scorer's file; of the demo model the one that ships with it, unless another is given."""
+    return WEIGHTS / "scorer.safetensors" if var == "demo" and scorer is None else scorer

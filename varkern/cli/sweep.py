@@ -30,9 +30,7 @@ from varkern.studies.sweep import Settings, Sweep
 
 from . import scorer as scorer_commands
 from .evaluate import find_extractor, open_reference
-from .options import DTYPES, Device, Dtype, Seed
-from .sample import parse_pick
-from .tokens import pick_local_device
+from .options import DTYPES, Device, Dtype, Seed, parse_pick, pick_local_device
 
 ACCURACIES = "lsrs-table10"  # a table of scorers, not of images
 TIMED = 24  # images of a batch, as in LSRS, Fig. 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,36 +18,50 @@ from varkern.models import PATCH_NUMS_256, load_vae, load_var
 from varkern.models.loading import HUB_FILES, HUB_VAE, download
 from varkern.progress import progress_bar
 
-from .options import DTYPES, Device, Dtype, parse_classes, pick_device, require
+from .options import (
+    DTYPES,
+    Autocast,
+    Cfg,
+    Device,
+    NumPerClass,
+    TopK,
+    TopP,
+    Vae,
+    Var,
+    WeightsDtype,
+    parse_classes,
+    pick_local_device,
+    require,
+)
 
 SHOWN = 20  # skipped images named on stderr
 
 app = typer.Typer(no_args_is_help=True)
-BatchSize = Annotated[int, typer.Option(help="Images at a time; part of the dataset, since it decides how sums round")]
-ShardSize = Annotated[int, typer.Option(help="Images a shard: what a killed run makes again at most")]
-Out = Annotated[Path, typer.Option(help="The dataset's folder")]
+BatchSize = Annotated[int, typer.Option(help="Number of images at a time; part of the dataset, as sums round by it")]
+ShardSize = Annotated[int, typer.Option(help="Number of images per file; a killed run makes at most so many again")]
+Out = Annotated[Path, typer.Option(help="Folder for the dataset")]
 
 
 @app.command()
 def generate(
-    var: Annotated[str, typer.Option(help="A VAR checkpoint, or d16, d20, d24, d30, d36, demo")],
+    var: Var,
     out: Out,
-    vae: Annotated[Path | None, typer.Option(help="The VQ-VAE's checkpoint; not needed for short names")] = None,
-    per_class: Annotated[int, typer.Option(help="Images a class")] = 1000,
-    classes: Annotated[str | None, typer.Option(help="Such as 207,88 or 0-9; default: all")] = None,
-    cfg: Annotated[float, typer.Option(help="Strength of guidance at the last scale")] = 1.5,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all")] = 900,
-    top_p: Annotated[float, typer.Option(help="Then keep the most probable up to this mass; 0: all")] = 0.96,
+    vae: Vae = None,
+    per_class: NumPerClass = 1000,
+    classes: Annotated[str | None, typer.Option(help="Classes, such as 207,88 or 0-9; default: all")] = None,
+    cfg: Cfg = 1.5,
+    top_k: TopK = 900,
+    top_p: TopP = 0.96,
     seed: Annotated[
-        int, typer.Option(help="From which every image's own seed is made; never one that evaluation uses")
+        int, typer.Option(help="Base seed of the images; must not be a seed that evaluation uses")
     ] = data.DATASET_SEED,
     batch_size: BatchSize = 64,
     shard_size: ShardSize = 4096,
     device: Device = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights")] = "float32",
-    autocast: Annotated[Dtype | None, typer.Option(help="Generate under torch.autocast with this dtype")] = None,
+    dtype: WeightsDtype = "float32",
+    autocast: Autocast = None,
 ) -> None:
-    """Sample a model without any search and keep the token maps. A killed run goes on where it stopped.
+    """Sample a model without any search and keep the token maps. A killed run continues where it stopped.
 
     Under torchrun the processes share the work; the dataset is the same.
     """
@@ -76,25 +89,27 @@ def generate(
 
 @app.command()
 def encode(
-    vae: Annotated[str, typer.Option(help=f"A VQ-VAE checkpoint, {HUB_VAE} (downloaded), or demo")],
-    images: Annotated[Path, typer.Option(help="One folder a class; sorted names are the classes' indices")],
+    vae: Annotated[str, typer.Option(help=f"VQ-VAE checkpoint, or {HUB_VAE} (downloaded) or demo")],
+    images: Annotated[
+        Path, typer.Option(help="Folder with one folder of images per class; sorted names are the classes' indices")
+    ],
     out: Out,
     class_names: Annotated[
-        Path | None, typer.Option(help="A file of class folders' names, one a line, in the model's order")
+        Path | None, typer.Option(help="File with one class folder's name per line, in the model's order")
     ] = None,
     patch_nums: Annotated[
         str | None,
-        typer.Option(help="The side of each scale: 1,2,3,4; default: the file's, or VAR's at 256 px"),
+        typer.Option(help="Sides of the scales, such as 1,2,3,4; default: the file's, or VAR's at 256 px"),
     ] = None,
     resize: Annotated[
-        float, typer.Option(help="The short side over the model's, before the centre is cropped")
+        float, typer.Option(help="Ratio of the short side to the model's, before the centre is cropped")
     ] = RESIZE,
-    workers: Annotated[int, typer.Option(help="Threads that read images")] = 4,
+    workers: Annotated[int, typer.Option(help="Number of threads that read images")] = 4,
     batch_size: BatchSize = 64,
     shard_size: ShardSize = 4096,
     device: Device = "auto",
 ) -> None:
-    """Encode a folder of images to token maps. A killed run goes on where it stopped; broken images are named.
+    """Encode a folder of images to token maps. A killed run continues where it stopped; broken images are named.
 
     Under torchrun the processes share the work; the dataset is the same.
     """
@@ -157,7 +172,7 @@ def export_file(
 
 
 @app.command()
-def info(folder: Annotated[Path, typer.Argument(help="A dataset")]) -> None:
+def info(folder: Annotated[Path, typer.Argument(help="Folder of the dataset")]) -> None:
     """Say what is in a dataset, and compare every file with its checksum."""
     maps = data.TokenMaps.open(folder)
     manifest = maps.manifest
@@ -176,14 +191,6 @@ def info(folder: Annotated[Path, typer.Argument(help="A dataset")]) -> None:
         task = progress.add_task("checksums", total=len(manifest.shards), note="")
         maps.verify(after_shard=lambda: progress.advance(task))
     print("every file is as its checksum says")
-
-
-def pick_local_device(name: str) -> torch.device:
-    """The device that ``--device`` names; under ``torchrun`` ``auto`` and ``cuda`` mean this process' own GPU."""
-    local = os.environ.get("LOCAL_RANK", "")
-    if name in ("auto", "cuda") and local.isdecimal() and torch.cuda.is_available():
-        name = f"cuda:{local}"
-    return pick_device(name)
 
 
 def files_of(var: str, vae: Path | None) -> tuple[Path, Path | None]:
