@@ -32,7 +32,6 @@ from .sampling_search import (
     COUNT,
     INFINITY,
     LARGEST,
-    MASS,
     TOP_P_BITS,
     UNIFORM_BITS,
     extremes,
@@ -41,7 +40,6 @@ from .sampling_search import (
     kept_weights,
     load_logits,
     load_shortlist,
-    log_of,
     measure_from,
     next_above,
     rough_weights,
@@ -78,29 +76,11 @@ def _running_sums(
 
 
 @triton.jit
-def _count_kept(
-    row, x, columns, threshold, tie,
-    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
-):  # fmt: skip
-    """How many tokens stay, int64."""
-    if RESIDENT:
-        count = tl.sum(kept_weights(x, columns, tl.full(x.shape, 1, tl.int32), threshold, tie))
-    else:
-        sums = tl.zeros([1, GROUP_SIZE], tl.int32)
-        for group in range(GROUPS):
-            of_tile = tile_columns(group, 1, GROUP_SIZE)
-            ones = tl.full([1, GROUP_SIZE], 1, tl.int32)
-            sums += kept_weights(load_logits(row, of_tile), of_tile, ones, threshold, tie)
-        count = tl.sum(sums)
-    return count.to(tl.int64)
-
-
-@triton.jit
 def _draw(
     row, shift, threshold, tie, running, total, bits,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """Columns and logits for draws ``bits`` [DRAWS]: find the group by the running sums, then read it again."""
+    """Columns for draws ``bits`` [DRAWS]: find the group by the running sums, then read it again."""
     wanted = scaled(total, bits, UNIFORM_BITS, False)  # [DRAWS]
     behind = running[:, None] <= wanted[None, :]  # [GROUPS, DRAWS]
     before = tl.max(tl.where(behind, running[:, None], 0), 0)  # [DRAWS]
@@ -110,14 +90,12 @@ def _draw(
     kept = kept_weights(x, columns, fixed_weights(x, shift), threshold, tie)
     inner = before[None, :] + tl.cumsum(kept, 0)
     place = tl.sum((inner <= wanted[None, :]).to(tl.int32), 0)  # [DRAWS]
-    drawn = tl.where(total > 0, group * GROUP_SIZE + place, 0)
-    logit = tl.sum(tl.where(columns == drawn[None, :], x, 0.0), 0)
-    return drawn, logit
+    return tl.where(total > 0, group * GROUP_SIZE + place, 0)
 
 
 @triton.jit
 def _sample_row(
-    row, tokens_of_columns_ptr, raw_totals_ptr, place, outputs, found, top_k, nucleus,
+    row, tokens_of_columns_ptr, tokens_ptr, place, found, top_k, nucleus,
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +104,6 @@ def _sample_row(
     ``found``: None, or of a shortlist a value that none of its logits is below, and a guess at the top-k threshold.
     """
     image, position, length, num_candidates, scale, seed_ptr = place
-    tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr = outputs
     columns = tile_columns(0, GROUPS if RESIDENT else 1, GROUP_SIZE)  # [GROUPS or 1, GROUP_SIZE]
     if found is None:
         x = load_logits(row, columns)
@@ -147,44 +124,29 @@ def _sample_row(
         FILTER_TOP_K, FILTER_NUCLEUS, GROUPS, GROUP_SIZE, RESIDENT,
     )  # fmt: skip
     running, total = _running_sums(row, x, columns, weights, shift, threshold, tie, GROUPS, GROUP_SIZE, RESIDENT)
-
-    if num_kept_ptr is not None:
-        num_kept = _count_kept(row, x, columns, threshold, tie, GROUPS, GROUP_SIZE, RESIDENT)
-        tl.store(num_kept_ptr + image * length + position, num_kept)
-        if raw_totals_ptr is None:
-            raw_total = measure_from(row, x, weights, shift, low, MASS, GROUPS, GROUP_SIZE, RESIDENT)
-        else:
-            raw_total = tl.load(raw_totals_ptr)
     seed = tl.load(seed_ptr)
     for first in range(0, num_candidates, DRAWS):
         candidates = first + tl.arange(0, DRAWS)  # [DRAWS]
         inside = candidates < num_candidates
         bits = philox_uniform_bits(seed, position, candidates, scale, TOKENS)
-        tokens, logit = _draw(row, shift, threshold, tie, running, total, bits, GROUPS, GROUP_SIZE, DRAWS)
+        tokens = _draw(row, shift, threshold, tie, running, total, bits, GROUPS, GROUP_SIZE, DRAWS)
         if tokens_of_columns_ptr is not None:
             tokens = tl.load(tokens_of_columns_ptr + tokens, mask=tokens < row[4], other=0).to(tl.int32)
         places = (image.to(tl.int64) * num_candidates + candidates) * length + position
         tl.store(tokens_ptr + places, tokens.to(tl.int64), mask=inside)
-        if num_kept_ptr is not None:
-            tl.store(log_prob_ptr + places, logit - shift - log_of(total), mask=inside)
-            tl.store(raw_log_prob_ptr + places, logit - shift - log_of(raw_total), mask=inside)
 
 
-UNSPECIALISED = ["length", "vocabulary", "num_candidates", "scale", "top_k", "nucleus"]
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def sample_kernel(
-    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr,
-    tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr,
+@triton.jit
+def _sample_logits(
+    cond_ptr, uncond_ptr, strengths_ptr, tokens_ptr,
     stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
-    length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
+    place, vocabulary, guidance, inverse_temperature, top_k, nucleus,
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, ``image * length + position``. FULL: GROUPS * GROUP_SIZE is the vocabulary, not more."""
-    image = tl.program_id(0) // length
-    position = tl.program_id(0) % length
+    """``_sample_row`` for a row of the logits themselves. FULL: GROUPS * GROUP_SIZE is the vocabulary, not more."""
+    image = place[0]
+    position = place[1]
     row = (
         row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position),
         None if uncond_ptr is None else row_start(
@@ -194,18 +156,38 @@ def sample_kernel(
         inverse_temperature,
         None if FULL else vocabulary,
     )  # fmt: skip
-    place = (image, position, length, num_candidates, scale, seeds_ptr + image)
-    outputs = (tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr)
     _sample_row(
-        row, None, None, place, outputs, None, top_k, nucleus,
+        row, None, tokens_ptr, place, None, top_k, nucleus,
         FILTER_TOP_K, FILTER_NUCLEUS, GROUPS, GROUP_SIZE, RESIDENT, DRAWS,
+    )  # fmt: skip
+
+
+UNSPECIALISED = ["length", "vocabulary", "num_candidates", "scale", "top_k", "nucleus"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def sample_kernel(
+    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr, tokens_ptr,
+    stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
+    length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
+    FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """One program per row, ``image * length + position``."""
+    image = tl.program_id(0) // length
+    position = tl.program_id(0) % length
+    place = (image, position, length, num_candidates, scale, seeds_ptr + image)
+    _sample_logits(
+        cond_ptr, uncond_ptr, strengths_ptr, tokens_ptr,
+        stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
+        place, vocabulary, guidance, inverse_temperature, top_k, nucleus,
+        FILTER_TOP_K, FILTER_NUCLEUS, FULL, GROUPS, GROUP_SIZE, RESIDENT, DRAWS,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def sample_shortlist_kernel(
-    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr, headers_ptr, values_ptr, columns_ptr, raw_totals_ptr,
-    tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr,
+    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr, headers_ptr, values_ptr, columns_ptr, tokens_ptr,
     stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
     length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
     FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr, CAPACITY: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -216,32 +198,22 @@ def sample_shortlist_kernel(
     image = index // length
     position = index % length
     place = (image, position, length, num_candidates, scale, seeds_ptr + image)
-    outputs = (tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr)
     headers_ptr += index * HEADER
     count = tl.load(headers_ptr).to(tl.int32)
-    if raw_totals_ptr is not None:
-        raw_totals_ptr += index
     if count <= CAPACITY:
         start = index.to(tl.int64) * CAPACITY
         row = (values_ptr + start, None, None, None, count)
         found = (tl.load(headers_ptr + 1), tl.load(headers_ptr + 2))
         _sample_row(
-            row, columns_ptr + start, raw_totals_ptr, place, outputs, found, top_k, nucleus,
+            row, columns_ptr + start, tokens_ptr, place, found, top_k, nucleus,
             True, FILTER_NUCLEUS, CAPACITY // GROUP_SIZE, GROUP_SIZE, True, DRAWS,
         )  # fmt: skip
     else:
-        full_row = (
-            row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position),
-            None if uncond_ptr is None else row_start(
-                uncond_ptr, stride_uncond_image, stride_uncond_position, image, position
-            ),
-            guidance if strengths_ptr is None else tl.load(strengths_ptr + image),
-            inverse_temperature,
-            None if FULL else vocabulary,
-        )  # fmt: skip
-        _sample_row(
-            full_row, None, raw_totals_ptr, place, outputs, None, top_k, nucleus,
-            True, FILTER_NUCLEUS, FULL_GROUPS, FULL_GROUP_SIZE, False, 1,
+        _sample_logits(
+            cond_ptr, uncond_ptr, strengths_ptr, tokens_ptr,
+            stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
+            place, vocabulary, guidance, inverse_temperature, top_k, nucleus,
+            True, FILTER_NUCLEUS, FULL, FULL_GROUPS, FULL_GROUP_SIZE, False, 1,
         )  # fmt: skip
 
 
@@ -256,7 +228,8 @@ def plan(vocabulary: int, num_candidates: int, top_k: int) -> dict:
     draws = 1 if num_candidates == 1 else 4 if num_candidates <= 4 else 16
     block = triton.next_power_of_2(vocabulary)
     if vocabulary <= LARGEST_SMALL:
-        return {"kind": "small", "sample": {"ROWS": max(1, 2048 // (block * block)), "BLOCK": block, "num_warps": 4}}
+        rows = max(1, min(512, 2048 // (block * block)))  # more of them, for V=1, do not fit into registers
+        return {"kind": "small", "sample": {"ROWS": rows, "BLOCK": block, "num_warps": 4}}
     full = {"FULL": vocabulary == block}
     capacity = max(64, triton.next_power_of_2(top_k + max(top_k // 16, 8)))
     if 0 < top_k < vocabulary <= LARGEST_SHORTLISTED and 2 * capacity <= block:
@@ -293,9 +266,8 @@ def sample(
     top_k: int,
     top_p: float,
     scale: int,
-    return_stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch. Arguments and results as ``varkern.ops.sampling.sample_in_torch``; the op has checked them."""
+) -> torch.Tensor:
+    """Launch. Arguments and result as ``varkern.ops.sampling.sample_in_torch``; the op has checked them."""
     batch_size, length, vocabulary = logits.shape
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     strides = [logits.stride(0), logits.stride(1), 0, 0]
@@ -304,16 +276,9 @@ def sample(
         strides[2:] = uncond_logits.stride(0), uncond_logits.stride(1)
     num_rows = batch_size * length
 
-    def empty(shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=logits.device)
-
-    maps = (batch_size, num_candidates, length)
-    tokens = empty(maps, torch.int64)
-    kinds = ((maps, torch.float32), (maps, torch.float32), (maps[::2], torch.int64))
-    stats = [empty(shape if return_stats else 0, dtype) for shape, dtype in kinds]
+    tokens = torch.empty((batch_size, num_candidates, length), dtype=torch.int64, device=logits.device)
     if num_rows == 0:
-        return tokens, *stats
-    outputs = (tokens, *(stats if return_stats else (None, None, None)))
+        return tokens
     inputs = (logits, uncond_logits, strengths)
     nucleus = int(top_p * 2**TOP_P_BITS.value)
     if inverse_temperature == 1:
@@ -323,21 +288,20 @@ def sample(
     options = {**chosen["sample"], "FILTER_NUCLEUS": 0 < top_p < 1}
     if chosen["kind"] == "shortlist":
         capacity = options["CAPACITY"]
-        headers = empty((num_rows, HEADER.value), torch.float32)
-        values, columns = empty((num_rows, capacity), torch.float32), empty((num_rows, capacity), torch.int16)
-        shortlist = (headers, values, columns, empty(num_rows, torch.int64) if return_stats else None)
+        shapes = ((HEADER.value, torch.float32), (capacity, torch.float32), (capacity, torch.int16))
+        shortlist = [torch.empty((num_rows, n), dtype=dtype, device=logits.device) for n, dtype in shapes]
         launch(
             shortlist_kernel, (num_rows,),
             *inputs, *shortlist, *strides,
             length, vocabulary, guidance, inverse_temperature, top_k, chosen["deviations"], chosen["spacing"],
             **chosen["shortlist"],
         )  # fmt: skip
-        launch(sample_shortlist_kernel, (num_rows,), *inputs, seeds, *shortlist, *outputs, *strides, *sizes, **options)
-        return tokens, *stats
+        launch(sample_shortlist_kernel, (num_rows,), *inputs, seeds, *shortlist, tokens, *strides, *sizes, **options)
+        return tokens
     options["FILTER_TOP_K"] = 0 < top_k < vocabulary
     if chosen["kind"] == "small":
         grid = (triton.cdiv(num_rows, options["ROWS"]),)
-        launch(sample_small_kernel, grid, *inputs, seeds, *outputs, *strides, num_rows, *sizes, **options)
+        launch(sample_small_kernel, grid, *inputs, seeds, tokens, *strides, num_rows, *sizes, **options)
     else:
-        launch(sample_kernel, (num_rows,), *inputs, seeds, *outputs, *strides, *sizes, **options)
-    return tokens, *stats
+        launch(sample_kernel, (num_rows,), *inputs, seeds, tokens, *strides, *sizes, **options)
+    return tokens

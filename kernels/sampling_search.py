@@ -5,7 +5,8 @@ weighs, the logits from a pivot up (one compare-and-add over the row, one reduct
 target. What is measured is an integer, so a bracket whose measure meets the target is exact and the search stops there.
 
 A row is a tuple (cond_ptr, uncond_ptr, strength, inverse_temperature, vocabulary): ``uncond_ptr`` None without
-guidance, ``vocabulary`` None if GROUPS * GROUP_SIZE columns are all there, of a shortlist its count. RESIDENT rows lie
+guidance, ``vocabulary`` None if GROUPS * GROUP_SIZE columns are all there, of a shortlist its count. Each kernel
+writes that tuple out itself: with Triton 3.6 no function can return one that holds None. RESIDENT rows lie
 in registers as x (and weights) [GROUPS, GROUP_SIZE]; others are read again, tile by tile [1, GROUP_SIZE], at every
 step.
 """
@@ -371,9 +372,3 @@ def filter_row(
                 if wanted * weight < from_threshold - above:
                     tie = last_tie(row, x, threshold, wanted.to(tl.int32), GROUPS, GROUP_SIZE, RESIDENT)
     return threshold, tie
-
-
-@triton.jit
-def log_of(weight):
-    """Natural logarithm of a fixed-point sum of weights; NaN for an empty row's."""
-    return tl.where(weight > 0, tl.log(weight.to(tl.float32)) - WEIGHT_BITS * LN_2, float("nan"))

@@ -14,7 +14,6 @@ from .sampling_search import (
     LARGEST,
     cleaned,
     extremes,
-    fixed_weights,
     load_guided,
     measure_from,
     minus_one_below,
@@ -106,7 +105,7 @@ def write_from(x, low, values_ptr, columns_ptr, GROUPS: tl.constexpr, GROUP_SIZE
 
 @triton.jit(do_not_specialize=["length", "vocabulary", "top_k"])
 def shortlist_kernel(
-    cond_ptr, uncond_ptr, strengths_ptr, headers_ptr, values_ptr, columns_ptr, raw_totals_ptr,
+    cond_ptr, uncond_ptr, strengths_ptr, headers_ptr, values_ptr, columns_ptr,
     stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
     length, vocabulary, guidance, inverse_temperature, top_k, deviations, spacing,
     FULL: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, CAPACITY: tl.constexpr,
@@ -151,6 +150,3 @@ def shortlist_kernel(
     tl.store(headers_ptr, count.to(tl.float32))
     tl.store(headers_ptr + 1, low)
     tl.store(headers_ptr + 2, low + (count - top_k).to(tl.float32) * (spacing * deviation))
-    if raw_totals_ptr is not None:
-        largest = tl.max(x)
-        tl.store(raw_totals_ptr + index, tl.sum(fixed_weights(x, tl.where(largest == -INFINITY, 0.0, largest))))

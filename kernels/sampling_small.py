@@ -8,15 +8,14 @@ import triton
 import triton.language as tl
 
 from .philox import philox_uniform_bits
-from .sampling_search import INFINITY, TOP_P_BITS, UNIFORM_BITS, fixed_weights, load_logits, log_of, scaled
+from .sampling_search import INFINITY, TOP_P_BITS, UNIFORM_BITS, fixed_weights, load_logits, row_start, scaled
 
 TOKENS = tl.constexpr(0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "length", "vocabulary", "num_candidates", "scale", "top_k", "nucleus"])
 def sample_small_kernel(
-    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr,
-    tokens_ptr, log_prob_ptr, raw_log_prob_ptr, num_kept_ptr,
+    cond_ptr, uncond_ptr, strengths_ptr, seeds_ptr, tokens_ptr,
     stride_cond_image, stride_cond_position, stride_uncond_image, stride_uncond_position,
     num_rows, length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -28,11 +27,11 @@ def sample_small_kernel(
     image = (rows // length).to(tl.int64)
     position = (rows % length).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    # Literal None inside the tuple: a local name that holds None is no compile-time None.
     row = (
-        cond_ptr + (image * stride_cond_image + position * stride_cond_position)[:, None],
-        None if uncond_ptr is None else
-        uncond_ptr + (image * stride_uncond_image + position * stride_uncond_position)[:, None],
+        row_start(cond_ptr, stride_cond_image, stride_cond_position, image, position)[:, None],
+        None if uncond_ptr is None else row_start(
+            uncond_ptr, stride_uncond_image, stride_uncond_position, image, position
+        )[:, None],
         guidance if strengths_ptr is None else tl.load(strengths_ptr + image)[:, None],
         inverse_temperature,
         vocabulary,
@@ -53,10 +52,6 @@ def sample_small_kernel(
     survivors = tl.where(kept, weights, 0)
     running = tl.cumsum(survivors, 1)  # [ROWS, BLOCK]
     total = tl.sum(survivors, 1)  # [ROWS]
-
-    if num_kept_ptr is not None:
-        tl.store(num_kept_ptr + rows, tl.sum(kept.to(tl.int64), 1), mask=inside)
-        raw_total = tl.sum(weights, 1)
     seeds = tl.load(seeds_ptr + image)
     for candidate in range(num_candidates):
         bits = philox_uniform_bits(seeds, position, tl.full([ROWS], candidate, tl.int32), scale, TOKENS)  # [ROWS]
@@ -65,7 +60,3 @@ def sample_small_kernel(
         tokens = tl.where(total > 0, tokens, 0)
         places = (image * num_candidates + candidate) * length + position
         tl.store(tokens_ptr + places, tokens.to(tl.int64), mask=inside)
-        if num_kept_ptr is not None:
-            logit = tl.sum(tl.where(columns == tokens[:, None], x, 0.0), 1)
-            tl.store(log_prob_ptr + places, logit - shift - log_of(total), mask=inside)
-            tl.store(raw_log_prob_ptr + places, logit - shift - log_of(raw_total), mask=inside)

@@ -18,7 +18,7 @@ def test_the_largest_logits_in_order_and_not_too_many(top_k, capacity, vocab, de
     columns = torch.full((3, capacity), -1, dtype=torch.int16, device=device)
     headers = torch.full((3, HEADER.value), torch.nan, device=device)
     shortlist_kernel[(3,)](
-        x.to(device), None, None, headers, values, columns, None, vocab, 0, 0, 0,
+        x.to(device), None, None, headers, values, columns, vocab, 0, 0, 0,
         1, vocab, 0.0, None, top_k, sizes["deviations"], sizes["spacing"], **sizes["shortlist"], enable_fp_fusion=False,
     )  # fmt: skip
     for row, got, place, header in zip(x, values.cpu(), columns.cpu().long(), headers.tolist(), strict=True):

@@ -60,8 +60,8 @@ def guided(logits, uncond_logits, guidance, temperature):
 def compare(
     logits, num_candidates, seeds, uncond_logits=None, guidance=0.0, temperature=1.0, top_k=0, top_p=0.0, scale=0
 ):
-    """Check every draw and every count against the float64 form; return (draws too near a boundary to tell, draws)."""
-    tokens, stats = sample_tokens(
+    """Check every draw against the float64 form; return (draws too near a boundary to tell, draws)."""
+    tokens = sample_tokens(
         logits,
         num_candidates,
         uncond_logits=uncond_logits,
@@ -71,28 +71,24 @@ def compare(
         top_p=top_p,
         seeds=seeds,
         scale=scale,
-        return_stats=True,
     )
     batch, length, vocab = logits.shape
     assert tokens.shape == (batch, num_candidates, length) and tokens.dtype == torch.int64
-    assert stats.log_prob.shape == stats.raw_log_prob.shape == tokens.shape
-    assert stats.num_kept.shape == (batch, length)
     assert tokens.numel() == 0 or (tokens.min() >= 0 and tokens.max() < vocab)
     strengths = guidance.float().cpu().numpy() if isinstance(guidance, torch.Tensor) else guidance
     rows = guided(logits, uncond_logits, strengths, temperature)
     u = uniforms(seeds.cpu(), num_candidates, length, scale).double().numpy()
-    tokens, log_prob, raw_log_prob, num_kept = (t.cpu().numpy() for t in (tokens, *stats))
+    tokens = tokens.cpu().numpy()
     unclear = 0
     for b, position in np.ndindex(batch, length):
         kept, probs, margin = reference_row(rows[b, position], top_k, top_p)
         drawn = tokens[b, :, position]
         if not kept.any():
-            assert (drawn == 0).all() and num_kept[b, position] == 0 and np.isnan(log_prob[b, :, position]).all()
+            assert (drawn == 0).all()
             continue
         if margin < TOLERANCE / 10:
             unclear += num_candidates
             continue
-        assert num_kept[b, position] == kept.sum()
         assert kept[drawn].all()
         cdf = np.cumsum(probs)
         wanted = np.minimum(np.searchsorted(cdf, u[b, :, position], side="right"), np.flatnonzero(kept).max())
@@ -100,9 +96,6 @@ def compare(
         nearest = np.abs(cdf[:, None] - u[b, None, :, position]).min(0)
         assert (nearest[differs] < TOLERANCE).all(), (b, position, drawn[differs], wanted[differs])
         unclear += differs.sum()
-        assert np.allclose(log_prob[b, :, position], np.log(probs[drawn]), atol=2e-5, rtol=2e-6)
-        raw = reference_row(rows[b, position], 0, 0.0)[1]
-        assert np.allclose(raw_log_prob[b, :, position], np.log(raw[drawn]), atol=2e-5, rtol=2e-6)
     return unclear, tokens.size
 
 
@@ -201,15 +194,9 @@ def test_a_row_beyond_2_31_elements(images, far, backend, place):
 
 @pytest.mark.parametrize("shape", [(0, 3, 40), (2, 0, 40), (0, 4, 5000)], ids=str)
 def test_nothing_to_draw(shape, backend, place):
-    tokens, stats = sample_tokens(
-        torch.empty(shape, device=place),
-        3,
-        top_k=9,
-        top_p=0.5,
-        seeds=image_seeds(0, shape[0], place),
-        return_stats=True,
-    )
-    assert tokens.shape == stats.log_prob.shape == (shape[0], 3, shape[1]) and stats.num_kept.shape == shape[:2]
+    seeds = image_seeds(0, shape[0], place)
+    tokens = sample_tokens(torch.empty(shape, device=place), 3, top_k=9, top_p=0.5, seeds=seeds)
+    assert tokens.shape == (shape[0], 3, shape[1])
 
 
 @pytest.mark.parametrize("vocab", [7, 300])
@@ -217,14 +204,13 @@ def test_the_backends_draw_the_same_tokens(vocab, device):
     # Weights and sums are integers made by the same roundings, so there is no draw near a boundary to forgive.
     logits = rows_of("random", 2, 20, vocab)
     seeds = image_seeds(9, 2)
-    options = {"guidance": 1.5, "temperature": 1.1, "top_k": vocab // 2, "top_p": 0.93, "return_stats": True}
+    options = {"guidance": 1.5, "temperature": 1.1, "top_k": vocab // 2, "top_p": 0.93}
     cond, uncond = logits.split(10, 1)
-    tokens, stats = sample_tokens(cond, 20, uncond_logits=uncond, seeds=seeds, **options)
+    tokens = sample_tokens(cond, 20, uncond_logits=uncond, seeds=seeds, **options)
     cond, uncond, there = (t.to(device) for t in (cond, uncond, seeds))
     with use_backend("triton"):
-        same, same_stats = sample_tokens(cond, 20, uncond_logits=uncond, seeds=there, **options)
-    assert torch.equal(same.cpu(), tokens) and torch.equal(same_stats.num_kept.cpu(), stats.num_kept)
-    torch.testing.assert_close(same_stats.log_prob.cpu(), stats.log_prob, atol=5e-6, rtol=0)
+        same = sample_tokens(cond, 20, uncond_logits=uncond, seeds=there, **options)
+    assert torch.equal(same.cpu(), tokens)
 
 
 def test_nesting_and_batch_invariance(backend, place):
@@ -255,20 +241,6 @@ def test_a_token_is_in_range_whatever_the_logits_hold(value, vocab, backend, pla
     logits[0, 0, :3] = value
     unclear, _ = compare(logits.to(place), 2, image_seeds(0, 1, place), top_k=3, top_p=0.9)
     assert unclear == 0
-
-
-def test_check_nan_names_the_first_bad_row(backend, place):
-    logits = rows_of("random", 2, 3, 40).to(place)
-    seeds = image_seeds(0, 2, place)
-    sample_tokens(logits, seeds=seeds, check_nan=True)
-    bad = logits.clone()
-    bad[1, 2, 7] = math.nan
-    with pytest.raises(ValueError, match=r"uncond_logits must be free .* NaN at \[1, 2\]"):
-        sample_tokens(logits, uncond_logits=bad, guidance=1.0, seeds=seeds, check_nan=True)
-    bad[1, 0] = -math.inf
-    bad[1, 2] = 0
-    with pytest.raises(ValueError, match=r"^logits must be free .* nothing above -inf at \[1, 0\]"):
-        sample_tokens(bad, seeds=seeds, check_nan=True)
 
 
 def call(**changes):

@@ -1,11 +1,13 @@
 """The nucleus where ``top_p`` lies nearer to a boundary of the distribution than float32 can tell."""
 
+import bisect
+
 import pytest
 import torch
 
 from varkern.ops import sampling
 from varkern.ops.backend import use_backend
-from varkern.ops.philox import image_seeds
+from varkern.ops.philox import TOKENS, image_seeds, uniform_bits
 
 
 @pytest.mark.parametrize("top_k", [0, 300], ids=["row", "shortlist"])
@@ -15,16 +17,21 @@ def test_a_boundary_that_float32_cannot_place(backend, spread, top_k, device):
     place = device if backend == "triton" else torch.device("cpu")
     vocab = 1500 if top_k else 300  # a shortlist of 300 wants 512 places, at most half the row
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(3)).sort().values * spread
-    weights = sampling._weights(logits, logits.max()).flip(0)[: top_k or vocab].tolist()  # integers, largest first
-    sums = torch.tensor(weights).cumsum(0).tolist()
+    order = torch.randperm(vocab, generator=torch.Generator().manual_seed(4))
+    weights = sampling._weights(logits, logits.max())[order]  # integers, in vocabulary order
+    ranks = weights.argsort(descending=True)[: top_k or vocab]
+    sums = weights[ranks].cumsum(0).tolist()
     seeds = image_seeds(0, 1, place)
-    rows = logits[torch.randperm(vocab, generator=torch.Generator().manual_seed(4))].view(1, 1, vocab).to(place)
+    bits = uniform_bits(seeds.cpu(), 300, 1, 0, TOKENS).flatten().tolist()
+    rows = logits[order].view(1, 1, vocab).to(place)
     for last in (7, 40, 111, 222):
         for step in (0, 1):
             nucleus = (sums[last] << 30) // sums[-1] + step  # the multiples of 2^-30 about the mass of last + 1 tokens
             target = -(-sums[-1] * nucleus >> 30)
+            num_kept = 1 + sum(mass < target for mass in sums[:-1])
+            kept = torch.zeros_like(weights).index_copy(0, ranks[:num_kept], weights[ranks[:num_kept]])
+            running = kept.cumsum(0).tolist()
+            wanted = [bisect.bisect_right(running, sums[num_kept - 1] * u >> 24) for u in bits]
             with use_backend(backend):
-                _, stats = sampling.sample_tokens(
-                    rows, top_k=top_k, top_p=nucleus / 2**30, seeds=seeds, return_stats=True
-                )
-            assert stats.num_kept.item() == 1 + sum(mass < target for mass in sums[:-1]), (last, step)
+                tokens = sampling.sample_tokens(rows, len(bits), top_k=top_k, top_p=nucleus / 2**30, seeds=seeds)
+            assert tokens.flatten().tolist() == wanted, (last, step)

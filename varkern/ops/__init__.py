@@ -5,10 +5,9 @@ from .density import bit_density, kernel_density, silverman_bandwidth, token_den
 from .fusion import commit_tokens, fuse_tokens, resize_features
 from .norm import map_norm
 from .philox import image_seeds
-from .sampling import SampleStats, sample_tokens
+from .sampling import sample_tokens
 
 __all__ = [
-    "SampleStats",
     "bit_density",
     "commit_tokens",
     "fuse_tokens",

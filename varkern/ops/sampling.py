@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from .backend import backend_for
 from .philox import TOKENS, check_count, check_seeds, uniform_bits
 
-__all__ = ["SampleStats", "sample_tokens"]
+__all__ = ["sample_tokens"]
 
 MAX_VOCABULARY = 2**18
 WEIGHT_BITS = 44  # MAX_VOCABULARY weights of 2^44 sum to 2^62, which int64 holds
@@ -34,25 +33,6 @@ _ROUNDER = 1.5 * 2.0**23  # adding it rounds a float32 of small magnitude to an 
 # 2^f on [-1/2, 1/2]: minimax in relative error (1.7e-7) with the constant term fixed at 1, so that exp(0) is exact.
 _EXP2 = (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.0013264728477224708)
 _CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements of logits worked on at once: within a core's cache; some 500 MB
-
-
-class SampleStats(NamedTuple):
-    """What ``sample_tokens(..., return_stats=True)`` says about its draws.
-
-    Example::
-
-        >>> options = {"seeds": varkern.image_seeds(0, 1), "return_stats": True}
-        >>> tokens, stats = varkern.ops.sample_tokens(torch.zeros(1, 4, 50), 2, top_k=10, **options)
-        >>> stats.log_prob.shape
-        torch.Size([1, 2, 4])
-    """
-
-    log_prob: Tensor
-    """float32 [B, M, l]: log-probability of each drawn token under the filtered distribution it was drawn from."""
-    raw_log_prob: Tensor
-    """float32 [B, M, l]: its log-probability under the guided, tempered, but unfiltered softmax."""
-    num_kept: Tensor
-    """int64 [B, l]: how many tokens top-k and nucleus left."""
 
 
 def sample_tokens(
@@ -66,9 +46,7 @@ def sample_tokens(
     top_p: float = 0.0,
     seeds: Tensor,
     scale: int = 0,
-    check_nan: bool = False,
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, SampleStats]:
+) -> Tensor:
     """Draw M token maps, with replacement, from one filtered distribution per position.
 
     The distribution of a row, in float32: ``x = ((1 + t)·cond − t·uncond) / temperature`` with t the guidance. Then
@@ -84,7 +62,7 @@ def sample_tokens(
     depends on its own seed alone, and candidates 0..3 of M=8 are those of M=4.
 
     NaN counts as −inf, +inf as the largest finite float32; −inf is never drawn. A row that holds nothing else yields
-    token 0 (with num_kept 0 and NaN log-probabilities). A token id is always in range.
+    token 0. A token id is always in range.
 
     Args:
         logits: [B, l, V], float32, bfloat16, float16 or float64 (used as float32), any strides; 1 <= V <= 2^18.
@@ -96,11 +74,9 @@ def sample_tokens(
         top_p: in [0, 1]; 0 or 1: off. Rounded down to a multiple of 2^-30.
         seeds: int64 [B], on the device of ``logits``.
         scale: the autoregressive step, counted from 0: part of the draws' address.
-        check_nan: raise if a row holds NaN, or nothing above −inf. Costs a pass over the logits and a device sync.
-        return_stats: also return a ``SampleStats``; no gradient flows through it.
 
     Returns:
-        tokens, int64 [B, M, l], in [0, V); with ``return_stats`` the pair (tokens, stats).
+        Tokens, int64 [B, M, l], in [0, V).
 
     Raises:
         TypeError, ValueError: naming the argument, before any work.
@@ -120,14 +96,11 @@ def sample_tokens(
     else:
         number = float(guidance)
         uncond_logits = uncond_logits if number != 0 else None
-    if check_nan:
-        _raise_for_bad_rows(logits, uncond_logits)
     if torch.is_grad_enabled():
         logits = logits.detach()
         uncond_logits = None if uncond_logits is None else uncond_logits.detach()
-    options = (number, 1.0 / temperature, int(top_k), float(top_p), int(scale), return_stats)
-    tokens, *stats = _op(logits, uncond_logits, strengths, seeds, int(num_candidates), *options)
-    return (tokens, SampleStats(*stats)) if return_stats else tokens
+    options = (number, 1.0 / temperature, int(top_k), float(top_p), int(scale))
+    return _op(logits, uncond_logits, strengths, seeds, int(num_candidates), *options)
 
 
 # ---- Registration and checks ------------------------------------------------------------------------------------
@@ -136,13 +109,12 @@ def sample_tokens(
 _library = torch.library.Library("varkern", "FRAGMENT")
 _library.define(
     "sample_tokens(Tensor logits, Tensor? uncond_logits, Tensor? strengths, Tensor seeds, int num_candidates, "
-    "float guidance, float inverse_temperature, int top_k, float top_p, int scale, bool return_stats) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "float guidance, float inverse_temperature, int top_k, float top_p, int scale) -> Tensor"
 )
 _op = torch.ops.varkern.sample_tokens.default
 
 
-def _sample(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sample(logits: Tensor, *arguments) -> Tensor:
     # The backend is chosen here, inside the op, because a context variable cannot be read in a compiled graph.
     if backend_for(logits) == "torch":
         return sample_in_torch(logits, *arguments)
@@ -151,13 +123,9 @@ def _sample(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return sample(logits, *arguments)
 
 
-def _sample_fake(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_candidates, return_stats = arguments[3], arguments[9]
+def _sample_fake(logits: Tensor, *arguments) -> Tensor:
     batch_size, length, _ = logits.shape
-    maps = (batch_size, num_candidates, length)
-    kinds = ((maps, torch.float32), (maps, torch.float32), ((batch_size, length), torch.int64))
-    stats = (logits.new_empty(size if return_stats else 0, dtype=dtype) for size, dtype in kinds)
-    return logits.new_empty(maps, dtype=torch.int64), *stats
+    return logits.new_empty((batch_size, arguments[3], length), dtype=torch.int64)
 
 
 _library.impl("sample_tokens", _sample, "CompositeExplicitAutograd")
@@ -224,15 +192,6 @@ def _check_guidance(
     return guidance.detach().reshape(batch_size).float()
 
 
-def _raise_for_bad_rows(logits: Tensor, uncond_logits: Tensor | None) -> None:
-    given = [("logits", logits)] + ([] if uncond_logits is None else [("uncond_logits", uncond_logits)])
-    for name, rows in given:
-        for what, bad in (("NaN", rows.isnan().any(-1)), ("nothing above -inf", (rows == -math.inf).all(-1))):
-            if bad.any():
-                image, position = bad.nonzero()[0].tolist()
-                raise ValueError(f"{name} must be free of NaN and of empty rows, got {what} at [{image}, {position}]")
-
-
 # ---- The plain PyTorch form --------------------------------------------------------------------------------------
 
 
@@ -248,9 +207,8 @@ def sample_in_torch(
     top_k: int,
     top_p: float,
     scale: int,
-    return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(tokens, log_prob, raw_log_prob, num_kept), the last three empty tensors unless asked for."""
+) -> Tensor:
+    """Tokens [B, M, l]; a tensor guidance stands in ``strengths`` [B], float32."""
     batch_size, length, vocabulary = logits.shape
     bits = uniform_bits(seeds, num_candidates, length, scale, TOKENS)
     bits = bits.transpose(1, 2).reshape(batch_size * length, num_candidates)  # [rows, M]
@@ -268,25 +226,11 @@ def sample_in_torch(
         if inverse_temperature != 1:
             x = x * inverse_temperature
         x = x.nan_to_num(nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf)
-        parts.append(_sample_rows(x, bits[rows], top_k, top_p, return_stats))
-    if not parts:
-        parts = [
-            tuple(
-                bits.new_empty(0, 1, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32, torch.int64)
-            )
-        ]
-    tokens, log_prob, raw_log_prob, num_kept = (torch.cat(column) for column in zip(*parts, strict=True))
-    maps = (batch_size, length, num_candidates)
+        parts.append(_sample_rows(x, bits[rows], top_k, top_p))
+    tokens = torch.cat(parts) if parts else bits.new_empty(0, num_candidates, dtype=torch.int64)
+    tokens = tokens.view(batch_size, length, num_candidates).transpose(1, 2)
     # With one candidate the transposed map is contiguous already, but its strides are not those of a new tensor.
-    new = (batch_size, num_candidates, length)
-    tokens = tokens.view(maps).transpose(1, 2).reshape(-1).view(new)
-    if not return_stats:
-        empty = logits.new_empty(0, dtype=torch.float32)
-        return tokens, empty, empty.clone(), tokens.new_empty(0)
-    log_prob, raw_log_prob = (
-        stat.view(maps).transpose(1, 2).reshape(-1).view(new) for stat in (log_prob, raw_log_prob)
-    )
-    return tokens, log_prob, raw_log_prob, num_kept.view(batch_size, length)
+    return tokens.reshape(-1).view(batch_size, num_candidates, length)
 
 
 def _chunks(num_rows: int, vocabulary: int, device_type: str) -> Iterator[slice]:
@@ -314,13 +258,12 @@ def _scaled(total: Tensor, numerator: Tensor | int, bits: int, round_up: bool = 
     return high * numerator + ((low * numerator + ((1 << bits) - 1 if round_up else 0)) >> bits)
 
 
-def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float, return_stats: bool) -> tuple[Tensor, ...]:
-    """Filter and draw for rows [R, V] of finite or -inf logits; bits [R, M]. Results [R, M], counts [R]."""
+def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Filter and draw for rows [R, V] of finite or -inf logits; bits [R, M]. Tokens [R, M]."""
     vocabulary = x.shape[1]
     row_max = x.amax(-1, keepdim=True)
     row_max = torch.where(row_max == -math.inf, 0.0, row_max)  # [R, 1], finite
     weights = _weights(x, row_max)  # [R, V]
-    raw_total = weights.sum(-1, keepdim=True) if return_stats else None
     kept = _kept(x, row_max, top_k if top_k < vocabulary else 0, top_p if top_p < 1 else 0.0)
     if kept is not None:
         weights = weights.mul_(kept)
@@ -328,19 +271,7 @@ def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float, return_stats
     total = running[:, -1:]  # [R, 1]
     wanted = _scaled(total, bits, UNIFORM_BITS).contiguous()
     tokens = torch.searchsorted(running, wanted, right=True)
-    tokens = torch.where(total > 0, tokens, 0)  # [R, M]
-    if not return_stats:
-        empty = x.new_empty(x.shape[0], 0)
-        return tokens, empty, empty, empty
-    return tokens, *_stats(x, row_max, kept, total, raw_total, tokens)
-
-
-def _stats(x, row_max, kept, total, raw_total, tokens) -> tuple[Tensor, Tensor, Tensor]:
-    num_kept = ((x > -math.inf) if kept is None else (kept & (x > -math.inf))).sum(-1)
-    logit = torch.where(total > 0, x.gather(1, tokens) - row_max, math.nan)  # [R, M]
-    offset = WEIGHT_BITS * math.log(2)
-    log_prob, raw_log_prob = (logit - (sums.double().log() - offset).float() for sums in (total, raw_total))
-    return log_prob, raw_log_prob, num_kept
+    return torch.where(total > 0, tokens, 0)
 
 
 def _kept(x: Tensor, row_max: Tensor, top_k: int, top_p: float) -> Tensor | None:
