@@ -10,10 +10,10 @@ last table gives the wall-clock time of plain calls too. The floor is the larger
 and operations over the matrix units' rate, for the operations that the kernels execute.
 """
 
+import functools
 import os
 import time
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -21,13 +21,13 @@ TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
 if TINY and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from varkern.kernels.fusion import unresized_blocks  # noqa: E402
-from varkern.kernels.fusion_tables import TILE, tile_inputs  # noqa: E402
+from varkern.kernels.fusion import multiplies  # noqa: E402
 
 from bench import measure  # noqa: E402
 from tests.references.fusion import SIDES_256, case, chain  # noqa: E402
 from varkern.ops import commit_tokens, fuse_tokens, resize_features  # noqa: E402
 from varkern.ops.backend import use_backend  # noqa: E402
+from varkern.ops.fusion_tables import TILE, tile_inputs  # noqa: E402
 
 SIDES, SIZE, C, V = ((2, 4), 4, 8, 64) if TINY else (SIDES_256, 16, 32, 4096)
 B, CANDIDATES = (2, (1, 2)) if TINY else (24, (1, 4, 32, 128))
@@ -64,7 +64,7 @@ def work(side, M):
     rows_read = min(V, N * side * side) * (1 if side == SIZE else 9)
     moved = N * side * side * 8 + N * pixels * C * 2 + B * pixels * C * 4 + rows_read * C * 2
     if side == SIZE:
-        multiply = unresized_blocks(N, C, pixels, 3, torch.float16)[0]
+        multiply = multiplies(C, torch.float16)
         return moved, N * pixels * 9 * C * C * 2 if multiply else 0
     places, _ = tile_inputs(side, SIZE, "bicubic", 3, DEVICE, torch.float16)
     tiles, steps = len(places) ** 2, places.shape[2] // TILE
@@ -174,25 +174,20 @@ def unpatched_step(tokens, f_hat, codebook, side, next_side, phi):
     return f_hat if next_side is None else F.interpolate(f_hat, size=(next_side, next_side), mode="area")
 
 
-def winner_step(tokens, chosen, f_hat, codebook, side, next_side, phi):
-    commit_tokens(tokens, f_hat, codebook, side=side, chosen=chosen, phi=phi)
+def winner_step(tokens, f_hat, codebook, side, next_side, phi):
+    commit_tokens(tokens, f_hat, codebook, side=side, phi=phi)
     return f_hat if next_side is None else resize_features(f_hat, size=next_side, channels_last=True)
 
 
-@pytest.mark.parametrize("M", [CANDIDATES[-1]])
-def test_winner(M):
+def test_winner():
     """Two launches a scale against the unpatched step, float32, device time and wall-clock time."""
     print("\nside | commit + resize us | unpatched us    x | wall-clock us | unpatched us    x")
     sums = [0.0] * 4
     with torch.no_grad(), use_backend("triton"):
         for side, next_side in zip(SIDES, (*SIDES[1:], None), strict=True):
-            tokens, codebook, f_hat, phi = case(DEVICE, side, SIZE, B=B, M=M, V=V, C=C)
-            chosen = torch.randint(0, M, (B,), device=DEVICE)
-            kept = tokens[torch.arange(B, device=DEVICE), chosen]
-            steps = [
-                lambda t=tokens, f=f_hat, c=codebook, s=side, n=next_side, p=phi: winner_step(t, chosen, f, c, s, n, p),  # noqa: B023
-                lambda t=kept, f=f_hat, c=codebook, s=side, n=next_side, p=phi: unpatched_step(t, f, c, s, n, p),
-            ]
+            tokens, codebook, f_hat, phi = case(DEVICE, side, SIZE, B=B, M=1, V=V, C=C)
+            given = (tokens[:, 0], f_hat, codebook, side, next_side, phi)
+            steps = [functools.partial(step, *given) for step in (winner_step, unpatched_step)]
             found = [measure(step) for measure in (seconds, wall_seconds) for step in steps]
             sums = [a + b for a, b in zip(sums, found, strict=True)]
             print_winner(side, found)

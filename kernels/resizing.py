@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fusion_tables import pixel_inputs
 from .launching import launch
 
 
@@ -53,13 +52,13 @@ def resize_kernel(
     tl.store(out_ptr + place, out, mask=in_l[:, None] & (c < C)[None, :])
 
 
-def resize(f_hat: Tensor, out: Tensor, interpolation: str) -> None:
-    """Write ``f_hat[B, C, H, W]`` resized into ``out[B, C, h, w]``, both float32, ``out`` dense over (h, w)."""
+def resize(f_hat: Tensor, out: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> None:
+    """Write ``f_hat[B, C, H, W]`` resized into ``out[B, C, h, w]``, not empty, dense over (h, w), both float32.
+
+    ``rows, columns``: ``varkern.ops.fusion_tables.pixel_inputs`` of both axes.
+    """
     B, C, h, w = out.shape
-    if out.numel() == 0:
-        return
-    rows, row_weights = pixel_inputs(f_hat.shape[2], h, interpolation, out.device)
-    columns, column_weights = pixel_inputs(f_hat.shape[3], w, interpolation, out.device)
+    (rows, row_weights), (columns, column_weights) = rows, columns
     block_c, block_columns, block_l = resize_blocks(C, h * w, columns.shape[1])
     launch(
         resize_kernel, (B, triton.cdiv(h * w, block_l), triton.cdiv(C, block_c)),

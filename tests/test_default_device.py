@@ -7,11 +7,11 @@ default is ``meta``, whose tensors hold no data, so that any of them stops the g
 
 import pytest
 import torch
-from varkern.kernels import fusion_tables
 
 import varkern
 from tests.helpers import small_scorer, small_var
 from tests.standins.models import FLEX_SIDES, small_flexvar
+from varkern.ops import fusion_tables
 
 LABELS = torch.tensor([3, 0, 5])
 SEARCHES = {

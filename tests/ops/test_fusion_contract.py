@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import zeros
-from varkern.kernels import fusion_tables
 
 from tests.references.fusion import case, chain, relative_error
+from varkern.ops import fusion_tables
 from varkern.ops.backend import use_backend
 from varkern.ops.fusion import commit_tokens, fuse_tokens
 
@@ -100,21 +100,7 @@ def test_bad_input_to_fuse(change, error, message):
 
 
 BAD_COMMIT = [
-    bad("chosen-missing", ValueError, r"tokens must have shape \[B, l\] when chosen is None, got \[2, 2, 9\]"),
-    bad(
-        "chosen-length",
-        ValueError,
-        r"chosen must have shape \[2\], got \[3\]",
-        chosen=zeros(3).long(),
-    ),
-    bad("chosen-float", TypeError, "chosen must be int64, got torch.float32", chosen=zeros(2)),
-    bad(
-        "tokens-rank-with-chosen",
-        ValueError,
-        r"got \[2, 9\]",
-        tokens=zeros(2, 9).long(),
-        chosen=zeros(2).long(),
-    ),
+    bad("tokens-rank", ValueError, r"tokens must have shape \[B, l\], got \[2, 2, 9\]"),
     bad("f_hat-half", TypeError, "f_hat must", tokens=zeros(2, 9).long(), f_hat=zeros(2, C, 5, 5).half()),
     bad("f_hat-batch", ValueError, "f_hat must", tokens=zeros(2, 9).long(), f_hat=zeros(1, C, 5, 5)),
     bad("tokens-length", ValueError, "tokens must hold .* = 9 ids a map, got 8", tokens=zeros(2, 8).long()),
@@ -212,10 +198,8 @@ def test_opcheck(device, backend, side):
         (None, None, None, 0.0, *shape, "area", torch.bfloat16, True),
     ):
         torch.library.opcheck(ops.fuse_tokens.default, (tokens, codebook, *rest))
-    chosen = torch.zeros(2, dtype=torch.int64, device=device)
-    for given in ((tokens, chosen), (tokens[:, 0], None)):
-        arguments = (*given, f_hat, codebook, weight, bias, blend, shape[0], "bicubic")
-        torch.library.opcheck(ops.commit_tokens.default, arguments)
+    arguments = (tokens[:, 0], f_hat, codebook, weight, bias, blend, shape[0], "bicubic")
+    torch.library.opcheck(ops.commit_tokens.default, arguments)
 
 
 def test_compiles_to_one_graph(device, backend):
@@ -223,8 +207,9 @@ def test_compiles_to_one_graph(device, backend):
 
     def step(tokens, f_hat):
         features = fuse_tokens(tokens, codebook, side=SIDE, size=SIZE, f_hat=f_hat, phi=phi)
-        chosen = features.mean(dim=(2, 3, 4)).argmax(1)
-        commit_tokens(tokens, f_hat, codebook, side=SIDE, chosen=chosen, phi=phi)
+        best = features.mean(dim=(2, 3, 4)).argmax(1)
+        kept = tokens.take_along_dim(best[:, None, None], 1)[:, 0]
+        commit_tokens(kept, f_hat, codebook, side=SIDE, phi=phi)
         return features * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
@@ -253,14 +238,14 @@ def capture(step):
 @pytest.mark.parametrize("side", [SIDE, SIZE], ids=["resized", "unresized"])
 def test_cuda_graph(made, warm, side):
     tokens, codebook, f_hat, phi = case("cuda", side, SIZE, C=C)
-    chosen, out = torch.tensor([1, 0], device="cuda"), torch.empty(2, 2, C, SIZE, SIZE, device="cuda")
+    out = torch.empty(2, 2, C, SIZE, SIZE, device="cuda")
     given = f_hat.clone()
 
     def step():
         if not warm and torch.cuda.is_current_stream_capturing():
             fusion_tables.clear_tables()
         out.copy_(fuse_tokens(tokens, codebook, side=side, size=SIZE, f_hat=given, phi=phi))
-        commit_tokens(tokens, given, codebook, side=side, chosen=chosen, phi=phi)
+        commit_tokens(tokens[:, 1], given, codebook, side=side, phi=phi)
 
     with use_backend("triton"):
         graph = capture(step)
@@ -271,7 +256,7 @@ def test_cuda_graph(made, warm, side):
         graph.replay()
         exact = chain(tokens, codebook, side, SIZE, f_hat, phi)
         assert relative_error(out, exact) < 2e-6
-        assert relative_error(given, exact[torch.arange(2), chosen]) < 2e-6
+        assert relative_error(given, exact[:, 1]) < 2e-6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's allocator")

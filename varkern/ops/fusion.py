@@ -14,8 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.kernels.fusion_tables import axis_matrix_on, list_tables, make_convolution, tables_of
 from varkern.ops.backend import backend_for
+from varkern.ops.fusion_tables import (
+    axis_matrix_on,
+    list_tables,
+    make_codebook,
+    make_convolution,
+    make_tap_table,
+    tables_of,
+    tile_inputs,
+)
 from varkern.ops.resizing import check_interpolation, interpolate, pair, refuse_gradients, resize_features
 
 __all__ = ["commit_tokens", "fuse_tokens", "list_tables", "resize_features"]
@@ -93,18 +101,15 @@ def commit_tokens(
     codebook: Tensor,
     *,
     side: int | Sequence[int],
-    chosen: Tensor | None = None,
     phi: Phi | None = None,
     interpolation: str = "bicubic",
 ) -> Tensor:
     """Add the kept token map of every image to ``f_hat``, in place: ``f_hat += phi(resize(codebook[tokens]))``.
 
     Arguments:
-        tokens: int64 ``[B, l]``, or ``[B, M, l]`` with ``chosen``.
+        tokens: int64 ``[B, l]``.
         f_hat: float32 ``[B, C, H, W]``; changed in place.
         codebook, side, phi, interpolation: as ``fuse_tokens`` takes them.
-        chosen: int64 ``[B]``, the candidate that each image keeps. As with token ids its range goes unchecked; the
-            kernel clamps it.
 
     Returns:
         ``f_hat`` itself. The PyTorch form runs the upstream quantizer's operations one by one, in its order and under
@@ -122,17 +127,14 @@ def commit_tokens(
         torch.Size([2, 16, 6, 6])
     """
     side = pair(side, "side")
-    if chosen is None:
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens must have shape [B, l] when chosen is None, got {list(tokens.shape)}")
-    else:
-        _check_chosen(chosen, tokens)
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must have shape [B, l], got {list(tokens.shape)}")
     _check_lookup("commit_tokens", tokens, codebook, side, phi, interpolation)
     _check_f_hat("commit_tokens", f_hat, tokens, codebook, None)
     if f_hat.dtype != torch.float32:
         raise TypeError(f"f_hat must be float32, got {f_hat.dtype}")
     weight, bias, blend = phi if phi is not None else (None, None, 0.0)
-    _commit_op(tokens, chosen, f_hat, codebook, weight, bias, float(blend), side, interpolation)
+    _commit_op(tokens, f_hat, codebook, weight, bias, float(blend), side, interpolation)
     return f_hat
 
 
@@ -191,17 +193,6 @@ def _check_f_hat(op: str, f_hat: Tensor, tokens: Tensor, codebook: Tensor, size:
     refuse_gradients(op, f_hat=f_hat)
 
 
-def _check_chosen(chosen: Tensor, tokens: Tensor) -> None:
-    if tokens.dim() != 3 or (tokens.shape[1] == 0 and tokens.shape[0] > 0):
-        raise ValueError(f"tokens must have shape [B, M, l], M >= 1, with chosen, got {list(tokens.shape)}")
-    if tuple(chosen.shape) != (tokens.shape[0],):
-        raise ValueError(f"chosen must have shape [{tokens.shape[0]}], got {list(chosen.shape)}")
-    if chosen.dtype != torch.int64:
-        raise TypeError(f"chosen must be int64, got {chosen.dtype}")
-    if chosen.device != tokens.device:
-        raise ValueError(f"chosen must be on the tokens' device {tokens.device}, got {chosen.device}")
-
-
 def _empty_features(
     tokens: Tensor, channels: int, size: Sequence[int], dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
@@ -229,10 +220,8 @@ def _fuse_op(
     if features.numel() == 0:
         return features
     if backend_for(tokens) == "triton":
-        from varkern.kernels import fusion
-
         maps = features.view(-1, *features.shape[2:])
-        fusion.fuse(tokens, maps, codebook, weight, bias, blend, f_hat, tuple(side), interpolation)
+        _fuse_triton(tokens, codebook, f_hat, weight, bias, blend, tuple(side), interpolation, maps)
     else:
         _fuse_torch(tokens, codebook, f_hat, weight, bias, blend, tuple(side), interpolation, features)
     return features
@@ -246,7 +235,6 @@ def _(tokens, codebook, f_hat, weight, bias, blend, side, size, interpolation, d
 @torch.library.custom_op("varkern::commit_tokens", mutates_args=("f_hat",))
 def _commit_op(
     tokens: Tensor,
-    chosen: Tensor | None,
     f_hat: Tensor,
     codebook: Tensor,
     weight: Tensor | None,
@@ -258,17 +246,47 @@ def _commit_op(
     if f_hat.numel() == 0:
         return
     if backend_for(tokens) == "triton":
-        from varkern.kernels import fusion
-
-        maps = tokens if chosen is not None else tokens.unsqueeze(1)
-        fusion.fuse(maps, f_hat, codebook, weight, bias, blend, f_hat, tuple(side), interpolation, chosen)
+        _fuse_triton(tokens.unsqueeze(1), codebook, f_hat, weight, bias, blend, tuple(side), interpolation, f_hat)
     else:
-        _commit_torch(tokens, chosen, f_hat, codebook, weight, bias, blend, tuple(side), interpolation)
+        _commit_torch(tokens, f_hat, codebook, weight, bias, blend, tuple(side), interpolation)
 
 
 @_commit_op.register_fake
-def _(tokens, chosen, f_hat, codebook, weight, bias, blend, side, interpolation):
+def _(tokens, f_hat, codebook, weight, bias, blend, side, interpolation):
     return None
+
+
+def _fuse_triton(
+    tokens: Tensor,
+    codebook: Tensor,
+    f_hat: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    blend: float,
+    side: tuple[int, int],
+    interpolation: str,
+    out: Tensor,
+) -> None:
+    """Fill ``out[B * M, C, H, W]``, which may be ``f_hat`` itself. Half precision is multiplied as float16."""
+    from varkern.kernels import fusion
+
+    size, operand = tuple(out.shape[2:]), torch.float16 if out.dtype.itemsize == 2 else torch.float32
+    weights = (codebook,) if weight is None else (codebook, weight, bias)
+    resized = side != size
+    taps = folded_bias = None
+    if weight is None:
+        table, scale = tables_of(make_codebook, operand, blend, *weights)
+    elif resized or not fusion.multiplies(codebook.shape[1], operand):
+        table, folded_bias, scale = tables_of(make_tap_table, operand, blend, *weights)
+    else:
+        table, taps, folded_bias, scale = tables_of(make_convolution, operand, blend, *weights)
+    scale = None if operand == torch.float32 else scale
+    if not resized:
+        fusion.fuse_unresized(tokens, table, taps, folded_bias, scale, f_hat, out)
+        return
+    inputs = (interpolation, 1 if weight is None else 3, out.device, operand)
+    axes = (tile_inputs(*axis, *inputs) for axis in zip(side, size, strict=True))
+    fusion.fuse_resized(tokens, table, folded_bias, scale, f_hat, out, side[1], *axes)
 
 
 def _fuse_torch(
@@ -326,7 +344,6 @@ def _looked_up(
 
 def _commit_torch(
     tokens: Tensor,
-    chosen: Tensor | None,
     f_hat: Tensor,
     codebook: Tensor,
     weight: Tensor | None,
@@ -336,8 +353,6 @@ def _commit_torch(
     interpolation: str,
 ) -> None:
     B, C = f_hat.shape[:2]
-    if chosen is not None:
-        tokens = tokens[torch.arange(B, device=tokens.device), chosen]
     with torch.no_grad():
         x = F.embedding(tokens, codebook).transpose(1, 2).reshape(B, C, *side)
         x = interpolate(x, tuple(f_hat.shape[2:]), interpolation)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.kernels.fusion_tables import INTERPOLATIONS
 from varkern.ops.backend import backend_for
+from varkern.ops.fusion_tables import INTERPOLATIONS, pixel_inputs
 
 
 def resize_features(
@@ -57,7 +57,8 @@ def _resize_op(f_hat: Tensor, size: Sequence[int], interpolation: str, channels_
     if backend_for(f_hat) == "triton":
         from varkern.kernels import resizing
 
-        resizing.resize(f_hat, resized, interpolation)
+        axes = zip(f_hat.shape[2:], resized.shape[2:], strict=True)
+        resizing.resize(f_hat, resized, *(pixel_inputs(*axis, interpolation, f_hat.device) for axis in axes))
     else:
         with torch.no_grad():
             resized.copy_(interpolate(f_hat, tuple(size), interpolation))
