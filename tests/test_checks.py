@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import NUM_CLASSES, caches_closed, idle, small_scorer, small_var
-from varkern import BestOfM, checks, generate, patch
+from tests.standins.models import small_flexvar, small_infinity
+from varkern import BestOfM, UnsupportedModelError, check, checks, generate, patch
 
 LABELS = torch.tensor([3, 0])
 FIVE = torch.tensor([3, 0, 5, 5, 2])
@@ -161,7 +162,7 @@ def test_numpy_integers_of_generate(kind):
     [
         (FIVE, {"seeds": IMAGE_SEEDS[:2]}, ValueError, r"labels, seeds and batch_size must agree .* got \[2, 5\]"),
         (FIVE, {"batch_size": 3}, ValueError, r"labels, seeds and batch_size must agree .* got \[3, 5\]"),
-        (None, {}, ValueError, r"batch_size must be given when labels is None and seeds is no tensor"),
+        (None, {}, ValueError, r"batch_size must be given when labels is None and seeds is not a tensor"),
         (FIVE, {"colour": 1}, ValueError, r"a VAR model has no option 'colour': it takes cfg, more_smooth"),
         (FIVE, {"sampler": "sobol"}, ValueError, r"sampler must be one of 'philox', 'multinomial', got 'sobol'"),
         ([0.5], {}, ValueError, LABEL + r"integers of shape \[1\], got torch.float32"),
@@ -188,4 +189,29 @@ def test_bad_arguments_of_generate_are_named_before_any_work(labels, options, er
     model = small_var()
     with idle(model), pytest.raises(error, match=message):
         generate(model, labels, **options)
+    with idle(model), pytest.raises(error, match=message):
+        check(model, options.pop("search", None), labels=labels, **options)
     assert caches_closed(model)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"labels": FIVE, "seeds": IMAGE_SEEDS, "cfg": 2.0}], ids=str)
+def test_a_check_changes_nothing_and_gives_the_models_sizes(sampling):
+    model, scorer = small_var(), small_scorer().to("meta")
+    with idle(model):
+        spec = check(model, [BestOfM(scorer, m=4)], **sampling)
+    assert (spec.num_classes, spec.num_scales, spec.vocabulary) == (NUM_CLASSES, 5, model.V)
+    assert {p.device.type for p in scorer.parameters()} == {"meta"}
+
+
+def test_a_check_of_what_generate_cannot_serve():
+    model, vae = small_flexvar(64)
+    assert check(model, best_of()) is None  # the VAE comes with each call
+    assert check(model, best_of(), vqvae=vae, infer_patch_nums=[1, 2, 3]).num_scales == 3
+    with pytest.raises(ValueError, match="vqvae"):
+        check(model, best_of(), infer_patch_nums=[1, 2, 3])
+    texts, _ = small_infinity()
+    assert check(texts, best_of()) is None
+    with pytest.raises(UnsupportedModelError, match="generate serves models of classes"):
+        check(texts, best_of(), cfg=3.0)
+    with pytest.raises(UnsupportedModelError):
+        check(torch.nn.Linear(1, 1))

@@ -1,5 +1,6 @@
 """Best-of-M sampling for visual autoregressive (VAR) image models at next to no cost."""
 
+from varkern.checks import check
 from varkern.errors import UnsupportedModelError
 from varkern.generation import Generation, generate
 from varkern.models import load_vae, load_var
@@ -19,6 +20,7 @@ __all__ = [
     "Scorer",
     "ScorerConfig",
     "UnsupportedModelError",
+    "check",
     "generate",
     "image_seeds",
     "load_vae",

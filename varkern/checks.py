@@ -1,19 +1,111 @@
-"""What is wrong with a request for images is told here, before any work and before any random state changes."""
+"""Everything that can be wrong with a request for images, raised before any work and before any random state changes.
+
+Nothing in this file changes a model, a search or a scorer.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from varkern.families import Family
+from varkern.errors import UnsupportedModelError
+from varkern.families import Family, recognise
 from varkern.search import Search, as_search
 from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec, Request, is_int
 
 SAMPLERS = ("philox", "multinomial")
+
+
+def check(
+    model: Any,
+    search: Search | Sequence[Search] | None = None,
+    *,
+    sampler: str = "philox",
+    **sampling: Any,
+) -> ModelSpec | None:
+    """Raise what :func:`varkern.patch` or :func:`varkern.generate` would raise, and do nothing else.
+
+    Args:
+        model: as ``generate`` takes it.
+        search: as ``generate`` takes it.
+        sampler: as ``generate`` takes it.
+        sampling: any other keyword arguments of ``generate``, and ``labels`` (default: one image of class 0). Without
+            any, what ``patch`` can know is checked: the model's kind and the search's fit to its sizes.
+
+    Returns:
+        The model's sizes. None: they depend on what each call says (the VAE, the schedule), and nothing was said.
+
+    Raises:
+        UnsupportedModelError: if the model fits no family, or its method lacks an argument that the family's has.
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+
+    Example::
+
+        >>> varkern.check(var, varkern.BestOfM(scorer, m=4), top_k=20).num_scales
+        5
+    """
+    check_sampler(sampler)
+    family, search = recognise(model), as_search(search)
+    check_method(family, model)
+    if not sampling:
+        spec = family.spec(model)
+        check_search(search, spec)
+        return spec
+    request = as_request(family, model, **({"labels": 0, "seeds": 0} | sampling))
+    spec = family.spec(model, request)
+    check_request(family, model, spec, request, search, sampler)
+    return spec
+
+
+def check_method(family: Family, model: Any) -> None:
+    """Raise ``UnsupportedModelError`` if the model's method lacks an argument that makes it the family's."""
+    taken = inspect.signature(getattr(model, family.method)).parameters
+    lacking = [name for name in family.required if name not in taken]
+    if lacking:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fits {family.name}, but its {family.method} takes no {' and no '.join(lacking)}"
+        )
+
+
+def as_request(
+    family: Family,
+    model: Any,
+    labels: int | Sequence[int] | Tensor | None,
+    *,
+    seeds: int | Tensor | None = None,
+    batch_size: int | None = None,
+    cfg: float | Tensor = 1.5,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    **options: Any,
+) -> Request:
+    """The arguments of ``generate``, whose docstring says what they are, as a request.
+
+    Raises:
+        UnsupportedModelError: if the model is one of texts.
+        ValueError: if the number of images is unclear.
+    """
+    if not family.has_classes:
+        raise UnsupportedModelError(
+            f"generate serves models of classes, and {type(model).__name__} is an {family.name} model, one of texts: "
+            f"use varkern.patch(model, search) and call its own {family.method}"
+        )
+    if isinstance(labels, Sequence | np.ndarray):
+        labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64, device="cpu")
+    sizes = {len(x) for x in (labels, seeds) if isinstance(x, Tensor) and x.dim()}
+    sizes |= set() if batch_size is None else {batch_size}
+    if len(sizes) > 1:
+        raise ValueError(f"labels, seeds and batch_size must agree on the number of images, got {sorted(sizes)}")
+    if not sizes and labels is None:
+        raise ValueError("batch_size must be given when labels is None and seeds is not a tensor")
+    return Request(sizes.pop() if sizes else 1, labels, seeds, top_k, top_p, {"cfg": cfg, **options})
 
 
 def check_sampler(sampler: str) -> None:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from varkern.checks import check_request
+from varkern.checks import as_request, check_request
 from varkern.draws import make_draws
-from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
 from varkern.search import Candidates, Search, as_search
 from varkern.spec import ModelSpec, Request
@@ -171,20 +169,7 @@ def generate(
         (torch.Size([8, 3, 24, 24]), torch.Size([8, 4]))
     """
     family, search = recognise(model), as_search(search)
-    if not family.has_classes:
-        raise UnsupportedModelError(
-            f"generate serves models of classes, and {type(model).__name__} is an {family.name} model, one of texts: "
-            f"use varkern.patch(model, search) and call its own {family.method}"
-        )
-    if isinstance(labels, Sequence | np.ndarray):
-        labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64, device="cpu")
-    sizes = {len(x) for x in (labels, seeds) if isinstance(x, Tensor) and x.dim()}
-    sizes |= set() if batch_size is None else {batch_size}
-    if len(sizes) > 1:
-        raise ValueError(f"labels, seeds and batch_size must agree on the number of images, got {sorted(sizes)}")
-    if not sizes and labels is None:
-        raise ValueError("batch_size must be given when labels is None and seeds is no tensor")
-    count = sizes.pop() if sizes else 1
-    request = Request(count, labels, seeds, top_k, top_p, {"cfg": cfg, **options})
-    told = run(family, model, request, search, sampler, timed=True, decode=decode)
-    return told._replace(images=family.images(told.images)) if decode else told
+    sampling = {"seeds": seeds, "batch_size": batch_size, "cfg": cfg, "top_k": top_k, "top_p": top_p, **options}
+    request = as_request(family, model, labels, **sampling)
+    made = run(family, model, request, search, sampler, timed=True, decode=decode)
+    return made._replace(images=family.images(made.images)) if decode else made

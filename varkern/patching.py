@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from varkern.checks import check_sampler, check_search
-from varkern.errors import UnsupportedModelError
+from varkern.checks import check
 from varkern.families import Family, recognise
 from varkern.generation import run
 from varkern.graphs import GenerationGraphs
@@ -125,19 +124,12 @@ def patch(
         torch.Size([8, 3, 24, 24])
         >>> _ = varkern.unpatch(var)
     """
-    check_sampler(sampler)
     if cuda_graph and sampler != "philox":
         raise ValueError(
             f"cuda_graph=True needs sampler='philox', whose draws are a function of seeds, got {sampler!r}"
         )
+    check(model, search, sampler=sampler)
     family, search = recognise(model), as_search(search)
-    taken = inspect.signature(getattr(model, family.method)).parameters
-    lacking = [name for name in family.required if name not in taken]
-    if lacking:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} fits {family.name}, but its {family.method} takes no {' and no '.join(lacking)}"
-        )
-    check_search(search, family.spec(model))
     replace_method(model, family, search, sampler, cuda_graph)
     called = published_method(model, family)
     if called is not None:

@@ -1,7 +1,5 @@
 """Best of M: which candidate is kept, how many maps exist at once, and what is refused before any work."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -335,25 +333,22 @@ def test_a_search_that_does_not_fit_is_refused_before_any_work(search, message):
             generate(model, LABELS, search=search)
 
 
-def test_a_scorer_is_moved_to_the_models_device():
-    """Its dtype stays; one that does not fit, or belongs to no model, stays where it is."""
+def test_a_scorer_is_moved_to_the_candidates_device_when_it_is_used():
+    """Its dtype stays. A check and a patch move nothing; a scorer that is not a module has nothing to move."""
     scorer = small_scorer().bfloat16()
-    search = BestOfM(scorer)
-    search.check(SPEC)
+    model = patch(small_var().to("meta"), BestOfM(scorer, m=2))
     assert {p.device.type for p in scorer.parameters()} == {"cpu"}
-    with pytest.raises(ValueError, match="scorer was made for size=6"):
-        search.check(replace(SPEC, size=(8, 8), device=torch.device("meta")))
-    assert {p.device.type for p in scorer.parameters()} == {"cpu"}
-    search.check(replace(SPEC, device=torch.device("meta")))
+    tokens, labels = torch.zeros(3, 2, 4, dtype=torch.int64, device="meta"), torch.zeros(3, device="meta").long()
+    size = (model.vae_proxy[0].Cvae, 6, 6)
+
+    def fuse(start, stop, dtype=None, channels_last=False):
+        return torch.zeros(3, stop - start, *size, dtype=dtype, device="meta")
+
+    candidates = Candidates(1, 5, labels, tokens, fuse, lambda draw=0: torch.zeros(3, 2, device="meta"), None)
+    for search in (BestOfM(scorer, m=2), BestOfM(mean_feature, m=2)):
+        assert search.choose(candidates).index.device.type == "meta"
     assert {p.device.type for p in scorer.parameters()} == {"meta"}
     assert {p.dtype for p in scorer.parameters()} == {torch.bfloat16}
-    BestOfM(mean_feature).check(replace(SPEC, device=torch.device("meta")))  # no module: nothing to move
-
-
-def test_patching_moves_the_scorer():
-    scorer = small_scorer()
-    patch(small_var().to("meta"), BestOfM(scorer))
-    assert {p.device.type for p in scorer.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(

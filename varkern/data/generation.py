@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from varkern.checks import check_request
+from varkern.checks import check
 from varkern.errors import UnsupportedModelError
 from varkern.families import recognise
 from varkern.generation import generate
 from varkern.ops import image_seeds
-from varkern.spec import Request, is_int
+from varkern.spec import is_int
 
 from .manifest import Manifest
 from .writer import Batch, write_token_maps
@@ -70,9 +70,7 @@ def generate_token_maps(
     if not family.has_classes:
         raise UnsupportedModelError(f"token maps are kept of models of classes, {family.name} is one of texts")
     sampling = {"cfg": cfg, "top_k": top_k, "top_p": top_p, **options}
-    request = Request(1, torch.zeros(1, dtype=torch.int64), image_seeds(seed, 1), top_k, top_p, {"cfg": cfg, **options})
-    spec, device = family.spec(model, request), family.device(model)
-    check_request(family, model, spec, request, None, "philox")
+    spec, device = check(model, seeds=image_seeds(seed, 1), **sampling), family.device(model)
     classes = check_classes(range(spec.num_classes) if classes is None else classes, spec.num_classes)
     if not is_int(per_class) or per_class < 1:
         raise ValueError(f"per_class must be an int >= 1, got {per_class!r}")

@@ -122,8 +122,6 @@ class BestOfM:
                 raise ValueError(
                     f"scorer was made for {name}={getattr(config, name)}, but the model has {name}={value}"
                 )
-        if isinstance(self.scorer, nn.Module) and spec.device is not None:
-            self.scorer.to(spec.device)
 
     def check_labels(self, highest: int, spec: ModelSpec) -> None:
         """See :class:`.base.Search`; a scorer that tells its ``num_classes`` knows these only, not "no class"."""
@@ -160,6 +158,7 @@ class BestOfM:
         Features come in the scorer's ``input_dtype`` and, if its ``channels_last`` is true, in that memory format; a
         scorer without these attributes gets contiguous float32.
         """
+        move_to(self.scorer, candidates.tokens.device)
         batch, count = candidates.tokens.shape[:2]
         step = max(self.maps_at_once // max(batch, 1), 1)
         wanted = {
@@ -179,3 +178,10 @@ class BestOfM:
             parts.append(part)
         scores = torch.cat(parts, dim=1).float()
         return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
+
+
+def move_to(scorer: Scorer, device: torch.device) -> None:
+    """Move a scorer that is a module to ``device`` if it is elsewhere; one parameter is looked at, so this is cheap."""
+    first = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
+    if first is not None and first.device != device:
+        scorer.to(device)

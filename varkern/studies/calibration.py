@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkern.checks import check_request
-from varkern.families import recognise
+from varkern.checks import check
 from varkern.generation import generate
 from varkern.ops import image_seeds
-from varkern.search import Search
-from varkern.spec import ModelSpec, Request
 
 from .cells import Cell
 
@@ -27,21 +24,6 @@ def in_batches(numbers: range, batch_size: int) -> list[range]:
     return [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
 
 
-def checked(model: Any, search: Search | None, options: Mapping[str, Any]) -> ModelSpec:
-    """The model's sizes, once a search and options are seen to fit it.
-
-    Raises:
-        ValueError, TypeError, UnsupportedModelError: if they do not.
-    """
-    family, rest = recognise(model), dict(options)
-    request = Request(
-        1, torch.zeros(1, dtype=torch.int64), image_seeds(0, 1), rest.pop("top_k", 0), rest.pop("top_p", 0.0), rest
-    )
-    spec = family.spec(model, request)
-    check_request(family, model, spec, request, search, "philox")
-    return spec
-
-
 def density_ratios(
     model: Any,
     cell: Cell,
@@ -51,7 +33,7 @@ def density_ratios(
 ) -> Tensor:
     """max/mean of the densities of each image's samples, ``[images]`` float64: what a hybrid compares with alpha."""
     search = replace(cell, m=1, strategy="top", min_distance=0.0).density()
-    num_classes = checked(model, search, options).num_classes
+    num_classes = check(model, search, labels=0, **options).num_classes
     images = CALIBRATION_IMAGES if images is None else images
     seeds, parts = image_seeds(seed, images), []
     for batch in in_batches(range(images), CALIBRATION_BATCH):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from varkern.checks import check_request
+from varkern.checks import check
 from varkern.extras import require_pillow
 from varkern.families import recognise
 from varkern.generation import generate
@@ -24,7 +24,6 @@ from varkern.metrics.images import SHEET, ImageFiles, PixelFacts
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
 from varkern.search import Search
-from varkern.spec import Request
 
 from .pictures import contact_sheet, save_png, to_pixels
 
@@ -67,22 +66,11 @@ def check_order(model: Any, search: Search | None, order: Order, batch_size: int
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if not order.labels:
         raise ValueError("classes must name at least one class")
-    family = recognise(model)
-    spec = family.spec(model)
+    seeds = image_seeds(order.seed, 1) if order.sampler == "philox" else 0
+    spec = check(model, search, labels=order.labels[:1], seeds=seeds, sampler=order.sampler, **order.options)
     for label in order.labels:
         if not 0 <= label < spec.num_classes:
             raise ValueError(f"classes must be in 0..{spec.num_classes - 1}, got {label}")
-    seeds = image_seeds(order.seed, 1)
-    options = dict(order.options)
-    request = Request(
-        1,
-        torch.tensor(order.labels[:1]),
-        seeds if order.sampler == "philox" else int(seeds[0]),
-        options.pop("top_k", 0),
-        options.pop("top_p", 0.0),
-        options,
-    )
-    check_request(family, model, spec, request, search, order.sampler)
 
 
 def fill(folder: Path, model: Any, search: Search | None, order: Order, batch_size: int) -> list[Path]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from varkern.checks import check
 from varkern.families import recognise
 from varkern.generation import generate
 from varkern.metrics.evaluate import check_finite, check_fit, compare
@@ -31,7 +32,7 @@ from varkern.ops import image_seeds
 from varkern.progress import progress_bar
 from varkern.runs import PROGRESS, SETTINGS, check_settings, claim, find_rank, locked, write_json
 
-from .calibration import CALIBRATION_SEED, checked, density_ratios, in_batches
+from .calibration import CALIBRATION_SEED, density_ratios, in_batches
 from .cells import Cell
 from .models import Models
 from .pictures import to_pixels
@@ -167,7 +168,7 @@ class Sweep:
         missing = [cell for cell in self.cells if any(self.result(cell, repeat) is None for repeat in repeats)]
         for name in dict.fromkeys(cell.model for cell in missing):
             for cell in (cell for cell in missing if cell.model == name):
-                checked(self.models.model(name), cell.search(self.models.scorer(cell), 1.0), self.options(cell))
+                check(self.models.model(name), cell.search(self.models.scorer(cell), 1.0), **self.options(cell))
 
     def units(self) -> list[Unit]:
         """All units; seeds go around the cells, so that a sweep cut short is whole in the seeds that it has."""
@@ -235,7 +236,7 @@ class Sweep:
         device, options = recognise(model).device(model), self.options(cell)
         alpha = self.alpha(model, cell) if cell.wants_alpha else None
         search = cell.search(self.models.scorer(cell), alpha)
-        num_classes = checked(model, search, options).num_classes
+        num_classes = check(model, search, **options).num_classes
         seeds = image_seeds(self.seed_of(unit), settings.images)
         gathering, notes = Gathering(settings.neighbors), Notes(alpha=alpha)
         batches = in_batches(settings.parts()[unit.part], settings.batch_size)
