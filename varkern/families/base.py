@@ -102,19 +102,6 @@ class Family(Protocol):
         ...
 
 
-def class_request(arguments: Mapping[str, Any]) -> Request:
-    """The request of a class-conditional method: what is not in every family's words stays among the options."""
-    arguments = dict(arguments)
-    return Request(
-        batch_size=arguments.pop("B"),
-        labels=arguments.pop("label_B"),
-        seed=arguments.pop("g_seed", None),
-        top_k=arguments.pop("top_k", 0),
-        top_p=arguments.pop("top_p", 0.0),
-        options=arguments,
-    )
-
-
 def missing_caches(blocks: Any) -> list[str]:
     """What ``model.blocks`` lacks of a list of modules that each have ``.attn.kv_caching``."""
     if not isinstance(blocks, Iterable):

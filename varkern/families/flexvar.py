@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -14,29 +14,17 @@ from torch import Tensor
 from varkern.ops import fuse_tokens
 from varkern.spec import Logits, ModelSpec, Request, is_int
 
-from .base import Draws, check_cfg, check_options, class_request, missing_caches, seeded
+from .base import Draws, check_cfg, check_options, missing_caches
+from .classes import ATTRIBUTES, ClassFamily, ClassSession
 
-MODEL_ATTRIBUTES = (
-    "autoregressive_infer_cfg",
-    "num_classes",
-    "Cvae",
-    "V",
-    "rng",
-    "class_emb",
-    "pos_start",
-    "pos_1LC",
-    "word_embed",
-    "blocks",
-    "shared_ada_lin",
-    "get_logits",
-)
+MODEL_ATTRIBUTES = (*ATTRIBUTES, "Cvae", "V")
 OPTIONS = ("vqvae", "infer_patch_nums", "cfg", "more_smooth", "max_pn", "used_llamagen_cfg", "invalid_ids")
 # At any other side, and beyond max_pn, the published method samples greedily.
 SAMPLED_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)
 INVALID_LOGIT = -100.0
 
 
-class FlexVARFamily:
+class FlexVARFamily(ClassFamily):
     """See :class:`.base.Family`. The VQ-VAE and the schedule come with each call, so no sizes are known before it.
 
     Where the published method fails, this one does not: ``label_B`` may be an int, and the schedule one scale, whose
@@ -44,10 +32,8 @@ class FlexVARFamily:
     """
 
     name = "FlexVAR"
-    method = "autoregressive_infer_cfg"
     arguments = ("B", "label_B", "g_seed", "top_k", "top_p", *OPTIONS)
     required = ("vqvae", "B", "label_B", "infer_patch_nums")
-    has_classes = True
 
     def missing(self, model: object) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
@@ -61,9 +47,6 @@ class FlexVARFamily:
             return None
         sides = sides_of(request)
         return ModelSpec(model.num_classes, sides, (sides[-1],) * 2, model.Cvae, model.V, self.device(model))
-
-    def request(self, arguments: Mapping[str, Any]) -> Request:
-        return class_request(arguments)
 
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, OPTIONS)
@@ -82,9 +65,6 @@ class FlexVARFamily:
     def device(self, model: Any) -> torch.device:
         return model.pos_1LC.device
 
-    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
-        return seeded(model, seed, self.device(model))
-
     def open(self, model: Any, labels: Tensor, request: Request, draws: Draws) -> FlexVARSession:
         return FlexVARSession(model, labels, request, draws)
 
@@ -92,46 +72,28 @@ class FlexVARFamily:
         return published.add(1).mul(0.5).clamp(0, 1)
 
 
-class FlexVARSession:
+class FlexVARSession(ClassSession):
     """One generation on one FlexVAR model; see :class:`.base.Session`.
 
     F(.) of a candidate is its own codes resized to the last scale's side, nothing summed: what the scorer is given
     (LSRS, appendix A), by the resizing that makes the next scale's input.
     """
 
-    code_scale = None
-
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
         options = request.options
-        self.model, self.request, self.vqvae = model, request, options["vqvae"]
-        self.sides, self.max_pn = sides_of(request), options.get("max_pn", 16)
-        self.cfg, self.balanced = options.get("cfg", 1.5), options.get("used_llamagen_cfg", False)
-        self.reproduces_upstream = draws.reproduces_upstream
-        self.batch = labels.shape[0]
-        if isinstance(self.cfg, Tensor) and not draws.reproduces_upstream:
-            self.cfg = self.cfg.to(labels.device).expand(self.batch, 1, 1)
-        # Without guidance the unconditional half changes nothing; bit parity needs it run, see VARSession.
-        unguided = 1 if self.balanced else 0
-        self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != unguided
-        if self.guided:
-            labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
-        self.cond = model.class_emb(labels)
-        self.modulation = model.shared_ada_lin(self.cond)
+        self.balanced = options.get("used_llamagen_cfg", False)
+        super().__init__(model, labels, request, draws, unguided=1 if self.balanced else 0)
+        self.vqvae, self.sides, self.max_pn = options["vqvae"], sides_of(request), options.get("max_pn", 16)
         self.codebook = F.normalize(self.vqvae.quantize.embedding.weight.detach(), p=2, dim=-1)
         ids = options.get("invalid_ids")
         if ids is not None and not isinstance(ids, Tensor):
             ids = torch.as_tensor(ids, device="cpu")
             ids = listed_ids(tuple(ids.flatten().tolist()), ids.dtype, labels.device)
         self.invalid_ids = None if ids is None else ids.to(labels.device)
-        self.x = self.cond.unsqueeze(1) + model.pos_start + self._positions(0)
-        for block in model.blocks:
-            block.attn.kv_caching(True)
+        self.start(self._positions(0))
 
     def logits(self, scale: int) -> Logits:
-        x = self.x
-        for block in self.model.blocks:
-            x = block(x=x, cond_BD=self.modulation, attn_bias=None)
-        logits = self.model.get_logits(x, self.cond)
+        logits = self.forward()
         if self.invalid_ids is not None:
             forbid(logits, self.invalid_ids)
         sampled = self.sides[scale] <= self.max_pn and self.sides[scale] in SAMPLED_SIDES
@@ -142,9 +104,6 @@ class FlexVARSession:
         if self.balanced and self.reproduces_upstream:
             return Logits(uncond + (cond - uncond) * self.cfg, None, 0.0, *sampling)
         return Logits(cond, uncond, self._strength(scale), *sampling)
-
-    def maps(self, scale: int, drawn: Tensor) -> Tensor:
-        return drawn
 
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return fuse_tokens(
@@ -167,18 +126,11 @@ class FlexVARSession:
         else:
             maps = tokens.unsqueeze(1)
             features = fuse_tokens(maps, self.codebook, side=side, size=following, channels_last=True).squeeze(1)
-        words = self.model.word_embed
-        x = features.flatten(2).transpose(1, 2).to(getattr(words, "weight", features).dtype)
-        x = words(x) + self._positions(scale + 1)
-        self.x = x.repeat(2, 1, 1) if self.guided else x
+        self.enter(features, self._positions(scale + 1))
 
     def decode(self) -> Tensor:
         shape = [self.batch, self.codebook.shape[1], self.sides[-1], self.sides[-1]]
         return self.vqvae.decode_code(self.tokens, shape=shape)
-
-    def close(self) -> None:
-        for block in self.model.blocks:
-            block.attn.kv_caching(False)
 
     def _positions(self, scale: int) -> Tensor:
         """``[1, l, C]``"""

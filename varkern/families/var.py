@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,36 +11,19 @@ from varkern.ops import commit_tokens, fuse_tokens, resize_features
 from varkern.published import smoothing_temperature
 from varkern.spec import Logits, ModelSpec, Request
 
-from .base import Draws, check_cfg, check_options, class_request, missing_caches, seeded
+from .base import Draws, check_cfg, check_options, missing_caches
+from .classes import ATTRIBUTES, ClassFamily, ClassSession
 
-MODEL_ATTRIBUTES = (
-    "autoregressive_infer_cfg",
-    "patch_nums",
-    "num_classes",
-    "rng",
-    "vae_proxy",
-    "vae_quant_proxy",
-    "class_emb",
-    "pos_start",
-    "pos_1LC",
-    "lvl_embed",
-    "lvl_1L",
-    "word_embed",
-    "blocks",
-    "shared_ada_lin",
-    "get_logits",
-)
+MODEL_ATTRIBUTES = (*ATTRIBUTES, "patch_nums", "vae_proxy", "vae_quant_proxy", "lvl_embed", "lvl_1L")
 QUANTIZER_ATTRIBUTES = ("embedding", "quant_resi", "get_next_autoregressive_input", "v_patch_nums")
 
 
-class VARFamily:
+class VARFamily(ClassFamily):
     """See :class:`.base.Family`."""
 
     name = "VAR"
-    method = "autoregressive_infer_cfg"
     arguments = ("B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth")
     required = ("B", "label_B")
-    has_classes = True
 
     def missing(self, model: object) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
@@ -68,18 +50,12 @@ class VARFamily:
         sides = tuple(model.patch_nums)
         return ModelSpec(model.num_classes, sides, (sides[-1], sides[-1]), channels, vocabulary, self.device(model))
 
-    def request(self, arguments: Mapping[str, Any]) -> Request:
-        return class_request(arguments)
-
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, ("cfg", "more_smooth"))
         check_cfg(request.options.get("cfg", 1.5), request.batch_size)
 
     def device(self, model: Any) -> torch.device:
         return model.lvl_1L.device
-
-    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
-        return seeded(model, seed, self.device(model))
 
     def images(self, published: Tensor) -> Tensor:
         return published
@@ -88,51 +64,27 @@ class VARFamily:
         return VARSession(model, labels, request, draws)
 
 
-class VARSession:
+class VARSession(ClassSession):
     """One generation on one VAR model; see :class:`.base.Session`."""
 
-    code_scale = None
-
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
-        self.model, self.request = model, request
+        super().__init__(model, labels, request, draws)
         self.vae, self.quantizer = model.vae_proxy[0], model.vae_quant_proxy[0]
         self.sides, self.last = tuple(model.patch_nums), len(model.patch_nums) - 1
-        self.cfg = request.options.get("cfg", 1.5)
-        # Without guidance the unconditional half changes nothing. The published method runs it all the same, and on
-        # some devices a matrix product's rounding depends on its batch, so bit parity needs it run.
-        self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != 0
-        self.reproduces_upstream = draws.reproduces_upstream
-        batch = labels.shape[0]
-        if isinstance(self.cfg, Tensor) and not draws.reproduces_upstream:
-            self.cfg = self.cfg.to(labels.device).expand(batch, 1, 1)
-        if self.guided:
-            labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
-        self.cond = model.class_emb(labels)
-        self.modulation = model.shared_ada_lin(self.cond)
         self.positions = model.lvl_embed(model.lvl_1L) + model.pos_1LC
         self.end = self.sides[0] ** 2
-        self.x = self.cond.unsqueeze(1) + model.pos_start + self.positions[:, : self.end]
         size = self.sides[-1]
         self.codebook = self.quantizer.embedding.weight.detach()
-        self.f_hat = torch.zeros(
-            batch, self.codebook.shape[1], size, size, device=self.cond.device, dtype=torch.float32
-        )
-        for block in model.blocks:
-            block.attn.kv_caching(True)
+        shape = (self.batch, self.codebook.shape[1], size, size)
+        self.f_hat = torch.zeros(shape, device=self.cond.device, dtype=torch.float32)
+        self.start(self.positions[:, : self.end])
 
     def logits(self, scale: int) -> Logits:
-        x = self.x
-        for block in self.model.blocks:
-            x = block(x=x, cond_BD=self.modulation, attn_bias=None)
-        logits = self.model.get_logits(x, self.cond)
+        logits = self.forward()
         filters = (self.request.top_k, self.request.top_p)
         if not self.guided:
             return Logits(logits, None, 0.0, *filters)
-        batch = self.f_hat.shape[0]
-        return Logits(logits[:batch], logits[batch:], self.cfg * self._ratio(scale), *filters)
-
-    def maps(self, scale: int, drawn: Tensor) -> Tensor:
-        return drawn
+        return Logits(logits[: self.batch], logits[self.batch :], self.cfg * self._ratio(scale), *filters)
 
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return fuse_tokens(
@@ -160,14 +112,11 @@ class VARSession:
             if scale != self.last:
                 pooled = resize_features(self.f_hat, size=self.sides[scale + 1], channels_last=True)
         if scale != self.last:
-            self._enter(pooled, scale + 1)
+            start, self.end = self.end, self.end + self.sides[scale + 1] ** 2
+            self.enter(pooled, self.positions[:, start : self.end])
 
     def decode(self) -> Tensor:
         return self.vae.fhat_to_img(self.f_hat).add_(1).mul_(0.5)
-
-    def close(self) -> None:
-        for block in self.model.blocks:
-            block.attn.kv_caching(False)
 
     def _ratio(self, scale: int) -> float:
         return scale / max(self.last, 1)
@@ -184,14 +133,6 @@ class VARSession:
         codes = codes.transpose(1, 2).reshape(*self.f_hat.shape[:2], side, side)
         self.f_hat, pooled = self.quantizer.get_next_autoregressive_input(scale, self.last + 1, self.f_hat, codes)
         return pooled
-
-    def _enter(self, pooled: Tensor, scale: int) -> None:
-        """Features ``[B, C, side, side]`` to the transformer's next input."""
-        start, self.end = self.end, self.end + self.sides[scale] ** 2
-        words = self.model.word_embed
-        x = pooled.flatten(2).transpose(1, 2).to(getattr(words, "weight", pooled).dtype)
-        x = words(x) + self.positions[:, start : self.end]
-        self.x = x.repeat(2, 1, 1) if self.guided else x
 
 
 def _first(layers: Any) -> object:

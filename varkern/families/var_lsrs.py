@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varkern.spec import Logits, Request, is_int
 
-from .base import Draws, check_cfg, check_options, class_request
+from .base import Draws, check_cfg, check_options
 from .var import VARFamily, VARSession
 
 SEARCH_ARGUMENTS = ("discriminator", "st", "ed", "m_k", "top_k_lsrs", "temperature_lsrs")
@@ -35,7 +35,7 @@ class LSRSFamily(VARFamily):
         scales = arguments.get("rand_list")
         if scales is not None and (not isinstance(scales, Collection) or not all(map(is_int, scales))):
             raise TypeError(f"rand_list must be None or a list of scales, counted from 0, got {scales!r}")
-        return class_request({**known, "rand_list": tuple(sorted({int(scale) for scale in scales or ()}))})
+        return super().request({**known, "rand_list": tuple(sorted({int(scale) for scale in scales or ()}))})
 
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, ("cfg", "rand_list"))

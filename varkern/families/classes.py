@@ -1,0 +1,101 @@
+"""What the class-conditional families, VAR and FlexVAR, share: the transformer's side of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varkern.spec import Request
+
+from .base import Draws, seeded
+
+ATTRIBUTES = (
+    "autoregressive_infer_cfg",
+    "num_classes",
+    "rng",
+    "class_emb",
+    "pos_start",
+    "pos_1LC",
+    "word_embed",
+    "blocks",
+    "shared_ada_lin",
+    "get_logits",
+)
+
+
+class ClassFamily:
+    """The part of :class:`.base.Family` that is the same for every class-conditional model."""
+
+    method = "autoregressive_infer_cfg"
+    has_classes = True
+
+    def request(self, arguments: Mapping[str, Any]) -> Request:
+        """See :class:`.base.Family`; what is not in every family's words stays among the options."""
+        arguments = dict(arguments)
+        return Request(
+            batch_size=arguments.pop("B"),
+            labels=arguments.pop("label_B"),
+            seed=arguments.pop("g_seed", None),
+            top_k=arguments.pop("top_k", 0),
+            top_p=arguments.pop("top_p", 0.0),
+            options=arguments,
+        )
+
+    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+        return seeded(model, seed, self.device(model))
+
+
+class ClassSession:
+    """The transformer of one generation; the families add what becomes of its tokens. See :class:`.base.Session`.
+
+    Args:
+        labels: ``[B]`` int64.
+        unguided: the strength ``cfg`` that means no guidance.
+    """
+
+    code_scale = None
+
+    def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws, unguided: float = 0):
+        self.model, self.request, self.batch = model, request, labels.shape[0]
+        self.reproduces_upstream = draws.reproduces_upstream
+        self.cfg = request.options.get("cfg", 1.5)
+        # Without guidance the unconditional half changes nothing. The published method runs it all the same, and on
+        # some devices a matrix product's rounding depends on its batch, so bit parity needs it run.
+        self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != unguided
+        if isinstance(self.cfg, Tensor) and not draws.reproduces_upstream:
+            self.cfg = self.cfg.to(labels.device).expand(self.batch, 1, 1)
+        if self.guided:
+            labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+        self.cond = model.class_emb(labels)
+        self.modulation = model.shared_ada_lin(self.cond)
+        self.x: Tensor | None = None  # the transformer's next input, [B or 2 * B, l, D]
+
+    def start(self, positions: Tensor) -> None:
+        """The first scale's input, with its positions ``[1, l, D]``; from here on keys and values are kept."""
+        self.x = self.cond.unsqueeze(1) + self.model.pos_start + positions
+        for block in self.model.blocks:
+            block.attn.kv_caching(True)
+
+    def forward(self) -> Tensor:
+        """Logits ``[B or 2 * B, l, V]`` of the input, the conditional half first."""
+        x = self.x
+        for block in self.model.blocks:
+            x = block(x=x, cond_BD=self.modulation, attn_bias=None)
+        return self.model.get_logits(x, self.cond)
+
+    def enter(self, features: Tensor, positions: Tensor) -> None:
+        """Features ``[B, C, side, side]`` and positions ``[1, l, D]`` to the transformer's next input."""
+        words = self.model.word_embed
+        x = features.flatten(2).transpose(1, 2).to(getattr(words, "weight", features).dtype)
+        x = words(x) + positions
+        self.x = x.repeat(2, 1, 1) if self.guided else x
+
+    def maps(self, scale: int, drawn: Tensor) -> Tensor:
+        return drawn
+
+    def close(self) -> None:
+        for block in self.model.blocks:
+            block.attn.kv_caching(False)
