@@ -14,7 +14,7 @@ from varkern import BestOfM, Scorer, ScorerConfig, UnsupportedModelError, genera
 from varkern.families import recognise
 from varkern.families.infinity import MODEL_ATTRIBUTES
 
-KINDS = {name: CASES[f"Infinity{name}"] for name in ("", ", patchify", ", levels at every chunk", ", indices")}
+KINDS = {name: CASES[f"Infinity{name}"] for name in ("", ", patchify", ", levels at every chunk")}
 EVERY = pytest.mark.parametrize("case", KINDS.values(), ids=[name[2:] or "bits" for name in KINDS])
 
 
@@ -41,7 +41,6 @@ def test_missing_parts_are_named():
     [
         ("Infinity", [(1, 1), (2, 2), (3, 2), (4, 3), (6, 4)], 5, None),
         ("Infinity, patchify", [(2, 2), (4, 4), (6, 4), (8, 6), (12, 8)], 5, None),
-        ("Infinity, indices", [(1, 1), (2, 2), (3, 2), (4, 3), (6, 4)], 5, 37),
     ],
 )
 def test_its_sizes_are_the_requests(case, sides, channels, vocabulary):
@@ -87,7 +86,7 @@ BAD = {
         {"vae": None},
         "vae must come with all .*, got none of vae.quantizer.lfq, vae.quantizer.z_interplote_up, va",
     ),
-    "indices of bits": ({"vae_type": 0}, "vae_type must be other than 0 for a model of bit labels: 0 asks for indices"),
+    "indices of bits": ({"vae_type": 0}, "vae_type must not be 0, which asks for indices"),
     "no codes": ({"returns_vemb": 0}, "returns_vemb must be 1 where vae_type is not 0, got 0"),
     "trunk": ({"trunk_scale": 0}, "trunk_scale must be an int >= 1, got 0"),
     "leak": ({"gt_leak": 0.5}, "gt_leak must be an int, got 0.5"),
@@ -117,19 +116,11 @@ def renamed(options):
     return {"seed" if name == "g_seed" else name: value for name, value in options.items()}
 
 
-def test_what_is_wrong_for_a_model_of_indices():
-    case = CASES["Infinity, indices"]
-    model = patch(case.build())
-    for options, message in (
-        ({"vae_type": 5}, "vae_type must be 0 for a model of index labels: 5 asks for bits"),
-        ({"vae": None}, "vae must come with .*, got none of vae.viz_from_ms_h_BChw"),
-        ({"gt_leak": 1, "gt_ls_Bl": [MAP]}, r"gt_ls_Bl\[0\] must be integers of shape \[2, 1\]"),
-    ):
-        with idle(model), pytest.raises(ValueError, match=message):
-            case.call(model, 0, (0, 1), **options)
-    model.quant_only_used_in_inference = ()
-    with pytest.raises(ValueError, match=r"got none of quant_only_used_in_inference\[0\].embedding"):
-        case.call(model, 0, (0, 1))
+def test_a_model_of_index_labels_is_refused():
+    model, _ = small_infinity()
+    model.use_bit_label = 0
+    with idle(model), pytest.raises(UnsupportedModelError, match=r"use_bit_label=1 \(labels that are bits\)"):
+        patch(model)
 
 
 def test_a_scorer_of_classes_is_refused():
@@ -151,9 +142,7 @@ def test_generate_names_patch():
 
 def random_maps(case, seed, count=2):
     generator = torch.Generator().manual_seed(seed)
-    bits = case.arguments([0])["vae_type"]
-    maps = [torch.randint(2 if bits else 37, (count, *shape), generator=generator) for shape in case.shapes]
-    return [tokens.to(torch.uint8) if bits else tokens for tokens in maps]
+    return [torch.randint(2, (count, *shape), generator=generator).to(torch.uint8) for shape in case.shapes]
 
 
 @EVERY
@@ -186,15 +175,13 @@ def test_both_ways_of_a_session_agree(case, options):
 def test_features_are_the_sum_of_all_codes_in_float64(case):
     model = case.build()
     session, draws = session_of(model, "philox", case.arguments([0, 1]))
-    bits, summed = case.arguments([0])["vae_type"], 0.0
+    summed = 0.0
     maps, others = random_maps(case, 0), random_maps(case, 1)
     for scale, tokens in enumerate(maps):
         _, h, w = SCHEDULE[scale]
 
         def resized(tokens, h=case.patch * h, w=case.patch * w):
-            codes = (
-                (2.0 * tokens.double() - 1) / math.sqrt(NUM_BITS) if bits else case.vae.table.weight.double()[tokens]
-            )
+            codes = (2.0 * tokens.double() - 1) / math.sqrt(NUM_BITS)
             codes = codes.transpose(1, 2).reshape(2, NUM_BITS, h, w)
             return F.interpolate(codes, size=case.size[1:], mode="bilinear")
 

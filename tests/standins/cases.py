@@ -153,30 +153,12 @@ class InfinityCase(Case):
         return image.permute(0, 2, 3, 1).mul(255).to(torch.uint8).flip(dims=(3,))
 
 
-class IndexCase(InfinityCase):
-    """A table's indices, which the published method samples where ``vae_type`` is 0."""
-
-    def __init__(self):
-        super().__init__(use_bit_label=0)
-        self.shapes = [(h * w,) for _, h, w in SCHEDULE]
-        generator = torch.Generator().manual_seed(6)
-        maps = [torch.randint(37, (5, h * w), generator=generator) for _, h, w in SCHEDULE]
-        self.published = INFINITY_OPTIONS | {
-            "three maps given": {"gt_leak": 3, "gt_ls_Bl": maps},
-            "returns codes": {"returns_vemb": 1},
-        }
-
-    def arguments(self, places):
-        return super().arguments(places) | {"vae_type": 0, "returns_vemb": 1, "top_k": 20}
-
-
 CASES = {
     "VAR": VARCase(),
     "FlexVAR": FlexVARCase(),
     "Infinity": InfinityCase(),
     "Infinity, patchify": InfinityCase(2, apply_spatial_patchify=1),
     "Infinity, levels at every chunk": InfinityCase(add_lvl_embeding_only_first_block=0),
-    "Infinity, indices": IndexCase(),
 }
 
 

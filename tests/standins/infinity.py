@@ -1,4 +1,4 @@
-"""Infinity (FoundationVision/Infinity), small: of bit labels, with or without spatial patchify, and of index labels."""
+"""Infinity (FoundationVision/Infinity), small: of bit labels, with or without spatial patchify."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from varkern.models.transformer import AdaLNBeforeHead, FeedForward, SharedAdaLin
 
-from .infinity_vae import IndexQuantizer, InfinityVAE
+from .infinity_vae import InfinityVAE
 from .sampling import sampled
 
 
@@ -121,7 +121,6 @@ class Infinity(nn.Module):
 
     Args:
         schedules: those whose rotary embedding exists.
-        use_bit_label: 0: indices, of a quantizer that the published code names and does not define.
     """
 
     def __init__(
@@ -130,20 +129,17 @@ class Infinity(nn.Module):
         schedules,
         width: int = 32,
         depth: int = 4,
-        use_bit_label: int = 1,
         apply_spatial_patchify: int = 0,
         add_lvl_embeding_only_first_block: int = 1,
     ):
         super().__init__()
         self.C, self.Ct5, self.num_heads = width, 12, 2
-        self.apply_spatial_patchify, self.use_bit_label = apply_spatial_patchify, use_bit_label
+        self.apply_spatial_patchify, self.use_bit_label = apply_spatial_patchify, 1
         self.d_vae = vae_local.embed_dim * (4 if apply_spatial_patchify else 1)
-        self.V = 2 * self.d_vae if use_bit_label else vae_local.vocab_size
+        self.V = 2 * self.d_vae
         self.add_lvl_embeding_only_first_block = add_lvl_embeding_only_first_block
         self.top_k, self.top_p, self.use_flex_attn = 0, 0, False
         self.rng = torch.Generator()
-        if not use_bit_label:
-            self.quant_only_used_in_inference = (IndexQuantizer(vae_local),)
         self.cfg_uncond = nn.Parameter(torch.zeros(16, self.Ct5))
         self.text_norm = nn.RMSNorm(self.Ct5, eps=1e-6)
         self.text_proj_for_sos = TextAttentivePool(width, self.Ct5)
@@ -218,7 +214,7 @@ class Infinity(nn.Module):
         for block in self.unregistered_blocks:
             block.sa.kv_caching(True)
         layers = [len(self.unregistered_blocks) + layer for layer in cfg_insertion_layer if layer < 0]
-        state = Bits(self, vae, scale_schedule) if vae_type else Indices(self, vae, scale_schedule, returns_vemb)
+        state = Bits(self, vae, scale_schedule)
         for k in range(min(len(scale_schedule), trunk_scale)):
             cfg, depth = cfg_list[k], 0
             for i, chunk in enumerate(self.block_chunks):
@@ -244,20 +240,17 @@ class Infinity(nn.Module):
                 logits = cfg * logits[:B] + (1 - cfg) * logits[B:]
             else:
                 logits = self.get_logits(x[:B], cond[:B]) * (1 / tau_list[k])
-            if self.use_bit_label:
-                bits = sampled(logits.reshape(B, -1, 2), top_k or self.top_k, top_p or self.top_p, rng)
-                drawn = bits.reshape(*logits.shape[:2], -1)
-            else:
-                drawn = sampled(logits, top_k or self.top_k, top_p or self.top_p, rng)
+            bits = sampled(logits.reshape(B, -1, 2), top_k or self.top_k, top_p or self.top_p, rng)
+            drawn = bits.reshape(*logits.shape[:2], -1)
             words = state.keep(k, drawn, gt_ls_Bl[k] if k < gt_leak else None)
             if k + 1 < len(scale_schedule):
                 x = self.word_embed(self.norm0_ve(words)).repeat(2 if doubled else 1, 1, 1)
         for block in self.unregistered_blocks:
             block.sa.kv_caching(False)
         if not ret_img:
-            return state.returned, state.indices, []
+            return [], [], []
         image = (state.decoded() + 1) / 2
-        return state.returned, state.indices, image.permute(0, 2, 3, 1).mul_(255).to(torch.uint8).flip(dims=(3,))
+        return [], [], image.permute(0, 2, 3, 1).mul_(255).to(torch.uint8).flip(dims=(3,))
 
 
 def conditioned(model: Infinity, text, negative, doubled):
@@ -278,7 +271,7 @@ class Bits:
     def __init__(self, model: Infinity, vae: InfinityVAE, schedule):
         self.vae, self.patchify, self.schedule = vae, model.apply_spatial_patchify, schedule
         self.sizes = [(t, 2 * h, 2 * w) for t, h, w in schedule] if self.patchify else schedule
-        self.summed, self.returned, self.indices = 0, [], []
+        self.summed = 0
 
     def keep(self, k, drawn, given):
         mode, last = self.vae.quantizer.z_interplote_up, k + 1 == len(self.schedule)
@@ -299,28 +292,3 @@ class Bits:
 
     def decoded(self):
         return self.vae.decode(self.summed.squeeze(2))
-
-
-class Indices:
-    """The published way with indices: the quantizer's own step."""
-
-    def __init__(self, model: Infinity, vae: InfinityVAE, schedule, returns_vemb):
-        self.quantizer, self.vae, self.schedule = model.quant_only_used_in_inference[0], vae, schedule
-        self.returns_vemb, self.channels = returns_vemb, model.d_vae
-        self.accumulated, self.returned, self.indices = None, [], []
-
-    def keep(self, k, drawn, given):
-        tokens = drawn if given is None else given
-        h = self.quantizer.embedding(tokens).float().transpose_(1, 2)
-        h = h.reshape(len(tokens), self.channels, *self.schedule[k])
-        self.returned.append(h if self.returns_vemb else tokens)
-        self.indices.append(tokens)
-        if k + 1 == len(self.schedule):
-            return None
-        self.accumulated, words = self.quantizer.one_step_fuse(
-            k, len(self.schedule), self.accumulated, h, self.schedule
-        )
-        return words
-
-    def decoded(self):
-        return self.vae.viz_from_ms_h_BChw(self.returned, scale_schedule=self.schedule, same_shape=True, last_one=True)

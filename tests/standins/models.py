@@ -46,7 +46,7 @@ def small_flexvar(vocabulary: int = 64, **config) -> tuple[FlexVAR, FlexVAE]:
 
 def small_infinity(schedule=SCHEDULE, bits: int = NUM_BITS, **config) -> tuple[Infinity, InfinityVAE]:
     vae = InfinityVAE(bits)
-    return randomise(Infinity(vae, [schedule, schedule[:1]], **config), 3), randomise(vae, 2)
+    return randomise(Infinity(vae, [schedule, schedule[:1]], **config), 3), randomise(vae, 7)
 
 
 def texts(lengths, seed: int = 0) -> tuple[Tensor, list[int], Tensor, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from varkern.spec import ModelSpec, Request, is_int
 
 from .base import Draws, check_options, seeded
-from .infinity_session import BitSession, IndexSession, Settings
+from .infinity_session import InfinitySession, Settings
 
 MODEL_ATTRIBUTES = (
     "autoregressive_infer_cfg",
@@ -74,9 +74,9 @@ class InfinityFamily:
     Ct5]``, the lengths, their running sum ``[B + 1]`` int32, the longest. It goes to a scorer as it was given, in place
     of labels.
 
-    ``vae_type`` other than 0 samples bits, and 0 indices of a quantizer's own table, as published; the two need a model
-    of ``use_bit_label`` 1 and 0. ``inference_mode=False`` looks for the blocks elsewhere in the published method; here
-    it changes nothing.
+    Models of bit labels are served, which all published checkpoints are. The published method can also sample indices
+    of a table (``use_bit_label=0`` and ``vae_type=0``), with a quantizer that its code does not define.
+    ``inference_mode=False`` looks for the blocks elsewhere in the published method; here it changes nothing.
     """
 
     name = "Infinity"
@@ -90,6 +90,8 @@ class InfinityFamily:
         for name in ("unregistered_blocks", "block_chunks"):
             if name not in names and not isinstance(getattr(model, name), Iterable):
                 names.append(f"{name} (as a list)")
+        if "use_bit_label" not in names and not model.use_bit_label:
+            names.append("use_bit_label=1 (labels that are bits)")
         if "unregistered_blocks" in " ".join(names):
             return names
         for i, block in enumerate(model.unregistered_blocks):
@@ -100,9 +102,10 @@ class InfinityFamily:
     def spec(self, model: Any, request: Request | None = None) -> ModelSpec | None:
         if request is None:
             return None
-        told = Settings(model, request, check_schedule(request))
-        channels, vocabulary = (told.width, None) if told.bits else (model.d_vae, model.V)
-        return ModelSpec(None, told.sides[: told.num_scales], told.sides[-1], channels, vocabulary, self.device(model))
+        settings = Settings(model, request, check_schedule(request))
+        return ModelSpec(
+            None, settings.sides[: settings.num_scales], settings.sides[-1], settings.width, None, self.device(model)
+        )
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
         arguments = dict(arguments)
@@ -117,19 +120,19 @@ class InfinityFamily:
 
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, (*READ, *UNREAD))
-        told = Settings(model, request, check_schedule(request))
+        settings = Settings(model, request, check_schedule(request))
         check_text("label_B_or_BLT", request.labels, request.batch_size)
-        if told.negative:
-            check_text("negative_label_B_or_BLT", told.negative, request.batch_size)
-        for name, values in (("cfg_list", told.cfg), ("tau_list", told.tau)):
-            check_numbers(name, values, len(told.schedule))
-        if not all(told.tau):
-            raise ValueError(f"tau_list must hold no 0, got {list(told.tau)}")
-        depth, layers = len(model.unregistered_blocks), told.insertion_layers
+        if settings.negative:
+            check_text("negative_label_B_or_BLT", settings.negative, request.batch_size)
+        for name, values in (("cfg_list", settings.cfg), ("tau_list", settings.tau)):
+            check_numbers(name, values, len(settings.schedule))
+        if not all(settings.tau):
+            raise ValueError(f"tau_list must hold no 0, got {list(settings.tau)}")
+        depth, layers = len(model.unregistered_blocks), settings.insertion_layers
         if not isinstance(layers, Iterable) or not all(is_int(layer) and -depth < layer <= 1 for layer in layers):
             raise ValueError(f"cfg_insertion_layer must be a list of ints in {1 - depth}..1, got {layers!r}")
-        check_codes(model, told)
-        check_leak(told, request.batch_size)
+        check_codes(settings)
+        check_leak(settings, request.batch_size)
 
     def device(self, model: Any) -> torch.device:
         return model.pos_start.device
@@ -137,9 +140,8 @@ class InfinityFamily:
     def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
 
-    def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> BitSession | IndexSession:
-        told = Settings(model, request, check_schedule(request))
-        return (BitSession if told.bits else IndexSession)(model, labels, told, request, draws)
+    def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> InfinitySession:
+        return InfinitySession(model, labels, Settings(model, request, check_schedule(request)), request, draws)
 
 
 def check_schedule(request: Request) -> Sequence[tuple[int, int, int]]:
@@ -184,45 +186,32 @@ def check_text(name: str, text: Any, batch_size: int) -> None:
         raise ValueError(f"{name} must be of B={batch_size} texts, got {len(lengths)} and sums {list(sums.shape)}")
 
 
-def check_codes(model: Any, told: Settings) -> None:
-    """Raise ``ValueError`` if the VAE, or the model's quantizer, lacks what the published method calls."""
-    if told.bits != bool(model.use_bit_label):
-        kind, label = ("bits", "index") if told.bits else ("indices", "bit")
-        raise ValueError(
-            f"vae_type must be {0 if told.bits else 'other than 0'} for a model of {label} labels: "
-            f"{told.vae_type!r} asks for {kind}, which its published method cannot sample"
-        )
-    if told.bits and not told.returns_vemb:
-        raise ValueError(f"returns_vemb must be 1 where vae_type is not 0, got {told.returns_vemb!r}")
-    quantizer = getattr(told.vae, "quantizer", None) if told.bits else first(model, "quant_only_used_in_inference")
-    where = "vae.quantizer" if told.bits else "quant_only_used_in_inference[0]"
-    needed = ("lfq", "z_interplote_up") if told.bits else ("embedding", "one_step_fuse")
-    lacking = [f"{where}.{name}" for name in needed if not hasattr(quantizer, name)]
-    decoder = "decode" if told.bits else "viz_from_ms_h_BChw"
-    if told.returns_images and not hasattr(told.vae, decoder):
-        lacking.append(f"vae.{decoder}")
+def check_codes(settings: Settings) -> None:
+    """Raise ``ValueError`` if the call asks for other codes than bits, or the VAE lacks what the method calls."""
+    if settings.vae_type == 0:
+        raise ValueError("vae_type must not be 0, which asks for indices of a table: the model's labels are bits")
+    if not settings.returns_vemb:
+        raise ValueError(f"returns_vemb must be 1 where vae_type is not 0, got {settings.returns_vemb!r}")
+    quantizer = getattr(settings.vae, "quantizer", None)
+    lacking = [f"vae.quantizer.{name}" for name in ("lfq", "z_interplote_up") if not hasattr(quantizer, name)]
+    if settings.returns_images and not hasattr(settings.vae, "decode"):
+        lacking.append("vae.decode")
     if lacking:
         raise ValueError(f"vae must come with all that the published method calls, got none of {', '.join(lacking)}")
 
 
-def check_leak(told: Settings, batch_size: int) -> None:
+def check_leak(settings: Settings, batch_size: int) -> None:
     """Raise ``ValueError`` if the given maps do not fit the scales they are given for."""
-    if not is_int(told.num_given):
-        raise ValueError(f"gt_leak must be an int, got {told.num_given!r}")
-    count = min(max(told.num_given, 0), told.num_scales)
-    given = told.given or ()
+    if not is_int(settings.num_given):
+        raise ValueError(f"gt_leak must be an int, got {settings.num_given!r}")
+    count = min(max(settings.num_given, 0), settings.num_scales)
+    given = settings.given or ()
     if len(given) < count:
         raise ValueError(f"gt_ls_Bl must have a map for each of gt_leak={count} scales, got {len(given)}")
     for scale in range(count):
-        h, w = told.sides[scale]
-        wanted = (batch_size, 1, h, w, told.width) if told.bits else (batch_size, h * w)
+        h, w = settings.sides[scale]
+        wanted = (batch_size, 1, h, w, settings.width)
         tokens = given[scale]
         if not isinstance(tokens, Tensor) or tokens.shape != wanted or tokens.is_floating_point():
             came = f"{tokens.dtype} of shape {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
             raise ValueError(f"gt_ls_Bl[{scale}] must be integers of shape {list(wanted)}, got {came}")
-
-
-def first(model: Any, name: str) -> Any:
-    """The first of ``model``'s sequence of that name, or None."""
-    held = getattr(model, name, None)
-    return held[0] if isinstance(held, Sequence) and held else None

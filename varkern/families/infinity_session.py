@@ -1,4 +1,4 @@
-"""One generation on one Infinity model: of bits, as every published checkpoint is, or of a table's indices."""
+"""One generation on one Infinity model: of bit labels, as every published checkpoint is."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ class Settings:
         options = request.options
         self.schedule, self.vae = schedule, options.get("vae")
         self.vae_type = options.get("vae_type", 0)
-        self.bits = self.vae_type != 0
-        self.patch = 2 if self.bits and model.apply_spatial_patchify else 1
+        self.patch = 2 if model.apply_spatial_patchify else 1
         self.sides = tuple((self.patch * h, self.patch * w) for _, h, w in schedule)
         self.width = model.d_vae // self.patch**2
         self.num_scales = min(len(schedule), options.get("trunk_scale", 1000))
@@ -47,34 +46,43 @@ class Settings:
 
 
 class InfinitySession:
-    """What sessions of bits and of indices share: the transformer, its guidance and its caches.
+    """See :class:`.base.Session`. Candidates are maps of bits.
+
+    F(.) is the sum of their codes, each resized over one frame to the last side. With spatial patchify a position of
+    the transformer holds the bits of 2 x 2 positions of the VAE's map; ``maps`` gives the VAE's, so that ``l`` and
+    ``d`` are those of the codes that a search sees.
 
     Where random numbers are ours, results equal the published method's to rounding; where they are the model's own,
     every operation is the published one, on tensors of the same strides, because kernels round by their input's layout.
     """
 
-    def __init__(self, model: Any, text: Any, told: Settings, request: Request, draws: Draws):
-        self.model, self.told, self.request = model, told, request
+    codebook = None
+
+    def __init__(self, model: Any, text: Any, settings: Settings, request: Request, draws: Draws):
+        self.model, self.settings, self.request = model, settings, request
+        self.code_scale = 1 / math.sqrt(settings.width)
+        self.quantizer = settings.vae.quantizer
+        self.f_hat: Tensor | None = None  # [B, d, 1, H, W] float32
         self.reproduces_upstream = draws.reproduces_upstream
         self.batch = request.batch_size
-        features, sums, longest = conditions(model, text, told)
+        features, sums, longest = conditions(model, text, settings)
         features = model.text_norm(features)
         self.cond = model.text_proj_for_sos((features, sums, longest))
         self.text = model.text_proj_for_ca(features), sums, longest
         with torch.autocast("cuda", enabled=False):
             self.modulation = model.shared_ada_lin(self.cond.float()).float().contiguous()
-        self.on_logits = 0 in told.insertion_layers
-        self.layers = {len(model.unregistered_blocks) + layer for layer in told.insertion_layers if layer < 0}
+        self.on_logits = 0 in settings.insertion_layers
+        self.layers = {len(model.unregistered_blocks) + layer for layer in settings.insertion_layers if layer < 0}
         self.x = self.cond.unsqueeze(1) + model.pos_start
         for block in model.unregistered_blocks:
             attention(block).kv_caching(True)
 
     def logits(self, scale: int) -> Logits:
-        model, told, x, layer = self.model, self.told, self.x, 0
-        strength = told.cfg[scale]
+        model, settings, x, layer = self.model, self.settings, self.x, 0
+        strength = settings.cfg[scale]
         attn_fn = None
         if getattr(model, "use_flex_attn", False):
-            attn_fn = model.attn_fn_compile_dict.get(tuple(told.schedule[: scale + 1]))
+            attn_fn = model.attn_fn_compile_dict.get(tuple(settings.schedule[: scale + 1]))
         for i, chunk in enumerate(model.block_chunks):
             if i == 0 or not model.add_lvl_embeding_only_first_block:
                 x = self._with_level(x, scale)
@@ -85,7 +93,7 @@ class InfinitySession:
                     ca_kv=self.text,
                     attn_bias_or_two_vector=None,
                     attn_fn=attn_fn,
-                    scale_schedule=told.schedule,
+                    scale_schedule=settings.schedule,
                     rope2d_freqs_grid=model.rope2d_freqs_grid,
                     scale_ind=scale,
                 )
@@ -95,8 +103,52 @@ class InfinitySession:
                 layer += 1
         guided = strength != 1 and self.on_logits
         rows = len(x) if guided else self.batch
-        logits = model.get_logits(x[:rows], self.cond[:rows]).mul(1 / told.tau[scale])
+        logits = model.get_logits(x[:rows], self.cond[:rows]).mul(1 / settings.tau[scale])
         return self._as_logits(scale, logits, strength if guided else None)
+
+    def maps(self, scale: int, drawn: Tensor) -> Tensor:
+        settings = self.settings
+        if scale < settings.num_given:
+            return settings.given[scale].to(drawn.device, torch.uint8).flatten(1, 3).unsqueeze(1)
+        batch, count = drawn.shape[:2]
+        h, w = (side // settings.patch for side in settings.sides[scale])
+        bits = drawn.view(batch, count, h, w, settings.width, settings.patch, settings.patch)
+        bits = bits.permute(0, 1, 2, 5, 3, 6, 4)  # [B, M, h, patch, w, patch, d]
+        return bits.reshape(batch, count, h * w * settings.patch**2, settings.width).to(torch.uint8)
+
+    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        batch, count = tokens.shape[:2]
+        codes, size = self._codes(self._bits(scale, tokens.flatten(0, 1))).squeeze(2), self.settings.sides[-1]
+        mode = self.quantizer.z_interplote_up
+        features = resize_features(codes, size=size, interpolation=mode, channels_last=channels_last)
+        features = features.unflatten(0, (batch, count))
+        if self.f_hat is not None:
+            features += self.f_hat.transpose(1, 2)
+        return features if dtype is None else features.to(dtype)
+
+    def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
+        settings = self.settings
+        bits = self._bits(scale, tokens)
+        if self.reproduces_upstream:
+            bits = self._as_published(scale, bits)
+        codes = self._codes(bits)
+        if scale + 1 < len(settings.schedule):
+            codes = self._resized(codes, settings.sides[-1])
+        self.f_hat = codes if self.f_hat is None else self.f_hat.add_(codes)
+        if scale + 1 == settings.num_scales:
+            return
+        features = self._resized(self.f_hat, settings.sides[scale + 1]).squeeze(2)
+        if settings.patch > 1:
+            features = self._gathered(features)
+        x = self.model.word_embed(self.model.norm0_ve(features.flatten(2).transpose(1, 2)))
+        self.x = x.repeat(2 if settings.doubled else 1, 1, 1)
+
+    def decode(self) -> tuple[list, list, Tensor | list]:
+        """As published: two empty lists and the images ``[B, H, W, 3]`` uint8, blue first."""
+        if not self.settings.returns_images:
+            return [], [], []
+        image = (self.settings.vae.decode(self.f_hat.squeeze(2)) + 1) / 2
+        return [], [], image.permute(0, 2, 3, 1).mul_(255).to(torch.uint8).flip(dims=(3,))
 
     def close(self) -> None:
         for block in self.model.unregistered_blocks:
@@ -106,7 +158,7 @@ class InfinitySession:
         """Logits of one scale: the conditional half alone, or both halves and how strong their guidance is."""
         top_k = self.request.top_k or getattr(self.model, "top_k", 0)
         top_p = self.request.top_p or getattr(self.model, "top_p", 0.0)
-        sampling = (top_k, top_p, scale >= self.told.num_given)
+        sampling = (top_k, top_p, scale >= self.settings.num_given)
         if strength is None:
             return Logits(self._rows(logits), None, 0.0, *sampling)
         cond, uncond = logits[: self.batch], logits[self.batch :]
@@ -114,80 +166,11 @@ class InfinitySession:
             return Logits(self._rows(strength * cond + (1 - strength) * uncond), None, 0.0, *sampling)
         return Logits(self._rows(cond), self._rows(uncond), strength - 1, *sampling)
 
-    def _rows(self, logits: Tensor) -> Tensor:
-        return logits
-
     def _with_level(self, x: Tensor, scale: int) -> Tensor:
         if self.reproduces_upstream:
-            return self.model.add_lvl_embeding(x, scale, self.told.schedule, need_to_pad=0)
+            return self.model.add_lvl_embeding(x, scale, self.settings.schedule, need_to_pad=0)
         # The published method copies the level from the host at each scale, which a captured graph cannot.
         return x.add_(self.model.lvl_embed.weight[scale])
-
-    def _enter(self, words: Tensor) -> None:
-        """``[B, l, d]`` to the transformer's next input."""
-        x = self.model.word_embed(self.model.norm0_ve(words))
-        self.x = x.repeat(2 if self.told.doubled else 1, 1, 1)
-
-    def _image(self, decoded: Tensor) -> Tensor:
-        """The VAE's output in [-1, 1] as published: ``[B, H, W, 3]`` uint8, blue first."""
-        return ((decoded + 1) / 2).permute(0, 2, 3, 1).mul_(255).to(torch.uint8).flip(dims=(3,))
-
-
-class BitSession(InfinitySession):
-    """Candidates are maps of bits; F(.) is the sum of their codes, each resized over one frame to the last side.
-
-    With spatial patchify a position of the transformer holds the bits of 2 x 2 positions of the VAE's map; ``maps``
-    gives the VAE's, so that ``l`` and ``d`` are those of the codes that a search sees.
-    """
-
-    codebook = None
-
-    def __init__(self, model: Any, text: Any, told: Settings, request: Request, draws: Draws):
-        self.code_scale = 1 / math.sqrt(told.width)
-        self.quantizer = told.vae.quantizer
-        self.f_hat: Tensor | None = None  # [B, d, 1, H, W] float32
-        super().__init__(model, text, told, request, draws)
-
-    def maps(self, scale: int, drawn: Tensor) -> Tensor:
-        told = self.told
-        if scale < told.num_given:
-            return told.given[scale].to(drawn.device, torch.uint8).flatten(1, 3).unsqueeze(1)
-        batch, count = drawn.shape[:2]
-        h, w = (side // told.patch for side in told.sides[scale])
-        bits = drawn.view(batch, count, h, w, told.width, told.patch, told.patch)
-        bits = bits.permute(0, 1, 2, 5, 3, 6, 4)  # [B, M, h, patch, w, patch, d]
-        return bits.reshape(batch, count, h * w * told.patch**2, told.width).to(torch.uint8)
-
-    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
-        batch, count = tokens.shape[:2]
-        codes, size = self._codes(self._bits(scale, tokens.flatten(0, 1))).squeeze(2), self.told.sides[-1]
-        mode = self.quantizer.z_interplote_up
-        features = resize_features(codes, size=size, interpolation=mode, channels_last=channels_last)
-        features = features.unflatten(0, (batch, count))
-        if self.f_hat is not None:
-            features += self.f_hat.transpose(1, 2)
-        return features if dtype is None else features.to(dtype)
-
-    def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
-        told = self.told
-        bits = self._bits(scale, tokens)
-        if self.reproduces_upstream:
-            bits = self._as_published(scale, bits)
-        codes = self._codes(bits)
-        if scale + 1 < len(told.schedule):
-            codes = self._resized(codes, told.sides[-1])
-        self.f_hat = codes if self.f_hat is None else self.f_hat.add_(codes)
-        if scale + 1 == told.num_scales:
-            return
-        features = self._resized(self.f_hat, told.sides[scale + 1]).squeeze(2)
-        if told.patch > 1:
-            features = self._gathered(features)
-        self._enter(features.flatten(2).transpose(1, 2))
-
-    def decode(self) -> tuple[list, list, Tensor | list]:
-        if not self.told.returns_images:
-            return [], [], []
-        return [], [], self._image(self.told.vae.decode(self.f_hat.squeeze(2)))
 
     def _rows(self, logits: Tensor) -> Tensor:
         batch, length, channels = logits.shape
@@ -195,7 +178,7 @@ class BitSession(InfinitySession):
 
     def _bits(self, scale: int, tokens: Tensor) -> Tensor:
         """Maps ``[N, l, d]`` as one frame each: ``[N, 1, h, w, d]``."""
-        return tokens.unflatten(1, self.told.sides[scale]).unsqueeze(1)
+        return tokens.unflatten(1, self.settings.sides[scale]).unsqueeze(1)
 
     def _codes(self, bits: Tensor) -> Tensor:
         """The quantizer's codes ``[N, d, 1, h, w]`` of bits ``[N, 1, h, w, d]``: plus or minus ``code_scale``."""
@@ -203,19 +186,19 @@ class BitSession(InfinitySession):
 
     def _as_published(self, scale: int, bits: Tensor) -> Tensor:
         """The same bits with the strides that they have in the published method: the given map's, or a shuffle's."""
-        told = self.told
-        if scale < told.num_given:
-            return told.given[scale]
-        if told.patch == 1:
+        settings = self.settings
+        if scale < settings.num_given:
+            return settings.given[scale]
+        if settings.patch == 1:
             return bits
-        bits = F.pixel_unshuffle(bits.squeeze(1).permute(0, 3, 1, 2), told.patch)
+        bits = F.pixel_unshuffle(bits.squeeze(1).permute(0, 3, 1, 2), settings.patch)
         # Cloned for its strides: a map of one position has several that count as contiguous.
         bits = bits.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return F.pixel_shuffle(bits.permute(0, 3, 1, 2), told.patch).permute(0, 2, 3, 1).unsqueeze(1)
+        return F.pixel_shuffle(bits.permute(0, 3, 1, 2), settings.patch).permute(0, 2, 3, 1).unsqueeze(1)
 
     def _gathered(self, features: Tensor) -> Tensor:
         """``[B, d, h, w]`` with all of a patch in one position: ``[B, d * patch**2, h / patch, w / patch]``."""
-        patch = self.told.patch
+        patch = self.settings.patch
         if self.reproduces_upstream:
             return F.pixel_unshuffle(features, patch)
         # Not by the same function, which leaves an empty batch as it is.
@@ -230,68 +213,13 @@ class BitSession(InfinitySession):
         return resize_features(features.squeeze(2), size=size, interpolation=mode).unsqueeze(2)
 
 
-class IndexSession(InfinitySession):
-    """Candidates are maps of a table's indices; F(.) is what the model's own quantizer accumulates in one step."""
-
-    code_scale = None
-
-    def __init__(self, model: Any, text: Any, told: Settings, request: Request, draws: Draws):
-        self.quantizer = model.quant_only_used_in_inference[0]
-        self.codebook = self.quantizer.embedding.weight.detach()
-        self.accumulated: Tensor | None = None
-        self.kept: list[Tensor] = []
-        self.embedded: list[Tensor] = []
-        super().__init__(model, text, told, request, draws)
-
-    def maps(self, scale: int, drawn: Tensor) -> Tensor:
-        if scale < self.told.num_given:
-            return self.told.given[scale].to(drawn.device, torch.int64).unsqueeze(1)
-        return drawn
-
-    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
-        batch, count = tokens.shape[:2]
-        before = self.accumulated
-        if before is not None:
-            before = before.repeat_interleave(count, dim=0)  # a copy: the quantizer may add in place
-        features, _ = self._fused(scale, before, self._embedded(scale, tokens.flatten(0, 1)))
-        features = features.squeeze(2) if features.dim() == 5 else features
-        if channels_last:
-            features = features.contiguous(memory_format=torch.channels_last)
-        return features.to(dtype or torch.float32).unflatten(0, (batch, count))
-
-    def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
-        codes = self._embedded(scale, tokens)
-        self.kept.append(tokens)
-        self.embedded.append(codes)
-        if scale + 1 < self.told.num_scales:
-            self.accumulated, words = self._fused(scale, self.accumulated, codes)
-            self._enter(words)
-
-    def decode(self) -> tuple[list, list, Tensor | list]:
-        returned = self.embedded if self.told.returns_vemb else self.kept
-        if not self.told.returns_images:
-            return returned, self.kept, []
-        decoded = self.told.vae.viz_from_ms_h_BChw(
-            returned, scale_schedule=self.told.schedule, same_shape=True, last_one=True
-        )
-        return returned, self.kept, self._image(decoded)
-
-    def _embedded(self, scale: int, tokens: Tensor) -> Tensor:
-        """``[N, l]`` to ``[N, d, 1, h, w]`` float32"""
-        codes = self.quantizer.embedding(tokens).float().transpose_(1, 2)
-        return codes.reshape(len(tokens), self.model.d_vae, *self.told.schedule[scale])
-
-    def _fused(self, scale: int, before: Tensor | None, codes: Tensor) -> tuple[Tensor, Tensor]:
-        return self.quantizer.one_step_fuse(scale, len(self.told.schedule), before, codes, self.told.schedule)
-
-
-def conditions(model: Any, text: Any, told: Settings) -> tuple[Tensor, Tensor, int]:
+def conditions(model: Any, text: Any, settings: Settings) -> tuple[Tensor, Tensor, int]:
     """Features of all texts, the running sum of their lengths, the longest; with guidance the others' after them."""
     features, lengths, sums, longest = text
-    if not told.doubled:
+    if not settings.doubled:
         return features, sums, longest
-    if told.negative:
-        others, _, other_sums, other_longest = told.negative
+    if settings.negative:
+        others, _, other_sums, other_longest = settings.negative
         longest = max(longest, other_longest)
     else:
         others = features.clone()
