@@ -72,6 +72,18 @@ class TestTrain:
         settings = read_facts(tmp_path / "scorer.safetensors")["settings"]
         assert {name: settings[name] for name in changes} == changes
 
+    def test_a_recipe_and_options_that_replace_its_own(self, command, tmp_path, capsys):
+        """An option that is given counts, also where it is the other recipe's default."""
+        assert command(recipe="published", validation=0.5, pair_share=0.5, out=tmp_path / "published.safetensors") == 0
+        settings = read_facts(tmp_path / "published.safetensors")["settings"]
+        wanted = {"validation": 0.5, "pair_share": 0.5, "validation_pairs": 0.1, "best_by": "accuracy", "epochs": 1.0}
+        assert {name: settings[name] for name in wanted} == wanted and settings["precision"] == "float32"
+        assert command(recipe="published", validation=0.02, out=tmp_path / "other.safetensors") == 0
+        assert read_facts(tmp_path / "other.safetensors")["settings"]["validation"] == 0.02
+        assert command(best_by="loss", out=tmp_path / "paper.safetensors") == 0
+        settings = read_facts(tmp_path / "paper.safetensors")["settings"]
+        assert (settings["best_by"], settings["pair_share"], settings["validation"]) == ("loss", None, 0.02)
+
     def test_done_already(self, command, capsys, tmp_path):
         assert command() == 0
         first = (tmp_path / "scorer.safetensors").read_bytes()

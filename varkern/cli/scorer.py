@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from varkern.runs import find_rank, open_folder
 from varkern.scorer import Scorer, ScorerConfig
 from varkern.training import report as scores
 from varkern.training.features import FeatureMaker
-from varkern.training.recipe import ScorerTraining
+from varkern.training.recipe import RECIPES, ScorerTraining
 from varkern.training.scorer import check_maker, read_facts, train_scorer
 
 from .options import Device, pick_device, require
@@ -32,17 +33,22 @@ Verify = Annotated[bool, typer.Option(help="Compare the checksums of the token m
 
 @app.command("train")
 def train(
+    context: typer.Context,
     real: RealMaps,
     generated: GeneratedMaps,
     vae: Vae,
     out: Annotated[Path, typer.Option(help="The scorer, a .safetensors file; its CSV and checkpoint stand beside it")],
+    recipe: Annotated[
+        Literal["paper", "published"],
+        typer.Option(help="Defaults of the options that are not given: LSRS' text, or the code published with it"),
+    ] = "paper",
     loss: Annotated[Literal["pairwise", "pointwise"], typer.Option(help="Eq. 4 or eq. 5 of LSRS")] = "pairwise",
     first_scale: Annotated[int, typer.Option(help="The first scale to train on, from 0")] = 0,
     features: Annotated[
         Literal["fused", "own"],
         typer.Option(help="What the scorer sees: all scales summed, or a scale alone (FlexVAR)"),
     ] = "fused",
-    epochs: Annotated[float, typer.Option(help="Each shows every real image once")] = 4.0,
+    epochs: Annotated[float, typer.Option(help="Passes over an epoch's pairs")] = 4.0,
     warmup_epochs: Annotated[float, typer.Option(help="Of these; the learning rate rises over them")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Pairs a step, over all ranks together")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its peak")] = 3e-4,
@@ -50,6 +56,17 @@ def train(
     max_norm: Annotated[float | None, typer.Option(help="Clip the gradient to it; default: not clipped")] = None,
     validation: Annotated[float, typer.Option(help="Share of every class's images that is held out")] = 0.02,
     seed: Annotated[int, typer.Option(help="Of weights, order, partners and of what is held out")] = 0,
+    pair_share: Annotated[
+        float | None,
+        typer.Option(help="Share of all pairs of a class in an epoch; default: each real image with one partner"),
+    ] = None,
+    validation_pairs: Annotated[
+        float | None, typer.Option(help="Share of all held-out pairs; default: each real image with one partner")
+    ] = None,
+    best_by: Annotated[
+        Literal["accuracy", "loss"] | None,
+        typer.Option(help="Keep the weights of the epoch that validated best; default: the last weights"),
+    ] = None,
     widths: Annotated[
         str | None, typer.Option(help="Channels of each stage; default: 64,128,256,... for as many as lead to 2x2")
     ] = None,
@@ -69,22 +86,9 @@ def train(
     """Train a scorer: LSRS, appendix A. A killed run goes on where it stopped; torchrun trains on several GPUs."""
     require("every", every, 1)
     where = pick_device(device)
-    training = ScorerTraining(
-        loss=loss,
-        first_scale=first_scale,
-        features=features,
-        epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_norm=max_norm,
-        validation=validation,
-        seed=seed,
-        precision=precision,
-    )
+    training = as_training(context)
     real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
-    maker = load_maker(vae, (real_maps, generated_maps), features)
+    maker = load_maker(vae, (real_maps, generated_maps), training.features)
     size = maker.patch_nums[-1]
     config = ScorerConfig(
         num_classes=real_maps.manifest.num_classes,
@@ -167,6 +171,13 @@ def load_maker(vae: Path, datasets: Sequence[TokenMaps], features: str) -> Featu
         maker = FeatureMaker.of_quantizer(load_vae(vae, v_patch_nums=sides).quantize)
     check_maker(datasets[0], maker)
     return maker
+
+
+def as_training(context: typer.Context) -> ScorerTraining:
+    """The recipe of ``varkern scorer train`` with the options that stand on the command line in place of its own."""
+    names = {field.name for field in fields(ScorerTraining)} & set(context.params)
+    given = {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}
+    return replace(RECIPES[context.params["recipe"]], **{name: context.params[name] for name in given})
 
 
 def parse_widths(name: str, text: str) -> tuple[int, ...]:

@@ -3,11 +3,14 @@
 An epoch is every real image of the training part once, in an order of its own. Its partner is drawn anew each epoch,
 uniformly among the generated images of its class. Epochs follow one another without a gap: batch ``s`` holds the
 examples ``s * B`` to ``s * B + B - 1`` of the endless sequence, so no batch is short and none is dropped.
+
+The published recipe has other epochs: a random share of all pairs, the same in every epoch; see :class:`ProductPart`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,8 +23,10 @@ from varkern.data import TokenMaps
 from varkern.ops.philox import philox
 from varkern.prefetching import prefetch
 
+from .permutation import permuted
+
 # The counter's last word: what a random number of training is for.
-ORDER, PARTNERS, SPLIT, FIXED_PARTNERS = 16, 17, 18, 19
+ORDER, PARTNERS, SPLIT, FIXED_PARTNERS, SHARE, SHARE_ORDER = 16, 17, 18, 19, 20, 21
 
 
 def random_words(seed: int, count: int, epoch: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,6 +128,58 @@ class Part:
         return Batch(self.real_maps.gather(real), self.generated_maps.gather(generated), labels)
 
 
+class ProductPart(Part):
+    """A random share of all pairs that some images make: the same pairs in every epoch, each time in another order.
+
+    With a thousand images per class on either side there are 10^9 pairs, so nothing here holds a list of them.
+
+    Args:
+        real_maps, generated_maps, real, generated, seed: as for :class:`Part`.
+        share: of all pairs, in (0, 1]; rounded up to whole pairs. No pair is in it twice.
+    """
+
+    def __init__(
+        self,
+        real_maps: TokenMaps,
+        generated_maps: TokenMaps,
+        real: np.ndarray,
+        generated: np.ndarray,
+        seed: int,
+        share: float,
+    ):
+        super().__init__(real_maps, generated_maps, real, generated, seed)
+        self.real_by_class = real[np.argsort(self.labels, kind="stable")]
+        counts = np.bincount(self.labels, minlength=len(self.counts))
+        self.real_starts = np.cumsum(counts) - counts
+        self.ends = np.cumsum(counts * self.counts)  # where every class ends when all pairs are numbered
+        self.total = int(self.ends[-1])
+        self.count = min(math.ceil(share * self.total), self.total)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def chosen(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the real and of the generated image of the share's pairs ``places``, in 0..len-1."""
+        numbers = permuted(self.seed, self.total, places, 0, SHARE)
+        label = np.searchsorted(self.ends, numbers, side="right")
+        before = np.where(label > 0, self.ends[label - 1], 0)
+        row, column = np.divmod(numbers - before, self.counts[label])
+        return self.real_by_class[self.real_starts[label] + row], self.generated[self.starts[label] + column]
+
+    def examples(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the real and of the generated image of examples ``first`` to ``stop - 1``, counted from epoch 0."""
+        epochs, places = np.divmod(np.arange(first, stop), len(self))
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            places[here] = permuted(self.seed, len(self), places[here], int(epoch), SHARE_ORDER)
+        return self.chosen(places)
+
+    def fixed_batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Every pair of the share once, in an order that never changes; see :meth:`Part.fixed_batches`."""
+        for start in range(rank * size, len(self), ranks * size):
+            yield self._read(*self.chosen(np.arange(start, min(start + size, len(self)))))
+
+
 def held_out(labels: np.ndarray, share: float, seed: int, stream: int) -> np.ndarray:
     """Which images are kept for validation, ``[N]`` bool: of every class the share, rounded up, but never all.
 
@@ -146,8 +203,22 @@ class Pairs(NamedTuple):
     """Real images of classes of which there is no generated image, or none left after the cut."""
 
 
-def make_pairs(real: TokenMaps, generated: TokenMaps, validation: float, seed: int) -> Pairs:
+def make_pairs(
+    real: TokenMaps,
+    generated: TokenMaps,
+    validation: float,
+    seed: int,
+    pair_share: float | None = None,
+    validation_pairs: float | None = None,
+) -> Pairs:
     """Cut both datasets by image, the same for the same labels, ``validation`` and ``seed``.
+
+    Args:
+        real, generated: the datasets.
+        validation: share of each class's images that is held out.
+        seed: of the cut, the orders and the partners.
+        pair_share, validation_pairs: share of all pairs of the training part, and of the part that is held out; None:
+            every real image with one partner.
 
     Raises:
         ValueError: if a dataset is empty, the datasets do not fit each other, or no class is in both.
@@ -156,11 +227,12 @@ def make_pairs(real: TokenMaps, generated: TokenMaps, validation: float, seed: i
     parts = []
     real_labels, generated_labels = (np.asarray(maps.labels) for maps in (real, generated))
     masks = [held_out(labels, validation, seed, i) for i, labels in enumerate((real_labels, generated_labels))]
-    for wanted in (False, True):
+    for wanted, share in ((False, pair_share), (True, validation_pairs)):
         real_places, generated_places = (np.flatnonzero(mask == wanted) for mask in masks)
         shared = np.isin(real_labels[real_places], generated_labels[generated_places])
-        parts.append(Part(real, generated, real_places[shared], generated_places, seed))
-    return Pairs(*parts, left_out=len(real) - len(parts[0]) - len(parts[1]))
+        given = (real, generated, real_places[shared], generated_places, seed)
+        parts.append(Part(*given) if share is None else ProductPart(*given, share))
+    return Pairs(*parts, left_out=len(real) - sum(len(part.real) for part in parts))
 
 
 def fingerprint(maps: TokenMaps) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .best import LARGER_IS_BETTER
 from .features import FEATURES
 
 
@@ -47,6 +48,11 @@ class ScorerTraining:
         max_norm: the gradient is clipped to it; None: not clipped.
         validation: share of each class's images, real and generated, that is held out.
         seed: of weights, order, partners and of what is held out.
+        pair_share: None: an epoch is every real image once, each with a partner of its class drawn anew. A number: an
+            epoch is this share of all pairs of a real and a generated image of one class, the same pairs every time.
+        validation_pairs: likewise of the pairs that are held out, which never change; None: every real image once.
+        best_by: None: the scorer is what the last step leaves. ``"accuracy"`` or ``"loss"``: it is what validated best
+            at the end of an epoch, by the mean over all scales.
         precision: ``"float32"``, ``"bfloat16"`` (by autocast), or ``"auto"``: bfloat16 on a GPU.
     """
 
@@ -64,15 +70,19 @@ class ScorerTraining:
     validation: float = 0.02
     seed: int = 0
     precision: str = "auto"
+    pair_share: float | None = None
+    validation_pairs: float | None = None
+    best_by: str | None = None
 
     def __post_init__(self):
         for name, choices in (
             ("loss", tuple(LOSSES)),
             ("features", FEATURES),
             ("precision", ("auto", "float32", "bfloat16")),
+            ("best_by", (None, *LARGER_IS_BETTER)),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
         for name, least in (("first_scale", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
@@ -87,6 +97,12 @@ class ScorerTraining:
             raise ValueError(f"warmup_epochs must be in [0, epochs={self.epochs}], got {self.warmup_epochs}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation must be in [0, 1), got {self.validation}")
+        for name in ("pair_share", "validation_pairs"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} must be in (0, 1] or None, got {share!r}")
+        if self.best_by is not None and not self.validation:
+            raise ValueError(f"best_by={self.best_by!r} needs images that are held out, got validation=0")
 
     def precision_on(self, device: torch.device) -> str:
         """The precision with ``"auto"`` decided."""
@@ -97,6 +113,35 @@ class ScorerTraining:
     def steps(self, examples: int) -> tuple[int, int]:
         """Steps in all, and of them those of the warm-up, for an epoch of ``examples`` pairs; rounded up."""
         return tuple(math.ceil(epochs * examples / self.batch_size) for epochs in (self.epochs, self.warmup_epochs))
+
+
+RECIPES = {
+    "paper": ScorerTraining(),
+    "published": ScorerTraining(
+        validation=0.1, pair_share=0.01, validation_pairs=0.1, best_by="accuracy", precision="float32"
+    ),
+}
+"""Settings by name: the paper's text (appendix A), and what the code published with it does (dt-3t/LSRS).
+
+| point | the paper's text | the published code | ``"published"`` here |
+| --- | --- | --- | --- |
+| pairs | real and generated maps are paired | all pairs of one class | as the code |
+| an epoch | not said | a random 1% of all pairs, drawn once | as the code |
+| steps, for ImageNet and 1,000 samples per class | 4 epochs | about 324,000 | as the code |
+| held out | not said | a tenth of each class's images, rounded down | a tenth, rounded up |
+| validated on | not said | a random tenth of the pairs of held-out images | as the code |
+| the scorer kept | not said | best accuracy, best loss and every epoch, each a file | best accuracy |
+| accuracy | not said | mean over batches; an equal pair is a loss | mean over pairs; an equal pair is half a win |
+| warm-up | linear, one epoch | the same, the first step at rate 0 | the first step at the rate of the code's second |
+| decay | cosine over the other epochs | to 0 | as the code |
+| batches | 128 pairs | the last one of an epoch is smaller | epochs follow without a gap |
+| last bias | not said | trained, though eq. 4 gives it no gradient | stays 0 |
+| precision | not said | float32 | float32 |
+| seed | not said | 42, by PyTorch's generators | ``seed``, by Philox |
+
+``"paper"`` differs from it where the paper says nothing: an epoch shows every real image once with a partner drawn
+anew, 2% of the images are held out, the last weights are kept, and a GPU trains under bfloat16 autocast.
+"""
 
 
 def wins(real: Tensor, generated: Tensor) -> Tensor:

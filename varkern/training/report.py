@@ -122,7 +122,8 @@ def chosen_part(real: TokenMaps, generated: TokenMaps, facts: dict[str, Any]) ->
     """
     settings = facts.get("settings", {})
     if (settings.get("real"), settings.get("generated")) == (fingerprint(real), fingerprint(generated)):
-        part = make_pairs(real, generated, settings["validation"], settings["seed"]).validation
+        shares = settings.get("pair_share"), settings.get("validation_pairs")
+        part = make_pairs(real, generated, settings["validation"], settings["seed"], *shares).validation
         if len(part):
             return part, "held out of the scorer's training"
         return make_pairs(real, generated, 0.0, settings["seed"]).training, "trained on: none was held out"

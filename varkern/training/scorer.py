@@ -17,6 +17,7 @@ from varkern.data import TokenMaps
 from varkern.runs import Ranks, check_file, check_settings, join_ranks
 from varkern.scorer import Scorer, ScorerConfig
 
+from .best import BestWeights
 from .features import FeatureMaker
 from .log import Log, Stopwatch
 from .loop import fit, schedule
@@ -62,6 +63,7 @@ class Trainer:
         self.watch, self.log = Stopwatch(ranks.device), None
         self.steps_timed, self.seconds, self.since = 0, 0.0, None
         self.figures: dict[str, Any] = {}
+        self.best = BestWeights(scorer, training.best_by, len(self.scales)) if training.best_by else None
 
     def begin(self, start: int) -> None:
         steps, size = range(start, self.num_steps), self.training.batch_size
@@ -120,6 +122,8 @@ class Trainer:
         self.figures |= row
         if validated and len(self.pairs.validation):
             self.figures["validation"] = self.validate()
+            if self.best is not None:
+                self.best.offer(self.scorer, step + 1, self.figures["validation"])
             for name, values in self.figures["validation"].items():
                 numbers = zip(self.scales.tolist(), values, strict=True)
                 row |= {f"validation_{name}_{scale}": value for scale, value in numbers}
@@ -266,12 +270,17 @@ def run(
     """The work of :func:`train_scorer`, everything checked."""
     torch.manual_seed(training.seed)
     scorer = Scorer(config).to(ranks.device)
-    pairs = make_pairs(real, generated, training.validation, training.seed)
+    shares = training.pair_share, training.validation_pairs
+    pairs = make_pairs(real, generated, training.validation, training.seed, *shares)
+    if training.best_by is not None and not len(pairs.validation):
+        raise ValueError(f"best_by={training.best_by!r} needs held-out pairs, got none: no class has two images")
     trainer = Trainer(scorer, pairs, maker, training, ranks, out.with_suffix(".csv"), every)
     facts: dict[str, Any] = {"settings": settings, "pairs": len(pairs.training), "held_out": len(pairs.validation)}
     facts |= {"left_out": pairs.left_out, "ranks": ranks.size, "device": str(ranks.device)}
 
     def finish() -> None:
+        if trainer.best is not None:
+            trainer.figures |= trainer.best.restore(scorer)
         facts.update(trainer.figures)
         scorer.save_pretrained(out, {"training": json.dumps(facts)})
 
@@ -290,7 +299,7 @@ def run(
             eps=training.eps,
             max_norm=training.max_norm,
             after_step=trainer.after_step,
-            carried={"losses": trainer.losses},
+            carried={"losses": trainer.losses, **(trainer.best.carried() if trainer.best is not None else {})},
             settings=settings,
             begin=trainer.begin,
             finish=finish,
