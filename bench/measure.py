@@ -18,16 +18,15 @@ class Rates(NamedTuple):
 
     bandwidth: float  # bytes a second
     half: float  # operations a second on the matrix units, float16 or bfloat16
-    single: float  # float32 operations a second outside the matrix units
 
 
 # From the vendors' data sheets, SXM or OAM variants.
 DEVICES = {
-    "A100": Rates(2.04e12, 312e12, 19.5e12),
-    "H100": Rates(3.35e12, 989e12, 67e12),
-    "H200": Rates(4.8e12, 989e12, 67e12),
-    "B200": Rates(8e12, 2250e12, 80e12),
-    "MI300X": Rates(5.3e12, 1307e12, 163.4e12),
+    "A100": Rates(2.04e12, 312e12),
+    "H100": Rates(3.35e12, 989e12),
+    "H200": Rates(4.8e12, 989e12),
+    "B200": Rates(8e12, 2250e12),
+    "MI300X": Rates(5.3e12, 1307e12),
 }
 
 

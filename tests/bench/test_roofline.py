@@ -62,7 +62,7 @@ def test_decoder_and_scorer_as_pytorch_counts_them():
 
 
 def test_a_floor_is_the_larger_bound_of_every_step():
-    rates = Rates(bandwidth=10.0, half=100.0, single=1.0)
+    rates = Rates(bandwidth=10.0, half=100.0)
     assert Part([(1000.0, 1.0), (1.0, 50.0)]).floor(rates) == pytest.approx(10.0 + 5.0)
 
 

@@ -162,13 +162,6 @@ class TestTraining:
         first, second = (load_file(folder / "classifier.safetensors") for folder in (unbroken, tmp_path))
         assert not torch.equal(first["head.weight"], second["head.weight"])
 
-    def test_draw_same_class(self):
-        labels = torch.tensor([2, 0, 1, 1, 0, 2, 2, *range(3, 10)])
-        wanted = torch.randint(10, (2000,), generator=torch.Generator().manual_seed(0))
-        drawn = train.draw_same_class(labels, wanted)
-        assert torch.equal(labels[drawn], wanted)
-        assert set(drawn.tolist()) == set(range(len(labels)))  # misses one with probability below 1e-20
-
 
 class TestShippedWeights:
     def test_all_are_there_and_small(self):

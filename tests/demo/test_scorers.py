@@ -45,9 +45,8 @@ def won(unbroken):
     vae = load_vae(run.WEIGHTS / "vae.safetensors")
     real, generated = (TokenMaps.open(folder / "tokens" / name) for name in ("judged-real", "judged-generated"))
     (batch,) = make_pairs(real, generated, 0.0, 0).training.fixed_batches(len(real))
-    everyone = torch.arange(len(batch.labels))
     features = [
-        train.fuse_all_scales(vae.quantize, maps.split(side), everyone)
+        torch.stack(vae.quantize.embed_to_fhat([vae.quantize.codes(m, k) for k, m in enumerate(maps.split(side))]), 1)
         for maps, side in ((real, batch[0]), (generated, batch[1]))
     ]
     ends = np.cumsum([side * side for side in train.PATCH_NUMS])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from varkern.models.initialization import initialize
@@ -49,15 +48,3 @@ class DigitClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(images)))
-
-
-@torch.inference_mode()
-def embed(classifier: DigitClassifier, images: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
-    """Features ``[N, 64]`` and class probabilities ``[N, 10]`` of images ``[N, 3, 24, 24]`` in [-1, 1], on the CPU."""
-    device = next(classifier.parameters()).device
-    features, probabilities = [], []
-    for batch in images.split(batch_size):
-        batch_features = classifier.features(batch.to(device))
-        features.append(batch_features.cpu())
-        probabilities.append(classifier.head(batch_features).softmax(-1).cpu())
-    return torch.cat(features), torch.cat(probabilities)

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varkern.data import Batch, Manifest, TokenMaps, file_sha256, generate_token_maps, write_token_maps
-from varkern.generation import generate
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
-from varkern.models.quantizer import VectorQuantizer
 from varkern.progress import progress_bar
 from varkern.runs import write_tensors
 from varkern.scorer import ScorerConfig
@@ -194,35 +192,6 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
         checkpoint=folder / "classifier.checkpoint.pt",
         finish=save,
     )
-
-
-@torch.inference_mode()
-def generated_token_maps(var: VAR, count: int, seed: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Token maps ``[N, l]`` that the model draws without any search, every class equally often, and their labels."""
-    labels = torch.arange(count, device=device) % digits.NUM_CLASSES
-    maps = []
-    with progress_bar() as progress:
-        task = progress.add_task("generating digits", total=len(labels), note="")
-        for number, batch in enumerate(labels.split(500)):
-            result = generate(var, batch, seeds=seed + number, **SAMPLING)
-            maps.append(torch.cat(result.tokens, dim=1))
-            progress.advance(task, len(batch))
-    return split_scales(torch.cat(maps)), labels
-
-
-def draw_same_class(labels: Tensor, wanted: Tensor) -> Tensor:
-    """For every wanted class an index into ``labels`` that has it, drawn at random; ``[N]`` int64."""
-    order = labels.argsort(stable=True)
-    counts = torch.bincount(labels, minlength=digits.NUM_CLASSES)
-    starts = counts.cumsum(0) - counts
-    uniform = torch.rand(len(wanted), dtype=torch.float64).to(labels.device)
-    return order[starts[wanted] + (uniform * counts[wanted]).long()]
-
-
-def fuse_all_scales(quantizer: VectorQuantizer, maps: list[Tensor], chosen: Tensor) -> Tensor:
-    """``e_k`` of every scale for the chosen token maps: ``[B, K, C, H, W]``."""
-    codes = [quantizer.codes(scale_maps[chosen], k) for k, scale_maps in enumerate(maps)]
-    return torch.stack(quantizer.embed_to_fhat(codes), dim=1)
 
 
 def write_real_tokens(recipe: Recipe, folder: Path, device: torch.device, out: Path) -> TokenMaps:
