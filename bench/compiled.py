@@ -32,10 +32,28 @@ from triton.backends.compiler import GPUTarget
 
 from tests import emulator
 from varkern.ops import backend, use_backend
+from varkern.tables import markdown_table
 
 TARGETS = {f"cuda:{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["hip:gfx942"] = GPUTarget("hip", "gfx942", 64)
 RESULTS = Path(__file__).parent / "results"
+PAGE = """\
+# What the kernels compile to
+
+By `python -m bench.compiled`, without a GPU: nothing here is a time. One column per Triton version.
+
+## What is executed
+
+On `sm_90`, emulated, for one unit: warp instructions / barriers (counted for each warp) / wavefronts of
+shared memory / bytes of 32-byte sectors that move between a warp and the caches, over the bytes that must.
+
+{executed}
+## Registers, shared memory, spills
+
+Registers per thread / bytes of shared memory per program / bytes that a thread spills, of every launch that
+generations of the published sizes make (`bench/launches.py`); of the targets, the largest of each.
+
+{compiled}"""
 
 
 def record(target: str) -> dict[str, tuple[emulator.Totals, list[str], float]]:
@@ -148,28 +166,10 @@ def tabulate(folder: Path) -> str:
     paths = {path.stem.removeprefix("compiled-triton-"): path for path in folder.glob("compiled-triton-*.json")}
     names = sorted(paths, key=lambda v: [int(n) for n in re.findall(r"\d+", v)], reverse=True)
     found = {name: json.loads(paths[name].read_text()) for name in names}
-    lines = ["# What the kernels compile to", ""]
-    lines += [
-        "By `python -m bench.compiled`, without a GPU: nothing here is a time. One column per Triton version.",
-        "",
-    ]
-    lines += ["## What is executed", ""]
-    lines += [
-        "On `sm_90`, emulated, for one unit: warp instructions / barriers (counted for each warp) / wavefronts of"
-    ]
-    lines += [
-        "shared memory / bytes of 32-byte sectors that move between a warp and the caches, over the bytes that must.",
-        "",
-    ]
-    lines += table(["case", "kernel", "unit"], names, found, "executed", ("case", "kernel", "unit"), executed_cell)
-    lines += ["", "## Registers, shared memory, spills", ""]
-    lines += [
-        "Registers per thread / bytes of shared memory per program / bytes that a thread spills, of every launch that"
-    ]
-    lines += ["generations of the published sizes make (`bench/launches.py`); of the targets, the largest of each.", ""]
+    executed = table(["case", "kernel", "unit"], names, found, "executed", ("case", "kernel", "unit"), executed_cell)
     largest = {name: {"compiled": over_targets(content["compiled"])} for name, content in found.items()}
-    lines += table(["kernel", "compiled for"], names, largest, "compiled", ("kernel", "case"), compiled_cell)
-    return "\n".join(lines) + "\n"
+    compiled = table(["kernel", "compiled for"], names, largest, "compiled", ("kernel", "case"), compiled_cell)
+    return PAGE.format(executed=executed, compiled=compiled)
 
 
 def over_targets(rows: list[dict]) -> list[dict]:
@@ -203,16 +203,13 @@ def compiled_cell(row: dict) -> str:
     return f"{row['registers']} / {row['shared']} / {row['spills']}{where}"
 
 
-def table(heads, names, found, part, keys, cell) -> list[str]:
+def table(heads, names, found, part, keys, cell) -> str:
     rows = dict.fromkeys(tuple(row[key] for key in keys) for name in names for row in found[name][part])
-    lines = [
-        "| " + " | ".join([*heads, *(f"Triton {name}" for name in names)]) + " |",
-        "| " + "--- | " * (len(heads) + len(names)),
-    ]
+    lines = []
     for row in rows:
         cells = [next((cell(r) for r in found[n][part] if tuple(r[k] for k in keys) == row), "") for n in names]
-        lines.append("| " + " | ".join([*row, *cells]).replace("*", r"\*") + " |")
-    return lines
+        lines.append([text.replace("*", r"\*") for text in (*row, *cells)])
+    return markdown_table([*heads, *(f"Triton {name}" for name in names)], lines)
 
 
 def count_compilations() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench.measure import DEVICES, Rates
 from bench.roofline import PARTS, Part, count_model, published_models
+from varkern.tables import markdown_table
 
 # Time over the published loop's, as it is asked for: (depth, B, M) -> at most.
 BARS = {(16, 24, 4): 1.00, (20, 24, 4): 1.00, (24, 24, 4): 1.00, (30, 24, 4): 1.00}
@@ -47,26 +48,20 @@ def bars_of(device: str) -> dict[tuple[int, int, int], float]:
     return CPU_BARS if device == "cpu" else BARS
 
 
-def times_table(rows: list[dict], bars: dict) -> list[str]:
+def times_table(rows: list[dict], bars: dict) -> str:
     ways = [way for way in WAYS if any(way in row["seconds"] for row in rows)]
-    lines = ["| depth | B | M | " + " | ".join(f"{way} ms" for way in ways) + " | ours / published | peak GiB | bar |"]
-    lines.append("| --- " * (len(ways) + 6) + "|")
+    head = ["depth", "B", "M", *(f"{way} ms" for way in ways), "ours / published", "peak GiB", "bar"]
+    lines = []
     for row in rows:
-        cells = []
-        for way in ways:
-            times = row["seconds"].get(way)
-            cells.append(spread_of(times) if times else "")
-        peak = row["peak"].get(best_way(row))
-        bar = bars.get((row["depth"], row["B"], row["M"]))
-        said = "" if bar is None else f"{bar:.2f} {verdict(ratio(row), bar)}"
-        memory = "" if peak is None else f"{peak / 2**30:.2f}"
-        head = f"| {row['depth']} | {row['B']} | {row['M']} | "
-        lines.append(head + " | ".join(cells) + f" | {ratio(row):.3f} | {memory} | {said} |")
-    return lines
+        peak, key = row["peak"].get(best_way(row)), (row["depth"], row["B"], row["M"])
+        bar = f"{bars[key]:.2f} {verdict(ratio(row), bars[key])}" if key in bars else None
+        memory = None if peak is None else f"{peak / 2**30:.2f}"
+        lines.append([*key, *(spread_of(row["seconds"].get(way)) for way in ways), f"{ratio(row):.3f}", memory, bar])
+    return markdown_table(head, lines)
 
 
-def spread_of(times: list[float]) -> str:
-    return f"{statistics.median(times) * 1e3:.1f} ({times[0] * 1e3:.1f}-{times[-1] * 1e3:.1f})"
+def spread_of(times: list[float] | None) -> str | None:
+    return times and f"{statistics.median(times) * 1e3:.1f} ({times[0] * 1e3:.1f}-{times[-1] * 1e3:.1f})"
 
 
 def verdict(value: float, bar: float) -> str:
@@ -123,11 +118,11 @@ def counts_of(cell: str) -> dict[str, Part]:
 models_of = cache(published_models)
 
 
-def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> list[str]:
+def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> str:
     """Measured and least milliseconds of every part; parts beyond twice their floor are marked."""
-    lines = ["| cell | " + " | ".join(PARTS) + " |", "| --- " * (len(PARTS) + 1) + "|"]
+    lines = []
     for cell, seconds in parts.items():
-        cells = []
+        cells = [cell]
         for name in PARTS:
             taken = seconds.get(name)
             text = "" if taken is None else f"{taken * 1e3:.2f}"
@@ -136,8 +131,8 @@ def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> list
                 over = taken / floor
                 text += f" / {floor * 1e3:.2f}" + (f" **x{over:.1f}**" if over > FAR else f" x{over:.1f}")
             cells.append(text)
-        lines.append(f"| {cell} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return markdown_table(["cell", *PARTS], lines)
 
 
 def far_lines(parts: dict[str, dict[str, float]], rows: list[dict], rates: Rates | None) -> list[str]:
@@ -185,18 +180,18 @@ def predicted_table(rows: list[dict], rates: Rates | None) -> list[str]:
     """The sum of floors beside the measured time, and the cost of candidates by either."""
     if rates is None:
         return []
-    lines = ["| cell | sum of floors ms | ours ms | ratio | predicted M / M=1 | measured M / M=1 |", "| --- " * 6 + "|"]
+    head = ["cell", "sum of floors ms", "ours ms", "ratio", "predicted M / M=1", "measured M / M=1"]
+    lines = []
     ones = {(row["depth"], row["B"]): row for row in rows if row["M"] == 1}
     for row in rows:
         cell, one = cell_name(row["depth"], row["B"], row["M"]), ones.get((row["depth"], row["B"]))
         floor, taken = floor_of(cell, rates), median(row, best_way(row))
-        head = f"| {cell} | {floor * 1e3:.2f} | {taken * 1e3:.2f} | {taken / floor:.2f} | "
-        if one is None:
-            lines.append(head + " | |")
-            continue
-        predicted = floor / floor_of(cell_name(row["depth"], row["B"], 1), rates)
-        lines.append(head + f"{predicted:.3f} | {taken / median(one, best_way(one)):.3f} |")
-    return ["Predicted by floors, and measured:", "", *lines, ""]
+        grown: list[str | None] = [None, None]
+        if one is not None:
+            predicted = floor / floor_of(cell_name(row["depth"], row["B"], 1), rates)
+            grown = [f"{predicted:.3f}", f"{taken / median(one, best_way(one)):.3f}"]
+        lines.append([cell, f"{floor * 1e3:.2f}", f"{taken * 1e3:.2f}", f"{taken / floor:.2f}", *grown])
+    return ["Predicted by floors, and measured:", "", markdown_table(head, lines)]
 
 
 def floor_of(cell: str, rates: Rates) -> float:
@@ -287,7 +282,7 @@ def render(folder: Path) -> str:
             "`python -m pytest bench/test_generation.py -q -s`; this page by `python -m bench.report FOLDER`.",
         ],
         ["**The run was cut off: cells are missing.**"] if unfinished else [],
-        times_table(rows, bars),
+        [times_table(rows, bars)],
         bar_lines(rows, bars),
         upstream_line(rows),
         memory_lines(rows),
@@ -297,12 +292,12 @@ def render(folder: Path) -> str:
             "Milliseconds of each part without a graph / the least it must take (`bench/roofline.py`), and the ratio;",
             "bold beyond twice the floor. Without a graph the parts hold what the host takes to launch them.",
         ],
-        parts_table(parts, rates),
+        [parts_table(parts, rates)],
         far_lines(parts, rows, rates),
         predicted_table(rows, rates),
         part_pictures,
     ]
-    text = "\n\n".join("\n".join(section) for section in sections if section).rstrip() + "\n"
+    text = "\n\n".join("\n".join(section).rstrip() for section in sections if section) + "\n"
     (folder / "REPORT.md").write_text(text)
     return text
 

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from bench.measure import DEVICES, Rates
 from varkern.models import VAR, VQVAE
 from varkern.scorer import Scorer, ScorerConfig
+from varkern.tables import markdown_table
 
 PARTS = ("blocks", "head", "sampler", "F", "scorer", "winner", "decoder")
 
@@ -148,12 +149,12 @@ def table(depth: int, batch: int, candidates: list[int], rates: Rates, measured:
     """Markdown: a row a part, for each M its operations, bytes and floor, and the measured time where there is one."""
     var, scorer = published_models(depth)
     counts = {m: count_model(var, scorer, batch, m) for m in candidates}
-    heads = [f"M={m} Gop | MB | floor ms" + (" | measured ms | x" if measured else "") for m in candidates]
-    columns = 1 + len(candidates) * (5 if measured else 3)
-    lines = [f"### d{depth}, {batch} images", "", f"| part | {' | '.join(heads)} |", "| --- " * columns + "|"]
+    head, lines = ["part"], []
+    for m in candidates:
+        head += [f"M={m} Gop", "MB", "floor ms", *(["measured ms", "x"] if measured else [])]
     totals = {m: 0.0 for m in candidates}
     for name in PARTS:
-        cells = []
+        cells = [name]
         for m in candidates:
             part = counts[m][name]
             floor = part.floor(rates)
@@ -162,9 +163,10 @@ def table(depth: int, batch: int, candidates: list[int], rates: Rates, measured:
             if measured:
                 found = measured.get(f"d{depth} B={batch} M={m}", {}).get(name)
                 cells += [f"{found * 1e3:.3f}", f"{found / floor:.1f}" if floor else ""] if found else ["", ""]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(cells)
     floors = ", ".join(f"M={m} {totals[m] * 1e3:.2f} ms ({totals[m] / totals[candidates[0]]:.3f})" for m in candidates)
-    return "\n".join([*lines, "", f"Sum of floors (over M={candidates[0]}): {floors}.", ""])
+    table = markdown_table(head, lines)
+    return f"### d{depth}, {batch} images\n\n{table}\nSum of floors (over M={candidates[0]}): {floors}.\n"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ ALLOWED = {
     "progress": set(),
     "published": set(),
     "spec": set(),
+    "tables": set(),
     "data": {
         "checks",
         "errors",
@@ -44,7 +45,7 @@ ALLOWED = {
     "lsrs": {"families", "scorer", "search", "spec"},
     "patching": {"checks", "families", "generation", "graphs", "lsrs", "search"},
     "varkern": {"checks", "errors", "generation", "models", "ops", "patching", "scorer", "search"},
-    "training": {"data", "runs", "models", "ops", "prefetching", "progress", "scorer"},
+    "training": {"data", "runs", "models", "ops", "prefetching", "progress", "scorer", "tables"},
     "metrics": {"extras", "runs", "prefetching", "progress"},
     "studies": {
         "checks",
@@ -57,6 +58,7 @@ ALLOWED = {
         "progress",
         "search",
         "spec",
+        "tables",
     },
     "environment": {"ops", "varkern"},
     "demo": {
@@ -85,6 +87,7 @@ ALLOWED = {
         "scorer",
         "search",
         "studies",
+        "tables",
         "training",
         "varkern",
     },

@@ -27,6 +27,7 @@ from varkern.studies.cells import MEDIAN, Cell, grid, unique
 from varkern.studies.models import Models
 from varkern.studies.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
 from varkern.studies.sweep import Settings, Sweep
+from varkern.tables import markdown_table
 
 from . import scorer as scorer_commands
 from .evaluate import find_extractor, open_reference
@@ -362,9 +363,9 @@ def accuracies(
         verify=False,
     )
     print("The paper: virtually no difference. Its accuracies, of VAR on ImageNet:\n")
-    print("| scale | with | without |\n| --- | --- | --- |")
-    for scale, (first, second) in enumerate(zip(WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, strict=True)):
-        print(f"| {scale} | {first:.3f} | {'-' if second is None else f'{second:.3f}'} |")
+    pairs = enumerate(zip(WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, strict=True))
+    rows = [[scale, f"{first:.3f}", "-" if second is None else f"{second:.3f}"] for scale, (first, second) in pairs]
+    print(markdown_table(["scale", "with", "without"], rows), end="")
 
 
 def command_line() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from varkern.runs import atomically, write_text
+from varkern.tables import markdown_table
 
 from .cells import BEST_OF_M, DENSITY, Cell, from_json, written
 from .presets import Preset
@@ -130,7 +131,7 @@ def markdown(found: Found) -> str:
     columns = [name for name in columns if name != "alpha" or "alpha" not in names] or ["m"]
     printed = [name for name in FIGURES if any(name in row for row in found.preset.paper.values())]
     head = [*columns, *(heading[name] for name in names), *(f"paper: {FIGURES[name][0]}" for name in printed)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for entry in found.entries:
         paper = found.preset.paper.get(entry.cell, {})
         chosen = [setting(entry.cell, name) for name in columns]
@@ -143,7 +144,7 @@ def markdown(found: Found) -> str:
                 *(f"{paper[name]:g}" if name in paper else "" for name in printed),
             ]
         )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(head, lines)
 
 
 def rows(entries: Mapping[str, Entry], names: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from varkern.data import TokenMaps
 from varkern.progress import progress_bar
 from varkern.runs import atomically, write_json
 from varkern.scorer import Scorer
+from varkern.tables import markdown_table
 from varkern.training.features import FeatureMaker
 from varkern.training.pairs import Part, check_datasets, fingerprint, make_pairs
 from varkern.training.recipe import LOSSES, wins
@@ -169,7 +170,7 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
     head += (
         ["change"] if len(names) == 2 else ["pairwise loss", "pointwise loss", "mean difference", "KL real‖generated"]
     )
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    lines = []
     by_scale = [{row["scale"]: row for row in report["scales"]} for report in reports]
     for scale in sorted(set().union(*by_scale)):
         rows = [rows.get(scale) for rows in by_scale]
@@ -180,8 +181,8 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
         else:
             keys = ("pairwise_loss", "pointwise_loss", "mean_difference", "kl_real_generated")
             cells += [f"{rows[0][key]:.3f}" for key in keys]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(head, lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
