@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from varkern import cli
-from varkern.demo import table as demo_table
+from varkern.demo import measuring
 from varkern.demo.measuring import RealDigits
 from varkern.demo.run import WEIGHTS
 
@@ -58,7 +58,7 @@ PRESET = {"m": None, "first_scale": None}
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    monkeypatch.setattr(demo_table, "REFERENCE_IMAGES", 100)
+    monkeypatch.setattr(measuring, "REFERENCE_IMAGES", 100)
 
 
 def test_grid(sweep, tmp_path, capsys):

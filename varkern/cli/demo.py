@@ -66,8 +66,8 @@ def demo_table(
     Trains the scorers that they compare, if `demo scorers --out DIR/scorers` has not yet. A killed run goes on where it
     stopped; under torchrun the processes share the cells, once the scorers are there.
     """
-    from varkern.demo import page as pages
-    from varkern.demo.table import Demo
+    from bench.demo_tables import page as pages
+    from bench.demo_tables.tables import Demo
 
     require("images", images, 2)
     require("seeds", seeds, 1)
@@ -95,7 +95,7 @@ def demo_scorers(
 
     Goes on where a killed run stopped.
     """
-    from varkern.demo import scorers
+    from bench.demo_tables import scorers
     from varkern.demo.digits import originals
 
     where = pick_device(device)

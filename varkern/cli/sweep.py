@@ -177,7 +177,7 @@ def device_name(device: torch.device) -> str:
 
 
 def demo_weights() -> str:
-    from varkern.demo.table import fingerprint
+    from varkern.demo.measuring import fingerprint
 
     return fingerprint(demo_run.WEIGHTS)
 
@@ -214,7 +214,7 @@ def find_preset(name: str, demo: bool, max_m: int | None) -> Preset:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, {ACCURACIES}, got {name!r}")
     if not demo:
         return PRESETS[name]
-    from varkern.demo.table import MOST_CANDIDATES, adapted
+    from varkern.demo.measuring import MOST_CANDIDATES, adapted
 
     whole = PRESETS[name]
     kept = adapted(whole, MOST_CANDIDATES if max_m is None else max_m)
@@ -328,7 +328,7 @@ def find_reference(reference: Path | None, demo: bool, seed: int, extractor: Ext
         ValueError: if there are none, or they are statistics of other features.
     """
     if reference is None and demo:
-        from varkern.demo.table import measure_digits
+        from varkern.demo.measuring import measure_digits
 
         return measure_digits(extractor, seed, settings.neighbors)
     if reference is None:

@@ -1,18 +1,27 @@
-"""What the demo's digits are measured by: the classifier as an extractor of features, and sets of real digits."""
+"""What the demo's digits are measured by: the classifier as an extractor, sets of real digits, the papers' cells."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from varkern.metrics.evaluate import measure
 from varkern.metrics.features import SPATIAL_CHANNELS, Extracted, Extractor
-from varkern.models import VQVAE
+from varkern.metrics.gathering import Measured
+from varkern.studies.cells import MEDIAN
+from varkern.studies.presets import Preset
 
 from . import digits
-from .train import load_classifier
+from .train import PATCH_NUMS, SAMPLING, load_classifier
+
+REFERENCE_IMAGES = 20_000
+MOST_CANDIDATES = 256
+DENSITY = {"alpha": MEDIAN, "min_distance": 0.0}
 
 
 def extractor(weights: Path, device: torch.device) -> Extractor:
@@ -61,26 +70,39 @@ class RealDigits:
         return []
 
 
-class Reconstructed(RealDigits):
-    """The same digits as a VQ-VAE gives them back.
-
-    Args:
-        digits: the real ones.
-        vae: of the demo.
-    """
-
-    def __init__(self, digits: RealDigits, vae: VQVAE):
-        self.images, self.labels, self.size = digits.images, digits.labels, digits.size
-        self.name, self.vae = f"{digits.name} through the VQ-VAE", vae
-
-    @torch.inference_mode()
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        device = next(self.vae.parameters()).device
-        for batch in super().batches(batch_size):
-            images = batch.to(device).float() / 127.5 - 1
-            yield as_bytes(self.vae.img_to_reconstructed_img(images, last_one=True)).cpu()
-
-
 def as_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] as an image file keeps them, uint8."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the models' files but the scorer's, so that figures of different weights are never joined."""
+    digest = hashlib.sha256()
+    for name in ("vae", "var", "classifier"):
+        digest.update((folder / f"{name}.safetensors").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def measure_digits(extractor: Extractor, seed: int, keep: int) -> Measured:
+    """What 20,000 real digits measure, ``keep`` of them for precision and recall."""
+    return measure(RealDigits(REFERENCE_IMAGES, seed), extractor, 100, keep)
+
+
+def adapted(preset: Preset, max_m: int = MOST_CANDIDATES) -> Preset:
+    """A preset as the demo model has it: its scales, alpha by rule, no distance between representatives.
+
+    Cells of more than ``max_m`` candidates, or of scales that the model lacks, are left out.
+
+    Raises:
+        ValueError: if the preset is of models of several depths, or nothing is left.
+    """
+    if any(cell.model for cell in preset.cells):
+        raise ValueError(f"{preset.name} compares models of several depths, and there is one demo model")
+    rows = {}
+    for cell, printed in preset.rows:
+        cell = replace(cell, **(DENSITY if cell.n != 1 and cell.min_distance is None else {}))
+        if cell.fits(len(PATCH_NUMS)) and cell.most_candidates() <= max_m:
+            rows.setdefault(cell, printed)
+    if not rows:
+        raise ValueError(f"max_m must leave at least one cell of {preset.name}, got {max_m}")
+    return replace(preset, rows=tuple(rows.items()), **SAMPLING, top_k=0)

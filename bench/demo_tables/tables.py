@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from varkern.data import file_sha256
+from varkern.demo import measuring
+from varkern.demo.measuring import adapted, fingerprint, measure_digits
+from varkern.demo.run import WEIGHTS
+from varkern.demo.train import SAMPLING
 from varkern.metrics.evaluate import compare, measure
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Measured
-from varkern.models import load_var
+from varkern.models import VQVAE, load_var
 from varkern.runs import PROGRESS, BeingWrittenError, check_settings, find_rank, locked, write_json
 from varkern.scorer import Scorer
 from varkern.studies import report as sweep_report
-from varkern.studies.cells import MEDIAN, Cell, unique
+from varkern.studies.cells import Cell, unique
 from varkern.studies.models import Models
 from varkern.studies.presets import PRESETS, Preset
 from varkern.studies.sweep import Entry, Settings, Sweep
 
-from . import measuring, scorers
-from .run import WEIGHTS
-from .train import PATCH_NUMS, SAMPLING
+from . import scorers
 
 CPU = torch.device("cpu")
 REPORTED_SEED = 5_000_000  # settings were chosen on other seeds than those reported
-REFERENCE_IMAGES = 20_000
-MOST_CANDIDATES = 256
 BATCH_SIZE, TIMED_IMAGES = 100, 24
 # One pair of candidates in ten is nearer; nearly all (99%) are nearer than the published 1.8, of another codebook.
 NEAR = 0.65
-DENSITY = {"alpha": MEDIAN, "min_distance": 0.0}
 
 
 def own_presets() -> list[Preset]:
@@ -63,26 +62,6 @@ def own(name: str, title: str, cells: Sequence[Cell]) -> Preset:
     return Preset(name, title, "", tuple((cell, {}) for cell in unique(cells)))
 
 
-def adapted(preset: Preset, max_m: int = MOST_CANDIDATES) -> Preset:
-    """A preset as the demo model has it: its scales, alpha by rule, no distance between representatives.
-
-    Cells of more than ``max_m`` candidates, or of scales that the model lacks, are left out.
-
-    Raises:
-        ValueError: if the preset is of models of several depths, or nothing is left.
-    """
-    if any(cell.model for cell in preset.cells):
-        raise ValueError(f"{preset.name} compares models of several depths, and there is one demo model")
-    rows = {}
-    for cell, printed in preset.rows:
-        cell = replace(cell, **(DENSITY if cell.n != 1 and cell.min_distance is None else {}))
-        if cell.fits(len(PATCH_NUMS)) and cell.most_candidates() <= max_m:
-            rows.setdefault(cell, printed)
-    if not rows:
-        raise ValueError(f"max_m must leave at least one cell of {preset.name}, got {max_m}")
-    return replace(preset, rows=tuple(rows.items()), **SAMPLING, top_k=0)
-
-
 def presets() -> dict[str, Preset]:
     """All that is measured, by name. Tables 4 and 3a are of models of other depths, Fig. 3 joins two others."""
     left_out = ("lsrs-table4", "lsrs-fig3", "var-scaling-table3a")
@@ -90,19 +69,6 @@ def presets() -> dict[str, Preset]:
     # The longest last, and at the very end what is only timed.
     chosen.sort(key=lambda preset: (preset.timing, preset.name == "lsrs-table9"))
     return {preset.name: preset for preset in (*chosen[:-2], *own_presets(), *chosen[-2:])}
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of the models' files but the scorer's, so that figures of different weights are never joined."""
-    digest = hashlib.sha256()
-    for name in ("vae", "var", "classifier"):
-        digest.update((folder / f"{name}.safetensors").read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def measure_digits(extractor: Extractor, seed: int, keep: int) -> Measured:
-    """What 20,000 real digits measure, ``keep`` of them for precision and recall."""
-    return measure(measuring.RealDigits(REFERENCE_IMAGES, seed), extractor, BATCH_SIZE, keep)
 
 
 def load_models(out: Path, weights: Path, device: torch.device) -> Models:
@@ -224,7 +190,7 @@ class Demo:
         rows: dict[str, list[dict[str, Any]]] = {"real": [], "reconstructed": []}
         for repeat in range(self.repeats):
             others = measuring.RealDigits(self.images, self.seed + 1000 + repeat)
-            for name, images in (("real", others), ("reconstructed", measuring.Reconstructed(others, vae))):
+            for name, images in (("real", others), ("reconstructed", Reconstructed(others, vae))):
                 report = compare(measure(images, extractor, BATCH_SIZE, self.images), reference, extractor.name)
                 rows[name].append(
                     {key: value for key, value in report.as_json().items() if key in sweep_report.FIGURES}
@@ -239,3 +205,23 @@ def with_times(entries: Sequence[Entry], times: Sequence[Entry]) -> list[Entry]:
         costs = [{name: repeat[name] for name in sweep_report.COSTS} for repeat in timed.repeats]
         joined.append(Entry(entry.cell, [a | b for a, b in zip(entry.repeats, costs, strict=True)]))
     return joined
+
+
+class Reconstructed(measuring.RealDigits):
+    """The same digits as a VQ-VAE gives them back.
+
+    Args:
+        digits: the real ones.
+        vae: of the demo.
+    """
+
+    def __init__(self, digits: measuring.RealDigits, vae: VQVAE):
+        self.images, self.labels, self.size = digits.images, digits.labels, digits.size
+        self.name, self.vae = f"{digits.name} through the VQ-VAE", vae
+
+    @torch.inference_mode()
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        device = next(self.vae.parameters()).device
+        for batch in super().batches(batch_size):
+            images = batch.to(device).float() / 127.5 - 1
+            yield measuring.as_bytes(self.vae.img_to_reconstructed_img(images, last_one=True)).cpu()

@@ -12,7 +12,7 @@ from varkern.studies.cells import Cell
 from varkern.studies.sweep import Entry
 
 from . import scorers
-from .table import presets
+from .tables import presets
 
 
 def check(page: str) -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.demo_tables import scorers
 from varkern import Scorer, cli, load_vae
 from varkern.data import TokenMaps
-from varkern.demo import run, scorers, train
+from varkern.demo import run, train
 from varkern.ops import use_backend
 from varkern.training import loop
 from varkern.training import report as scores

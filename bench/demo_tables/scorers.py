@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from varkern.data import TokenMaps, file_sha256
+from varkern.demo import digits
+from varkern.demo.run import WEIGHTS
+from varkern.demo.train import SCORER_SIZES, Recipe, write_generated_tokens, write_real_tokens
 from varkern.models import load_vae
 from varkern.runs import claim, open_folder, write_json, write_text
 from varkern.scorer import Scorer
@@ -25,10 +28,6 @@ from varkern.training.features import FeatureMaker
 from varkern.training.pairs import make_pairs
 from varkern.training.recipe import ScorerTraining, wins
 from varkern.training.scorer import read_facts, train_scorer
-
-from . import digits
-from .run import WEIGHTS
-from .train import SCORER_SIZES, Recipe, write_generated_tokens, write_real_tokens
 
 BASELINE = "pairwise"
 COLUMNS = {  # of the Markdown, in the order of the paper's Table 10

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.demo_tables import page
+from bench.demo_tables import tables as table
 from varkern import cli
-from varkern.demo import digits, measuring, page, run, table
+from varkern.demo import digits, measuring, run
 from varkern.demo.train import load_classifier
 from varkern.ops.backend import use_backend
 from varkern.runs import locked
@@ -33,13 +35,13 @@ def small():
     few = [table.own("few", "Few", cells), replace(PRESETS["lsrs-fig6"], rows=((Cell(), {}), (Cell(m=2), {})))]
     changes = {
         "presets": lambda: {preset.name: preset for preset in few},
-        "REFERENCE_IMAGES": 100,
         "BATCH_SIZE": 40,
         "TIMED_IMAGES": 10,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():
             patch.setattr(table, name, value)
+        patch.setattr(measuring, "REFERENCE_IMAGES", 100)
         patch.setattr(page, "presets", table.presets)
         patch.setattr(calibration, "CALIBRATION_IMAGES", 40)
         yield
@@ -188,7 +190,7 @@ class TestMeasuring:
     def test_reconstructed(self):
         model = run.load_demo()[0]
         real = measuring.RealDigits(12, 7)
-        again = torch.cat(list(measuring.Reconstructed(real, model.vae_proxy[0]).batches(5)))
+        again = torch.cat(list(table.Reconstructed(real, model.vae_proxy[0]).batches(5)))
         assert again.shape == real.images.shape and again.dtype == torch.uint8
         difference = (again.float() - real.images.float()).abs().mean()
         assert 0 < difference < 20 < (again.flip(0).float() - real.images.float()).abs().mean()
