@@ -1,4 +1,4 @@
-"""Puts the figures of ``varkern demo table`` into README.md beside this file."""
+"""Puts tables into a page, between the markers ``<!-- table NAME -->`` and ``<!-- end -->``."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from varkern.studies import report as sweep_report
+from varkern.studies import report
 from varkern.studies.cells import Cell
 from varkern.studies.sweep import Entry
+from varkern.tables import markdown_table
 
-from . import scorers
-from .tables import presets
+from . import scorers, tables
 
-
-def check(page: str) -> None:
-    """Raise ``ValueError`` if ``page`` has a place for a table that is not among those to come."""
-    fill(page, dict.fromkeys((*presets(), "references", "scorers"), ""))
+REFERENCE_FIGURES = ("fid", "sfid", "inception_score", "precision", "recall")
+REFERENCES = {"real": "real digits, another draw", "reconstructed": "the same through the VQ-VAE"}
 
 
-def fill(page: str, tables: Mapping[str, str]) -> str:
-    """``page`` with every table between its markers, ``<!-- table NAME -->`` and ``<!-- end -->``.
+def known_tables() -> list[str]:
+    return [*tables.presets(), "references", "scorers"]
+
+
+def fill(page: str, found: Mapping[str, str]) -> str:
+    """``page`` with every table between its markers.
 
     Raises:
         ValueError: if the page asks for a table that is not there.
     """
 
     def block(match: re.Match) -> str:
-        if match[1] not in tables:
-            raise ValueError(f"the page has a place for table {match[1]!r}, known are {', '.join(tables)}")
-        return f"<!-- table {match[1]} -->\n{tables[match[1]].strip()}\n<!-- end -->"
+        if match[1] not in found:
+            raise ValueError(f"the page has a place for table {match[1]!r}, known are {', '.join(found)}")
+        return f"<!-- table {match[1]} -->\n{found[match[1]].strip()}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
 
@@ -38,14 +40,19 @@ def fill(page: str, tables: Mapping[str, str]) -> str:
 def read_tables(folder: Path) -> dict[str, str]:
     """The tables of a folder of figures in Markdown, by name."""
     found = {}
-    for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
-        if "preset" in report:
-            preset = presets()[report["preset"]]
-            found[preset.name] = sweep_report.markdown(sweep_report.from_file(path, preset))
-    rows = json.loads((folder / "references.json").read_text())
-    titles = {"real": "real digits, another draw", "reconstructed": "the same through the VQ-VAE"}
-    entries = {titles[name]: Entry(Cell(), repeats) for name, repeats in rows.items()}
-    found["references"] = sweep_report.rows(entries, ["fid", "sfid", "inception_score", "precision", "recall"])
+    for name, preset in tables.presets().items():
+        if (path := folder / f"{name}.json").exists():
+            found[name] = report.markdown(report.from_file(path, preset))
+    found["references"] = references(json.loads((folder / "references.json").read_text()))
     found["scorers"] = scorers.markdown(json.loads((folder / "scorers.json").read_text()))
     return found
+
+
+def references(rows: Mapping[str, list[dict]]) -> str:
+    """What other real digits measure, and the same digits through the VQ-VAE."""
+    lines = []
+    for name, title in REFERENCES.items():
+        entry = Entry(Cell(), rows[name])
+        lines.append([title, *(report.text(report.summary(entry, n), report.FIGURES[n][1]) for n in REFERENCE_FIGURES)])
+    heading = {name: title for name, (title, _) in report.FIGURES.items()} | report.OTHER_FEATURES
+    return markdown_table(["", *(heading[name] for name in REFERENCE_FIGURES)], lines)

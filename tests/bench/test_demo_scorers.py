@@ -1,4 +1,4 @@
-"""``varkern demo scorers``: what is trained and judged, that a kill changes nothing, and the table."""
+"""The demo's scorers: what is trained and judged, that a kill changes nothing, and the table."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.demo_tables import scorers
-from varkern import Scorer, cli, load_vae
+from varkern import Scorer, load_vae
 from varkern.data import TokenMaps
 from varkern.demo import run, train
 from varkern.ops import use_backend
@@ -21,28 +21,34 @@ from varkern.training import scorer as scorer_training
 from varkern.training.pairs import make_pairs
 from varkern.training.scorer import read_facts
 
-TINY = scorers.Comparison(train.Recipe(batch_size=4, scorer_epochs=1.1, real_maps=60, generated_maps=50), pairs=70)
+TINY = train.Recipe(batch_size=4, scorer_epochs=1.1, real_maps=60, generated_maps=50)
+CPU = torch.device("cpu")
 NAMES = ("pointwise", "pairwise", "pairwise-from-scale-1")
 FIRST_SCALES = {"shipped": 0, "pairwise": 0, "pointwise": 0, "pairwise-from-scale-1": 1}
 
 
+def make(folder, recipe=TINY, pairs=70, weights=run.WEIGHTS):
+    return scorers.run(folder, CPU, weights, recipe, pairs)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """What a tiny comparison that nothing interrupted left, and the text that it returned."""
+    """The folder of a tiny comparison that nothing interrupted."""
     folder = tmp_path_factory.mktemp("scorers") / "new"
     with use_backend("torch"):
-        return folder, scorers.run(folder, comparison=TINY)
+        assert make(folder) == {name: folder / f"{name}.safetensors" for name in NAMES}
+    return folder
 
 
 @pytest.fixture(scope="module")
 def report(unbroken):
-    return json.loads((unbroken[0] / "scorers.json").read_text())
+    return json.loads((unbroken / "scorers.json").read_text())
 
 
 @pytest.fixture
 def won(unbroken):
     """By scorer and scale, ``[N]`` float64: 1, 1/2 or 0 for each judged pair, without the code that is tested."""
-    folder, _ = unbroken
+    folder = unbroken
     vae = load_vae(run.WEIGHTS / "vae.safetensors")
     real, generated = (TokenMaps.open(folder / "tokens" / name) for name in ("judged-real", "judged-generated"))
     (batch,) = make_pairs(real, generated, 0.0, 0).training.fixed_batches(len(real))
@@ -72,20 +78,18 @@ def tensors_differ(first, second):
 
 class TestWhatIsTrained:
     def test_files(self, unbroken):
-        folder, text = unbroken
         files = [f"{name}{suffix}" for name in NAMES for suffix in (".safetensors", ".csv")]
-        expected = [*files, "scorers.json", "scorers.md", "settings.json", "tokens"]
-        assert sorted(p.name for p in folder.iterdir() if p.suffix != ".tensorboard") == sorted(expected)
-        assert (folder / "scorers.md").read_text() == text
+        expected = [*files, "scorers.json", "settings.json", "tokens"]
+        assert sorted(p.name for p in unbroken.iterdir() if p.suffix != ".tensorboard") == sorted(expected)
 
     def test_pairwise_is_what_demo_train_makes(self, unbroken, tmp_path):
         for name in ("vae", "var"):
             shutil.copy(run.WEIGHTS / f"{name}.safetensors", tmp_path)
-        train.train_scorer(TINY.recipe, tmp_path, torch.device("cpu"))
-        assert not tensors_differ(tmp_path / "scorer.safetensors", unbroken[0] / "pairwise.safetensors")
+        train.train_scorer(TINY, tmp_path, CPU)
+        assert not tensors_differ(tmp_path / "scorer.safetensors", unbroken / "pairwise.safetensors")
 
     def test_trainings_differ_in_one_setting_each(self, unbroken):
-        facts = {name: read_facts(unbroken[0] / f"{name}.safetensors") for name in NAMES}
+        facts = {name: read_facts(unbroken / f"{name}.safetensors") for name in NAMES}
         whole = facts["pairwise"]["settings"]
         assert (whole["loss"], whole["first_scale"], whole["epochs"]) == ("pairwise", 0, 1.1)
         assert facts["pointwise"]["settings"] == whole | {"loss": "pointwise"}
@@ -93,7 +97,7 @@ class TestWhatIsTrained:
         assert len({facts[name]["step"] for name in NAMES}) == 1
 
     def test_the_published_comparison_is_a_quarter_of_the_training(self):
-        training = scorers.Comparison().trainings()
+        training = scorers.trainings(scorers.RECIPE)
         assert list(training) == list(NAMES)  # the order that the baseline of none depends on
         assert {value.steps(58_795)[0] for value in training.values()} == {1470}
         assert 4 * training["pairwise"].epochs == train.Recipe().scorer_epochs
@@ -101,7 +105,7 @@ class TestWhatIsTrained:
     def test_what_is_judged_was_not_trained_on(self, unbroken):
         sizes, rows, seeds = {}, {}, {}
         for name in ("real", "generated", "judged-real", "judged-generated"):
-            maps = TokenMaps.open(unbroken[0] / "tokens" / name, verify=True)
+            maps = TokenMaps.open(unbroken / "tokens" / name, verify=True)
             sizes[name], rows[name] = len(maps), {tuple(row) for row in maps.gather(range(len(maps))).tolist()}
             seeds[name] = maps.manifest.source["seed"]
         assert sizes == {"real": 60, "generated": 50, "judged-real": 70, "judged-generated": 70}
@@ -131,8 +135,8 @@ class TestFigures:
                 assert row["standard_error"] == pytest.approx(np.std(differences) / math.sqrt(70), abs=1e-6)
 
     def test_an_equal_pair_is_half_a_win_in_the_change_too(self):
-        baseline = scorers.by_scale(torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 1.0], [1.0, 1.0]]), 0)
-        other = scorers.by_scale(torch.tensor([[0.5], [0.0], [1.0], [1.0]]), 1)
+        baseline = {0: torch.tensor([1.0, 0.5, 0.0, 1.0]), 1: torch.tensor([0.0, 0.0, 1.0, 1.0])}
+        other = {1: torch.tensor([0.5, 0.0, 1.0, 1.0])}
         (row,) = scorers.changes_of(baseline, other)
         assert row == {"scale": 1, "change": pytest.approx(0.125), "standard_error": pytest.approx(0.2165064 / 2)}
 
@@ -188,33 +192,40 @@ class TestResuming:
             else:
                 killed(patch, scores, "score_pairs", 3, at_once)
             with pytest.raises(KeyboardInterrupt):
-                scorers.run(tmp_path, comparison=TINY)
+                make(tmp_path)
         assert not (tmp_path / "scorers.json").exists()
         assert (tmp_path / "pairwise.checkpoint.pt").exists() == (at == "second training")
         trained = killed(monkeypatch, scorer_training, "fit", None, None)
         encoded = killed(monkeypatch, train.digits, "real_batch", None, None)
-        assert scorers.run(tmp_path, comparison=TINY) == unbroken[1]
+        make(tmp_path)
         assert len(trained) == left and len(encoded) == (left > 0)  # only what is judged on was not there
-        assert (tmp_path / "scorers.json").read_bytes() == (unbroken[0] / "scorers.json").read_bytes()
+        assert (tmp_path / "scorers.json").read_bytes() == (unbroken / "scorers.json").read_bytes()
         for name in NAMES:
-            assert not tensors_differ(unbroken[0] / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+            assert not tensors_differ(unbroken / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
         assert not list(tmp_path.glob("*.checkpoint.pt"))
+
+    def test_what_is_there_is_not_made_again(self, unbroken, monkeypatch):
+        before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
+        for name in ("train_scorer", "write_datasets", "judge"):
+            monkeypatch.setattr(scorers, name, lambda *given, **named: pytest.fail("work was done"))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert list(make(unbroken)) == list(NAMES)
+        assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"recipe": replace(TINY.recipe, seed=1)}, r"seed was 0, now 1"),
-            ({"recipe": replace(TINY.recipe, scorer_epochs=1.2)}, r"scorer_epochs was 1\.1, now 1\.2"),
+            ({"recipe": replace(TINY, seed=1)}, r"seed was 0, now 1"),
+            ({"recipe": replace(TINY, scorer_epochs=1.2)}, r"scorer_epochs was 1\.1, now 1\.2"),
             ({"pairs": 71}, r"pairs was 70, now 71"),
-            ({"pairs_seed": 9}, r"pairs_seed was 8000000, now 9"),
         ],
-        ids=["seed", "epochs", "pairs", "pairs' seed"],
+        ids=["seed", "epochs", "pairs"],
     )
-    def test_other_settings_are_refused(self, unbroken, monkeypatch, changes, message):
-        before = {path: path.stat().st_mtime_ns for path in unbroken[0].rglob("*")}
+    def test_other_settings_are_refused(self, unbroken, changes, message):
+        before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
         with pytest.raises(ValueError, match=message):
-            scorers.run(unbroken[0], comparison=replace(TINY, **changes))
-        assert {path: path.stat().st_mtime_ns for path in unbroken[0].rglob("*")} == before
+            make(unbroken, **changes)
+        assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
 
     @pytest.mark.parametrize("name", ["vae", "var", "scorer"])
     def test_other_weights_are_refused(self, unbroken, tmp_path, name):
@@ -223,51 +234,19 @@ class TestResuming:
         content[-4] ^= 1
         (folder / f"{name}.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match=f"made with other settings \\({name} "):
-            scorers.run(unbroken[0], comparison=TINY, weights=folder)
+            make(unbroken, weights=folder)
 
     def test_a_scorer_of_another_training_is_refused(self, unbroken, tmp_path):
-        folder = shutil.copytree(unbroken[0], tmp_path / "out")
+        folder = shutil.copytree(unbroken, tmp_path / "out")
         shutil.copy(folder / "pointwise.safetensors", folder / "pairwise.safetensors")
+        (folder / "scorers.json").unlink()
         with pytest.raises(ValueError, match=r"pairwise\.safetensors was made with .* \(loss was 'pointwise'"):
-            scorers.run(folder, comparison=TINY)
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"pairs": 9}, "pairs must be >= 10, one a class, got 9"),
-            ({"recipe": train.Recipe(real_maps=0)}, "real_maps must be >= 10, one a class, got 0"),
-            ({"recipe": train.Recipe(generated_maps=-1)}, "generated_maps must be >= 10, one a class, got -1"),
-            ({"pairs_seed": 1_000_000}, "pairs_seed must not be a seed of the training's token maps, got 1000000"),
-            ({"pairs_seed": 0}, "pairs_seed must not be a seed of the training's token maps, got 0"),
-        ],
-        ids=["pairs", "real_maps", "generated_maps", "sampling seed", "seed"],
-    )
-    def test_settings(self, changes, message):
-        with pytest.raises(ValueError, match=message):
-            scorers.Comparison(**changes)
+            make(folder)
 
     def test_no_weights(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nowhere/vae\.safetensors"):
-            scorers.run(tmp_path / "out", comparison=TINY, weights=tmp_path / "nowhere")
+            make(tmp_path / "out", weights=tmp_path / "nowhere")
         assert not (tmp_path / "out").exists()
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ([], "--out"),
-            (["--out", "{out}", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
-            (["--out", "{out}/file/below"], "file"),
-        ],
-        ids=["no folder", "device", "a file in the way"],
-    )
-    def test_command(self, tmp_path, capsys, arguments, message):
-        (tmp_path / "file").touch()
-        assert cli.main(["demo", "scorers", *(text.format(out=tmp_path) for text in arguments)]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.startswith("varkern: ") and error.count("\n") == 1
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 class TestTable:
@@ -300,15 +279,3 @@ class TestTable:
             "| 1 | 0.750 (0.007) | 0.800 (0.008) | +0.050 (0.025) | 0.700 (0.007) | -0.050 (0.025) | 0.875 (0.009)"
             " | +0.125 (0.062) |",
         ]
-
-    def test_of_the_file(self, unbroken, report):
-        assert scorers.markdown(report) == unbroken[1]
-
-    def test_command(self, unbroken, capsys, monkeypatch):
-        """On a finished comparison it only judges again."""
-        monkeypatch.setattr(scorers, "Comparison", lambda: TINY)
-        before = (unbroken[0] / "scorers.json").read_bytes()
-        assert cli.main(["demo", "scorers", "--out", str(unbroken[0])]) == 0
-        captured = capsys.readouterr()
-        assert unbroken[1] in captured.out and "wrote the scorers" in captured.out and not captured.err
-        assert (unbroken[0] / "scorers.json").read_bytes() == before

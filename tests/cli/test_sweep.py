@@ -127,7 +127,7 @@ def test_models_by_name(sweep, weights, tmp_path):
 
 def test_times_alone(sweep, tmp_path, capsys):
     assert sweep(**PRESET, preset="lsrs-fig6", max_m=4, reference=None, features=None, images=None) == 0
-    assert "| m | ms an image |" in capsys.readouterr().out
+    assert "| m | ms per image |" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "timing" / "settings.json").read_text())["images"] == 24
     assert (tmp_path / "out" / "lsrs-fig6.png").exists()
 
@@ -136,7 +136,7 @@ def test_demo(sweep, tmp_path, capsys, few_digits):
     """The demo model brings its scorer, its reference and its own sampling."""
     nothing = dict.fromkeys(("var", "vae", "scorer", "reference", "features", "top_k", "first_scale"))
     assert sweep(**nothing, m="1,2", images=70, seeds=1) == 0
-    assert "70 images a cell and seed, seed 0; cfg=0.0, top_k=0, top_p=0.96" in capsys.readouterr().out
+    assert "70 images per cell and seed, seed 0; cfg=0.0, top_k=0, top_p=0.96" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
     assert len(rows) == 2 and all(float(row["accuracy"]) > 0.9 for row in rows)
 

@@ -44,7 +44,7 @@ def test_summary():
 
 def test_markdown():
     table = lines(markdown(found([Cell(), Cell(m=4, pick="resample"), Cell(m=8, first_scale=0)], [{"fid": 1.95}])))
-    assert table[0] == ["m", "first_scale", "pick", "Fréchet distance", "recall", "ms an image", "paper: FID"]
+    assert table[0] == ["m", "first_scale", "pick", "Fréchet distance", "recall", "ms per image", "paper: FID"]
     assert table[2] == ["1", "", "", "0.50 ± 0.50", "0.500 ± 0.000", "4.00", "1.95"]
     assert table[3] == ["4", "1", "resample", "10.50 ± 0.50", "0.500 ± 0.000", "4.00", ""]
     assert table[4] == ["8", "0", "greedy", "20.50 ± 0.50", "0.500 ± 0.000", "4.00", ""]
@@ -83,7 +83,7 @@ def test_what_is_the_same_in_all_cells_that_have_it_is_no_column():
 def test_page_says_what_it_is_of():
     text = page(found([Cell(), Cell(m=2)]))
     assert text.startswith("### A title\n") and "The paper: A claim." in text
-    assert "2,000 images a cell and seed, seeds 5 to 6; cfg=0.0, top_p=0.96" in text
+    assert "2,000 images per cell and seed, seeds 5 to 6; cfg=0.0, top_p=0.96" in text
     assert "`varkern sweep --out DIR`" in text
     assert "seed 5;" in page(found([Cell(), Cell(m=2)], repeats=1))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from varkern.runs import atomically, write_text
@@ -30,7 +31,7 @@ FIGURES = {  # title, digits after the point
     "cross_term": ("2 Tr (Σ_r Σ_g)^½", 2),
     "dense": ("found dense", 2),
     "alpha": ("alpha", 2),
-    "seconds": ("ms an image", 2),
+    "seconds": ("ms per image", 2),
     "peak_bytes": ("peak memory, GiB", 2),
 }
 UNITS = {"seconds": 1e3, "peak_bytes": 2**-30}
@@ -77,7 +78,7 @@ def summary(entry: Entry, name: str) -> Summary | None:
     if name in COSTS:  # whatever else the machine does only adds to these
         return Summary(min(values), None)
     spread = (max(values) - min(values)) / 2 if len(values) > 1 and name != "alpha" else None
-    return Summary(sum(values) / len(values), spread)
+    return Summary(fmean(values), spread)  # sum() rounds otherwise since Python 3.12
 
 
 def titles(found: Found) -> dict[str, str]:
@@ -147,14 +148,6 @@ def markdown(found: Found) -> str:
     return markdown_table(head, lines)
 
 
-def rows(entries: Mapping[str, Entry], names: Sequence[str]) -> str:
-    """A table of figures of other features than Inception's, a row for each name of ``entries``."""
-    lines = [["", *(OTHER_FEATURES.get(name, FIGURES[name][0]) for name in names)], ["---"] * (len(names) + 1)]
-    for title, entry in entries.items():
-        lines.append([title, *(text(summary(entry, name), FIGURES[name][1]) for name in names)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def text(value: Summary | None, digits: int) -> str:
     if value is None:
         return ""
@@ -172,7 +165,7 @@ def page(found: Found) -> str:
         lines += [f"The paper: {found.preset.claim}", ""]
     sampling = ", ".join(f"{name}={settings[name]}" for name in ("cfg", "top_k", "top_p") if name in settings)
     lines += [
-        f"`{found.command}`: {settings['images']:,} images a cell and seed, {seeds}; {sampling}. "
+        f"`{found.command}`: {settings['images']:,} images per cell and seed, {seeds}; {sampling}. "
         f"Mean ± half the range over the seeds; of times ({found.times}) the least.",
         "",
         *(f"Not taken: {reason}\n" for reason in missing(found)),

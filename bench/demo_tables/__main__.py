@@ -1,0 +1,53 @@
+"""``python -m bench.demo_tables``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from varkern.cli.options import pick_local_device, require
+from varkern.demo.run import WEIGHTS
+from varkern.extras import require_matplotlib
+from varkern.runs import write_text
+
+from . import __doc__ as about
+from . import page, tables
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench.demo_tables", description=about.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and scorers")
+    parser.add_argument("--page", type=Path, help="page to put the tables into")
+    parser.add_argument("--images", type=int, default=2000, help="images per cell and seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="repeats of every cell (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of `varkern demo train`")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    words = ["python -m bench.demo_tables --out DIR"]
+    for name in ("images", "seeds", "weights", "device"):
+        if (value := getattr(options, name)) != parser.get_default(name):
+            words.append(f"--{name} {'WEIGHTS' if name == 'weights' else value}")
+    try:
+        require("images", options.images, 2)
+        require("seeds", options.seeds, 1)
+        require_matplotlib()
+        device = pick_local_device(options.device)
+        if options.page:
+            page.fill(options.page.read_text(), dict.fromkeys(page.known_tables(), ""))
+        written = tables.run(options.out, options.images, options.seeds, device, options.weights, " ".join(words))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"demo_tables: {error}", file=sys.stderr)
+        return 2
+    if not written:
+        print("This process has made its cells. Call again without torchrun to take times and write the tables.")
+        return 0
+    print(f"wrote {len(written)} files of figures to {options.out}")
+    if options.page:
+        write_text(options.page, page.fill(options.page.read_text(), page.read_tables(options.out)))
+        print(f"put the tables into {options.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
