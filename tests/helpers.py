@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,3 +143,14 @@ def relative_error(actual: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest wanted value."""
     assert actual.shape == wanted.shape, (actual.shape, wanted.shape)
     return ((actual.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+def rendered(figure, tmp_path) -> np.ndarray:
+    """The pixels ``[H, W, 3]`` of a figure as it is saved."""
+    from PIL import Image
+
+    from varkern.studies.pictures import save_png
+
+    save_png(figure, tmp_path / "rendered.png")
+    with Image.open(tmp_path / "rendered.png") as picture:
+        return np.asarray(picture.convert("RGB"))

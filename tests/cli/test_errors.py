@@ -107,8 +107,8 @@ class TestWrongInput:
         assert "folder" in one_line()
 
     @pytest.mark.parametrize("arguments", [["demo"], ["sample"]], ids=" ".join)
-    def test_missing_pillow(self, command, tmp_path, monkeypatch, arguments, one_line):
-        monkeypatch.setitem(sys.modules, "PIL", None)
+    def test_missing_matplotlib(self, command, tmp_path, monkeypatch, arguments, one_line):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
         code = cli.main(["demo", "--out", str(tmp_path / "demo.png")]) if arguments == ["demo"] else command()
         assert code == 2
         assert "pip install 'varkern[demo]'" in one_line()

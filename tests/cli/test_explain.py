@@ -57,12 +57,12 @@ class TestExplain:
         assert run("explain", m=3, number=2) == 0
         sampled = np.asarray(Image.open(tmp_path / "out" / "000002-class0007-seed3.png")).astype(int)
         picture = np.asarray(Image.open(tmp_path / "picture.png")).astype(int)
-        frames = (picture == (214, 39, 40)).all(-1)
+        frames = (picture[..., :3] == (213, 94, 0)).all(-1)
         ys, xs = np.nonzero(frames)
         lowest = ys.max()
         left, right = xs[ys == lowest].min(), xs[ys == lowest].max()
-        shown = picture[lowest - 2 - 96 : lowest - 2, left + 3 : right - 2]
-        assert shown.shape == (96, 96, 3) and np.abs(shown[6::12, 6::12] - sampled).max() <= 1
+        shown = picture[lowest - 5 - 144 : lowest - 5, left + 6 : right - 5, :3]
+        assert shown.shape == (144, 144, 3) and np.abs(shown[9::18, 9::18] - sampled).max() <= 1
 
     @pytest.mark.parametrize("options", [{"m": "1,3,2"}, {"first_scale": 0}, {"autocast": "bfloat16"}], ids=str)
     def test_options(self, run, tmp_path, options):

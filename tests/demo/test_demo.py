@@ -208,7 +208,7 @@ class TestDemo:
     def test_picture_shows_every_image(self, results):
         """Every generated image stands in the picture, enlarged, row by row."""
         runs, out = results
-        picture = np.asarray(Image.open(out)).astype(int)
+        picture = np.asarray(Image.open(out).convert("RGB")).astype(int)
         for result in runs:
             for image in result.images.flatten(0, 1)[::7]:
                 wanted = (image * 255).round().permute(1, 2, 0).numpy().astype(int).repeat(3, 0).repeat(3, 1)

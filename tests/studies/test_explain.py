@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import varkern
-from tests.helpers import caches_closed, relative_error, small_scorer, small_var
+from tests.helpers import caches_closed, relative_error, rendered, small_scorer, small_var
 from varkern.studies import explain as explaining
 from varkern.studies import perturb as perturbing
 from varkern.studies.explain import Explained, explain, shown_ranks
@@ -126,19 +126,19 @@ class TestDrawn:
         ]
 
     @pytest.mark.parametrize("kept", [0, 3, 4])
-    def test_sorted_and_framed(self, kept):
-        picture = np.asarray(explaining.draw(self.scales(5, kept), "title"))
+    def test_sorted_and_framed(self, kept, tmp_path):
+        picture = rendered(explaining.draw(self.scales(5, kept), "title"), tmp_path)
         lefts = [np.nonzero((picture == colour(j)).all(-1))[1].min() for j in (1, 0, 2, 3, 4)]  # equal scores: as drawn
         assert lefts == sorted(lefts)
-        frame = np.nonzero((picture == (214, 39, 40)).all(-1))
+        frame = np.nonzero((picture == (213, 94, 0)).all(-1))
         image = np.nonzero((picture == colour(kept)).all(-1))
-        assert (frame[1].min(), frame[1].max()) == (image[1].min() - 3, image[1].max() + 3)
+        assert (frame[1].min(), frame[1].max()) == (image[1].min() - 6, image[1].max() + 6)
         alone = [np.nonzero((picture == colour(number)).all(-1)) for number in (210, 220)]
         assert min(ys.size for ys, _ in alone) > 0 and alone[0][1].min() > lefts[-1]
         assert alone[0][0].max() < alone[1][0].min()
 
-    def test_of_many_some(self):
-        picture = np.asarray(explaining.draw(self.scales(40, 17), "title"))
+    def test_of_many_some(self, tmp_path):
+        picture = rendered(explaining.draw(self.scales(40, 17), "title"), tmp_path)
         shown = [j for j in range(40) if (picture == colour(j)).all(-1).any()]
         assert len(shown) == 8 and {1, 17, 39} <= set(shown)  # of the two best, 1 was drawn first
 
@@ -194,9 +194,9 @@ class TestPerturb:
         found = perturb(model, LABELS[:1], SEEDS[:1], replacements=1, options=OPTIONS)
         assert perturbing.as_json(found, {})["scales"][0]["standard_error"] is None
 
-    def test_picture(self, perturbed):
-        picture = perturbing.draw(perturbed, "title")
-        assert picture.width > 6 * 96 and picture.height > 3 * 96
+    def test_picture(self, perturbed, tmp_path):
+        height, width, _ = rendered(perturbing.draw(perturbed, "title"), tmp_path).shape
+        assert width > 6 * 144 and height > 3 * 144
 
     def test_wrong_arguments(self, model):
         with pytest.raises(ValueError, match="replacements must be >= 1, got 0"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers import rendered
 from varkern.studies import pictures
 
 
@@ -37,39 +38,9 @@ class TestSave:
         assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-class TestPanels:
-    def test_images_are_in_their_places(self):
-        """Panels below one another, rows and columns in order, every pixel a square."""
-        colours = torch.arange(20, 20 + 2 * 2 * 3).div(64).view(2, 2, 3, 1, 1, 1)
-        images = colours.expand(2, 2, 3, 3, 4, 5)
-        panels = [pictures.Panel(name, part) for name, part in zip("ab", images, strict=True)]
-        picture = np.asarray(pictures.draw_panels(panels, ["x", "y", "z"], enlarge=2)).astype(int)
-        previous = -1, -1
-        for panel in range(2):
-            for row in range(2):
-                tops = []
-                for column in range(3):
-                    grey = round(float(colours[panel, row, column]) * 255)
-                    mask = (picture == grey).all(-1)
-                    ys, xs = np.nonzero(full_blocks(mask, 8, 10))
-                    assert len(ys) == 1  # exactly one block of 8x10 pixels has this grey
-                    tops.append((int(ys[0]), int(xs[0])))
-                assert len({top for top, _ in tops}) == 1 and [left for _, left in tops] == sorted(x for _, x in tops)
-                assert tops[0][0] > previous[0]
-                previous = tops[0]
-
-    def test_wrong_shape(self):
-        with pytest.raises(ValueError, match=r"shape \[rows, 2, 3, H, W\], got \[1, 3, 3, 4, 4\]"):
-            pictures.draw_panels([pictures.Panel("a", torch.zeros(1, 3, 3, 4, 4))], ["x", "y"])
-
-    def test_wrong_enlargement(self):
-        with pytest.raises(ValueError, match="enlarge must be >= 1, got 0"):
-            pictures.draw_panels([pictures.Panel("a", torch.zeros(1, 1, 3, 4, 4))], ["x"], enlarge=0)
-
-
-def coloured(value: int, side: int = 4) -> torch.Tensor:
+def coloured(value: int, height: int = 4, width: int = 4) -> torch.Tensor:
     """An image of one colour that no rim of a letter has."""
-    return (torch.tensor(colour(value)) / 255).view(3, 1, 1).expand(3, side, side)
+    return (torch.tensor(colour(value)) / 255).view(3, 1, 1).expand(3, height, width)
 
 
 def colour(value: int) -> tuple[int, int, int]:
@@ -82,88 +53,98 @@ def box(picture: np.ndarray, wanted: tuple[int, int, int]) -> tuple[int, int, in
     return int(ys.min()), int(ys.max()), int(xs.min()), int(xs.max())
 
 
-class TestRows:
-    def test_images_are_in_their_places(self):
-        tiles = [[pictures.Tile(coloured(40 + 10 * (3 * row + column))) for column in range(3)] for row in range(2)]
-        tiles[0][1] = None
-        rows = [pictures.Row([f"row {number}"], row) for number, row in enumerate(tiles)]
-        picture = np.asarray(pictures.draw_rows(rows, ["a", "b", "c"], tile=12, title="title"))
-        boxes = {
-            (row, column): box(picture, colour(40 + 10 * (3 * row + column)))
-            for row in range(2)
-            for column in range(3)
-            if tiles[row][column] is not None
-        }
-        assert {(bottom - top, right - left) for top, bottom, left, right in boxes.values()} == {(11, 11)}
-        assert boxes[0, 0][:2] == boxes[0, 2][:2] and boxes[0, 0][2:] == boxes[1, 0][2:]
-        assert boxes[0, 0][1] < boxes[1, 0][0] and boxes[1, 0][3] < boxes[1, 1][2] < boxes[1, 2][2]
+def words_of(figure) -> list[tuple[str, object]]:
+    """All words of a figure and where they stand, in pixels."""
+    figure.draw_without_rendering()
+    texts = [text for axis in figure.axes for text in axis.texts if text.get_text()]
+    return [(text.get_text(), text.get_window_extent()) for text in texts]
 
-    def test_frame(self):
+
+class TestRows:
+    def test_every_pixel_is_a_square_in_its_place(self, tmp_path):
+        images = torch.rand(2, 3, 3, 8, 5, generator=torch.Generator().manual_seed(0))
+        rows = [pictures.Row(f"row {n}", [pictures.Tile(image) for image in row]) for n, row in enumerate(images)]
+        rows[0] = pictures.Row("row 0", [rows[0].tiles[0], None, rows[0].tiles[2]], "above the row")
+        picture = rendered(pictures.draw_rows(rows, ["a", "b", "c"], "title", tile=30), tmp_path).astype(int)
+        places = {}
+        for row in range(2):
+            for column in range(3):
+                wanted = pictures.to_pixels(images[row, column]).repeat(3, 0).repeat(3, 1)
+                views = np.lib.stride_tricks.sliding_window_view(picture, wanted.shape)[:, :, 0]
+                corners = np.argwhere(np.abs(views[..., 0, 0, :] - wanted[0, 0]).max(-1) <= 1)
+                found = [tuple(c) for c in corners.tolist() if np.abs(views[tuple(c)] - wanted).max() <= 1]
+                assert len(found) == ((row, column) != (0, 1))
+                places[row, column] = found[0] if found else None
+        assert places[0, 0][0] == places[0, 2][0] < places[1, 0][0] == places[1, 1][0]
+        assert places[0, 0][1] == places[1, 0][1] < places[1, 1][1] < places[1, 2][1] == places[0, 2][1]
+
+    def test_large_images_shrink(self, tmp_path):
+        row = pictures.Row("", [pictures.Tile(coloured(60, 300, 200))])
+        top, bottom, left, right = box(rendered(pictures.draw_rows([row], tile=60), tmp_path), colour(60))
+        assert (bottom - top + 1, right - left + 1) == (60, 40)
+
+    def test_frame(self, tmp_path):
         """Around the framed image alone, on all four sides, and covering nothing of it."""
         tiles = [pictures.Tile(coloured(60), "1", True), pictures.Tile(coloured(90), "2")]
-        picture = np.asarray(pictures.draw_rows([pictures.Row(["row"], tiles)], ["", ""], tile=8))
+        picture = rendered(pictures.draw_rows([pictures.Row("row", tiles)], ["", ""], tile=80), tmp_path)
         top, bottom, left, right = box(picture, colour(60))
-        assert (bottom - top, right - left) == (7, 7)
-        around = box(picture, pictures.FRAME)
+        assert (bottom - top, right - left) == (79, 79)
+        frame = tuple(int(pictures.FRAME[i : i + 2], 16) for i in (1, 3, 5))
         width = pictures.FRAME_WIDTH
-        assert around == (top - width, bottom + width, left - width, right + width)
-        assert (picture == pictures.FRAME).all(-1).sum() == (8 + 2 * width) ** 2 - 64
-
-    def test_orientation(self):
-        image = coloured(60).clone()[:, :, :2].repeat(1, 1, 3)  # 4 high, 6 wide
-        image[:, 0, 5] = torch.tensor(colour(90)) / 255  # the upper right corner
-        picture = np.asarray(pictures.draw_rows([pictures.Row([""], [pictures.Tile(image)])], [""], tile=12))
-        whole, corner = box(picture, colour(60)), box(picture, colour(90))
-        assert (whole[1] - whole[0], whole[3] - whole[2]) == (7, 11)
-        assert corner == (whole[0], whole[0] + 1, whole[3] - 1, whole[3])
+        assert box(picture, frame) == (top - width, bottom + width, left - width, right + width)
+        assert (picture == frame).all(-1).sum() == (80 + 2 * width) ** 2 - 80**2
 
     @pytest.mark.parametrize("caption", ["+1.23", "a caption that is wider than the image is"])
-    def test_words_neither_overlap_nor_leave_the_picture(self, caption):
-        """Every caption stands clear of its neighbours: between columns there is a strip of paper."""
-        tiles = [pictures.Tile(coloured(60), caption) for _ in range(3)]
-        rows = [pictures.Row(["a long label", "of two lines"], tiles) for _ in range(2)]
+    def test_words_neither_overlap_nor_touch_an_image(self, caption, tmp_path):
+        tiles = [pictures.Tile(coloured(60), caption, number == 1) for number in range(3)]
+        rows = [pictures.Row("a long label\nof two lines", tiles, title) for title in ("a title of two rows", "")]
         title = "a title that is much longer than all of the columns taken together, or nearly so"
-        picture = np.asarray(pictures.draw_rows(rows, ["one", "two", "three"], tile=8, title=title))
-        body = (picture[2 * pictures.TITLE_SIZE :] != 255).any((0, 2))
-        strips = [len(run) for run in "".join("x" if ink else " " for ink in body).split("x") if run]
-        assert sum(strip >= pictures.GAP for strip in strips) >= 4  # label, three columns and the right edge
-        ink = (picture != 255).any(-1)
+        figure = pictures.draw_rows(rows, ["one", "two", "M=1, same seed"], title, tile=60)
+        words = words_of(figure)
+        assert len(words) == 1 + 3 + 2 + 1 + 6
+        images = [(str(number), image.get_window_extent()) for number, image in enumerate(figure.axes[0].images)]
+        assert len(images) == 6
+        everything = [*words, *images]
+        for number, (name, extent) in enumerate(everything):
+            for other_name, other in everything[number + 1 :]:
+                apart = extent.x1 <= other.x0 or other.x1 <= extent.x0 or extent.y1 <= other.y0 or other.y1 <= extent.y0
+                assert apart, f"{name!r} overlaps {other_name!r}"
+        ink = (rendered(figure, tmp_path) != 255).any(-1)
         assert not ink[:, -1].any() and not ink[-1].any() and not ink[:, 0].any() and not ink[0].any()
 
+    def test_the_page_is_white_on_any_page(self, tmp_path):
+        pictures.save_png(pictures.draw_rows([pictures.Row("", [pictures.Tile(coloured(60))])]), tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as picture:
+            assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+
     def test_wrong_rows(self):
-        with pytest.raises(ValueError, match="a row must have 2 tiles, one a column, got 1"):
-            pictures.draw_rows([pictures.Row(["a"], [None])], ["x", "y"])
+        with pytest.raises(ValueError, match="a row must have 2 tiles, one per column, got 1"):
+            pictures.draw_rows([pictures.Row("a", [None])], ["x", "y"])
         with pytest.raises(ValueError, match="at least one tile, got none"):
-            pictures.draw_rows([pictures.Row(["a"], [None])], ["x"])
+            pictures.draw_rows([pictures.Row("a", [None])], ["x"])
 
 
 class TestContactSheet:
     @pytest.fixture
     def paths(self, tmp_path):
         for number in range(5):
-            pictures.save_png(np.full((8, 8, 3), 40 * number, np.uint8), tmp_path / f"{number}.png")
+            pictures.save_png(np.full((8, 8, 3), colour(40 * number), np.uint8), tmp_path / f"{number}.png")
         return sorted(tmp_path.iterdir())
 
-    def test_small_images_are_enlarged(self, paths):
-        """8x8 pixels to 24x24, the largest multiple within 30, in their places."""
-        picture = np.asarray(pictures.contact_sheet(paths, list("abcde"), columns=3, thumbnail=30)).astype(int)
-        places = []
-        for number in range(5):
-            ys, xs = np.nonzero(full_blocks((picture == 40 * number).all(-1), 24, 24))
-            assert len(ys) == 1
-            places.append((int(ys[0]), int(xs[0])))
-        assert places == sorted(places) and len({y for y, _ in places}) == 2
+    def test_images_in_order(self, paths, tmp_path):
+        """8x8 pixels to 24x24, the largest multiple within 30, three to a row."""
+        figure = pictures.contact_sheet(paths, list("abcde"), columns=3, thumbnail=30)
+        picture = rendered(figure, tmp_path)
+        boxes = [box(picture, colour(40 * number)) for number in range(5)]
+        assert {(bottom - top, right - left) for top, bottom, left, right in boxes} == {(23, 23)}
+        assert [b[:1] + b[2:3] for b in boxes] == sorted(b[:1] + b[2:3] for b in boxes)
+        assert len({b[0] for b in boxes}) == 2 and len({b[2] for b in boxes}) == 3
+        assert [word for word, _ in words_of(figure)] == list("abcde")
 
     def test_large_images_shrink(self, tmp_path):
         pictures.save_png(np.zeros((300, 200, 3), np.uint8), tmp_path / "a.png")
-        picture = np.asarray(pictures.contact_sheet([tmp_path / "a.png"], ["a"], columns=4, thumbnail=64))
-        assert picture.shape[0] < 110 and picture.shape[1] < 80
-
-    def test_long_captions_fit(self, paths):
-        narrow, wide = (
-            pictures.contact_sheet(paths, [text] * 5, columns=5, thumbnail=16).width for text in ("a", "a" * 30)
-        )
-        assert wide > 4 * narrow
+        picture = rendered(pictures.contact_sheet([tmp_path / "a.png"], ["a"], columns=4, thumbnail=64), tmp_path)
+        assert picture.shape[0] < 120 and picture.shape[1] < 80
 
     @pytest.mark.parametrize("captions, columns", [(["a"], 1), (list("abcde"), 0)], ids=["captions", "columns"])
     def test_wrong_arguments(self, paths, captions, columns):
@@ -173,8 +154,3 @@ class TestContactSheet:
     def test_no_images(self):
         with pytest.raises(ValueError, match="at least 1, got 0"):
             pictures.contact_sheet([], [], columns=1)
-
-
-def full_blocks(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Where ``mask`` holds a full block of ``height`` x ``width``, by its upper left corner."""
-    return np.lib.stride_tricks.sliding_window_view(mask, (height, width)).all((-2, -1))

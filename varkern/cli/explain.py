@@ -9,7 +9,7 @@ import torch
 import typer
 
 import varkern
-from varkern.extras import require_pillow
+from varkern.extras import require_matplotlib
 from varkern.models import load_var
 from varkern.runs import check_file, write_json
 from varkern.scorer import Scorer
@@ -46,7 +46,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from matplotlib.figure import Figure
 
 
 def explain(
@@ -70,7 +70,7 @@ def explain(
     out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the scores")] = Path("explain.png"),
 ) -> None:
     """Picture one generation: every scale's candidates by score, the kept one framed, and M=1 from the same seed."""
-    require_pillow()
+    require_matplotlib()
     require("number", number, 0)
     check_places(out)
     scorer = find_scorer(var, scorer)
@@ -106,7 +106,7 @@ def perturb(
     out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the figures")] = Path("perturb.png"),
 ) -> None:
     """Replace each scale of finished images in turn by random tokens, and measure how far the images move."""
-    require_pillow()
+    require_matplotlib()
     require("replacements", replacements, 1)
     require("num_per_class", num_per_class, 1)
     check_places(out)
@@ -138,7 +138,7 @@ def check_places(out: Path) -> None:
     check_file("out", out.with_suffix(".json"), ".json")
 
 
-def save(out: Path, picture: Image.Image, figures: dict[str, Any]) -> None:
+def save(out: Path, picture: Figure, figures: dict[str, Any]) -> None:
     """Write a picture, and the figures behind it beside it."""
     write_json(out.with_suffix(".json"), figures)
     save_png(picture, out)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 import varkern
-from varkern.extras import require_pillow
+from varkern.extras import require_matplotlib
 from varkern.models import load_var
 from varkern.runs import check_file, claim, describe_file, open_folder
 from varkern.scorer import Scorer
@@ -94,7 +94,7 @@ def sample(
         "pick": parse_pick(pick),
         "temperature": temperature,
     }
-    require_pillow()
+    require_matplotlib()
     check_file("npz", npz, ".npz")
     open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])

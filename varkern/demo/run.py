@@ -6,22 +6,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from varkern.extras import require_pillow
+from varkern.extras import require_matplotlib
 from varkern.generation import Generation, generate
 from varkern.models import VAR, load_var
 from varkern.ops import image_seeds
 from varkern.runs import check_file
 from varkern.scorer import Scorer
 from varkern.search import BestOfM
-from varkern.studies.pictures import Panel, draw_panels, save_png
+from varkern.studies.pictures import Row, Tile, draw_rows, save_png
 
 from .digits import NUM_CLASSES
 from .train import SAMPLING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -72,7 +76,7 @@ def run(
     Raises:
         ImportError, OSError, ValueError: if something is wrong, before any work.
     """
-    require_pillow()
+    require_matplotlib()
     if m < 2:
         raise ValueError(f"m must be >= 2, got {m}")
     if num_per_class < 1:
@@ -95,9 +99,17 @@ def run(
         seconds = time.perf_counter() - start
         scores = score_images(model, scorer, labels, generation.tokens).view(NUM_CLASSES, num_per_class).mean(1).cpu()
         results.append(Result(title, images.unflatten(0, (NUM_CLASSES, num_per_class)), scores, seconds))
-    panels = [Panel(result.title, result.images.transpose(0, 1)) for result in results]
-    save_png(draw_panels(panels, [str(digit) for digit in range(NUM_CLASSES)]), out)
+    save_png(draw(results), out)
     return results
+
+
+def draw(results: Sequence[Result]) -> Figure:
+    """The images of every run, a column per digit, under the run's title."""
+    rows = []
+    for result in results:
+        for number, images in enumerate(result.images.unbind(1)):
+            rows.append(Row("", [Tile(image) for image in images], "" if number else result.title))
+    return draw_rows(rows, [str(digit) for digit in range(NUM_CLASSES)], tile=72)
 
 
 def as_table(results: Sequence[Result], m: int) -> Table:

@@ -18,7 +18,7 @@ from varkern.spec import ModelSpec
 from .pictures import Row, Tile, draw_rows
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from matplotlib.figure import Figure
 
 MOST_SHOWN = 8  # candidates a row; more would be no use to the eye
 DECODED_AT_ONCE = 16
@@ -144,12 +144,12 @@ def shown_ranks(count: int, kept: int, most: int = MOST_SHOWN) -> list[int]:
     return sorted(ranks)
 
 
-def draw(scales: Sequence[Explained], title: str) -> Image.Image:
-    """A row a scale: its candidates from the best score down, the kept one framed, the model alone at the right."""
+def draw(scales: Sequence[Explained], title: str) -> Figure:
+    """A row per scale: its candidates from the best score down, the kept one framed, the model alone at the right."""
     most = max(min(len(scale.images), MOST_SHOWN) for scale in scales)
     rows = []
     for scale in scales:
-        label = [f"scale {scale.scale}", f"{scale.side}x{scale.side}"]
+        label = f"scale {scale.scale}\n{scale.side}x{scale.side}"
         if scale.scores is None:
             tiles = [Tile(scale.images[0], "not searched")]
         else:
@@ -157,7 +157,7 @@ def draw(scales: Sequence[Explained], title: str) -> Image.Image:
             order = scale.scores.argsort(descending=True, stable=True).tolist()
             ranks = shown_ranks(len(order), order.index(scale.kept))
             if len(ranks) < len(order):
-                label.append(f"{len(ranks)} of {len(order)}")
+                label += f"\n{len(ranks)} of {len(order)}"
             tiles = [
                 Tile(
                     scale.images[order[rank]],

@@ -20,7 +20,7 @@ from varkern.progress import progress_bar
 from .pictures import Row, Tile, draw_rows
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def perturb(
     return Perturbed(spec.sides, tuple(labels.tolist()), images, torch.stack(examples), changes)
 
 
-def draw(found: Perturbed, title: str, most: int = 4) -> Image.Image:
-    """A row an image, of the first ``most``: undisturbed, then with each scale replaced, over the change it made."""
+def draw(found: Perturbed, title: str, most: int = 4) -> Figure:
+    """A row per image, of the first ``most``: undisturbed, then with each scale replaced, over the change it made."""
     rows = []
     for number, label in enumerate(found.labels[:most]):
         changes = 100 * found.changes[0, :, number]
         tiles = [Tile(found.images[number], "as generated")]
         tiles += [Tile(found.examples[k, number], f"{changes[k]:.1f} %") for k in range(len(found.sides))]
-        rows.append(Row([f"class {label}"], tiles))
+        rows.append(Row(f"class {label}", tiles))
     headings = [f"scale {k}: {side}x{side}" for k, side in enumerate(found.sides)]
     return draw_rows(rows, ["", *headings], title=title)
 

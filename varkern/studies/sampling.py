@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from varkern.checks import check
-from varkern.extras import require_pillow
+from varkern.extras import require_matplotlib
 from varkern.families import recognise
 from varkern.generation import generate
 from varkern.metrics.arrays import write_array
@@ -61,7 +61,7 @@ def check_order(model: Any, search: Search | None, order: Order, batch_size: int
     Raises:
         ImportError, ValueError, TypeError, UnsupportedModelError: naming what is wrong.
     """
-    require_pillow()
+    require_matplotlib()  # which brings pillow
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if not order.labels:
