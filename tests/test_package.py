@@ -1,5 +1,6 @@
 """What is installed is what the repository holds."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -38,6 +39,13 @@ class TestPackage:
         found = {str(path.relative_to(ROOT / "varkern")) for p in patterns for path in (ROOT / "varkern").glob(p)}
         weights = {f"demo/weights/{name}.safetensors" for name in ("vae", "var", "scorer", "classifier")}
         assert found == {"py.typed", "demo/README.md"} | weights
+
+    def test_every_dependency_is_imported(self):
+        """What a user must install is what the package imports."""
+        wanted = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in CONFIG["project"]["dependencies"]}
+        files = [path for folder in ("varkern", "kernels") for path in (ROOT / folder).rglob("*.py")]
+        text = "\n".join(path.read_text() for path in files)
+        assert wanted == {name for name in wanted if re.search(rf"^\s*(from|import) {name}\b", text, re.MULTILINE)}
 
     def test_version(self):
         assert CONFIG["project"]["version"] == varkern.__version__

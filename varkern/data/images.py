@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 RESIZE = 1.125  # VAR's utils/data.py, build_dataset: the short side is brought to 1.125 times the crop
@@ -135,4 +136,4 @@ def centre_crop(picture, size: int, short: int) -> np.ndarray:
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(picture.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    return rearrange(np.asarray(picture.crop((left, top, left + size, top + size))), "h w c -> c h w")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 SPATIAL_CHANNELS = 7  # of the layer that the published suite takes sFID from
@@ -122,8 +123,8 @@ def inception(device: torch.device, weights: Path | None = None) -> Extractor:
     def extract(images: Tensor) -> Extracted:
         spatial.clear()
         features, logits = network(images)
-        maps = spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)
-        return Extracted(features, logits, maps.flatten(1))
+        maps = rearrange(spatial.pop()[:, :SPATIAL_CHANNELS], "n c h w -> n (h w c)")
+        return Extracted(features, logits, maps)
 
     return Extractor("inception", extract, device)
 

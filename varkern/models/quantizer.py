@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -138,8 +139,9 @@ class VectorQuantizer(nn.Module):
         rest, f_hat = features.detach().clone(), torch.zeros_like(features)
         for k, side in enumerate(sides):
             pooled = rest if k == len(sides) - 1 else F.interpolate(rest, size=(side, side), mode="area")
-            ids = self.nearest(pooled.permute(0, 2, 3, 1).reshape(-1, self.Cvae)).view(-1, side, side)
-            h = self.fused(self.embedding(ids).permute(0, 3, 1, 2).contiguous(), k, size, len(sides))
+            nearest = self.nearest(rearrange(pooled, "b c h w -> (b h w) c"))
+            ids = rearrange(nearest, "(b h w) -> b h w", h=side, w=side)
+            h = self.fused(rearrange(self.embedding(ids), "b h w c -> b c h w").contiguous(), k, size, len(sides))
             f_hat = f_hat + h
             rest = rest - h.detach()
             yield ids.flatten(1), f_hat
@@ -193,7 +195,7 @@ class VectorQuantizer(nn.Module):
         codes = [self.codes(ids, k) for k, ids in enumerate(gt_ms_idx_Bl[:-1])]
         sums = self.embed_to_fhat(codes)
         nexts = [
-            F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+            rearrange(F.interpolate(f_hat, size=(side, side), mode="area"), "b c h w -> b (h w) c")
             for f_hat, side in zip(sums, self.v_patch_nums[1:], strict=True)
         ]
         return torch.cat(nexts, dim=1)
@@ -201,7 +203,7 @@ class VectorQuantizer(nn.Module):
     def codes(self, ids: Tensor, scale: int) -> Tensor:
         """Codebook lookup of one scale's token map, ``[B, l] -> [B, C, side, side]``."""
         side = self.v_patch_nums[scale]
-        return self.embedding(ids).transpose(1, 2).unflatten(2, (side, side))
+        return rearrange(self.embedding(ids), "b (h w) c -> b c h w", h=side, w=side)
 
     def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
         """Add one scale's codes to ``f_hat`` in place and pool it to the next scale's side.
