@@ -1,4 +1,4 @@
-"""The Triton kernels and their launchers; one file a kernel, named like the op in ``varkern.ops`` that calls it.
+"""The Triton kernels and their launchers. Each file has the name of the op in ``varkern.ops`` that calls it.
 
-This package imports triton, and torch only to launch; it knows nothing of the rest of varkern.
+This package imports triton, and torch only to launch kernels. It imports nothing else from varkern.
 """

@@ -1,17 +1,19 @@
 """Sums of Gaussian kernels over all pairs of a group's samples: ``sum_j exp(-|x_i - x_j|^2 / (2 h^2))``.
 
-Source: VAR-Scaling (arXiv 2601.07293), eq. 2; per position as in the released code, whose chain of ``cdist``, power,
-``exp`` and ``sum`` this replaces. Bound by arithmetic: a subtraction and a multiply-add for each pair and dimension,
-``N^2 D`` of each over the float32 rate, or half of that where both halves of the symmetric matrix come from one tile.
+Source: VAR-Scaling (arXiv 2601.07293), eq. 2. The per-position form follows the released code and replaces its chain
+of ``cdist``, power, ``exp`` and ``sum``. Bound by arithmetic: one subtraction and one multiply-add per pair and
+dimension, ``N^2 D`` of each, or half of that where one tile serves both halves of the symmetric matrix.
 
-Distances are sums of squared differences: equal samples are at 0 exactly and near ones keep their digits, which a Gram
-matrix (on tensor cores or not) cannot promise at float32. A tile of 8 x 128 pairs is held as a thread a column: the
-128 columns' coordinates pass through shared memory into registers, 16 at a time, and the 8 rows' are read by all
-threads of a warp at once, four coordinates a load. Coordinates are multiplied by a power of two near 1 / h, which is
-exact and costs nothing (the subtraction becomes a multiply-add), so that squares neither overflow nor vanish.
+Distances are sums of squared differences. Equal samples are therefore at distance 0 exactly, and near ones keep their
+digits, which a Gram matrix in float32 (on tensor cores or not) cannot guarantee. In a tile of 8 x 128 pairs every
+thread holds one column. The coordinates of the 128 columns pass through shared memory into registers, 16 at a time. The
+coordinates of the 8 rows are broadcast to all threads of a warp, four per load. Coordinates are multiplied by a power
+of two near 1 / h, so that squares neither overflow nor underflow. This is exact and costs nothing, because the
+subtraction becomes a multiply-add.
 
-A group's sums depend on its own sizes alone. Large groups take every pair of tiles once, for its rows and for its
-columns; these partial sums go to slots of their own, which a second launch adds up in order. No atomics.
+The order of a group's sums depends only on the group's own sizes. For large groups every pair of tiles is visited once
+and adds to the sums of its rows and of its columns. Every partial sum is written to a separate slot, and a second
+launch adds the slots in a fixed order. There are no atomics.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from .launching import launch
 
 BLOCK_I = 8
 BLOCK_J = 128
-ROW_BLOCKS = 4  # blocks of rows that a program takes one after another where both halves come from one tile
+ROW_BLOCKS = 4  # blocks of rows that a program takes one after another in large (symmetric) groups
 QUARTERS = tl.constexpr(BLOCK_J // (ROW_BLOCKS * BLOCK_I))
-SMALLEST_SYMMETRIC = 513  # below, half the work is worth less than a second launch and fewer programs
+SMALLEST_SYMMETRIC = 513  # below, a second launch and fewer programs cost more than half the work saves
 POSITIONS_AT_ONCE = 16
 MOST_PIECES = 4
-STEPS_AT_ONCE = 32  # tiles of 8 x 128 pairs x 16 coordinates that a program works through, roughly
+STEPS_AT_ONCE = 32  # about how many tiles of 8 x 128 pairs x 16 coordinates a program works through
 LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(2.0**-126)
 LARGEST_SHIFT = tl.constexpr(64)
@@ -41,9 +43,10 @@ LARGEST_SHIFT = tl.constexpr(64)
 
 @triton.jit
 def exponents(bandwidth_ptr, width, parts, BLOCK_PARTS: tl.constexpr):
-    """(shift, factor) of a bandwidth: exp2(factor * (shift * distance)^2) is the kernel; 0 stands for the limit.
+    """(shift, factor) of a bandwidth, with which the kernel is exp2(factor * (shift * distance)^2).
 
-    The bandwidth is ``width`` times the sum of its parts, or ``width`` alone if there are none.
+    The bandwidth is ``width`` times the sum of its parts, or ``width`` if there are none. A bandwidth of 0 means the
+    limit: 1 at distance 0, otherwise 0.
     """
     h = width
     if bandwidth_ptr is not None:
@@ -59,7 +62,7 @@ def exponents(bandwidth_ptr, width, parts, BLOCK_PARTS: tl.constexpr):
 
 @triton.jit
 def pieces_of(x, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    """``x[BLOCK, 4 * PIECES]`` as PIECES tiles ``[4, BLOCK]``; one way through shared memory, however many."""
+    """``x[BLOCK, 4 * PIECES]`` as PIECES tiles ``[4, BLOCK]``, with one exchange through shared memory in all."""
     if PIECES == 8:
         x = tl.permute(tl.reshape(x, (BLOCK, 2, 2, 2, 4)), (4, 0, 1, 2, 3))
         x0, x1 = tl.split(x)
@@ -87,7 +90,7 @@ def add_squares(
     squares, samples, i, j, place, units, COSINE: tl.constexpr,
     EVEN: tl.constexpr, PIECES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """``squares[BLOCK_I, 4, BLOCK_J]`` with what one place adds to the squared distances of samples i and j."""
+    """Add to ``squares[BLOCK_I, 4, BLOCK_J]`` the squared differences of samples i and j at one place."""
     table_ptr, tokens_ptr, N, D, V, strides = samples
     row_units, column_units = units
     rows_ptr = row_pointers(table_ptr, tokens_ptr, i, place, N, V, strides)
@@ -107,7 +110,7 @@ def add_squares(
                 # Both products are rounded before they are subtracted, so that equal samples are at 0 exactly.
                 rows = rows * row_units
                 difference = rows[:, :, None] - pieces[k][None, :, :]
-            else:  # the unit is a power of two: its product is exact, and costs nothing inside the subtraction
+            else:  # the unit is a power of two, so its product is exact; fused with the subtraction it costs nothing
                 difference = tl.fma(rows[:, :, None], row_units, -pieces[k][None, :, :])
             squares = tl.fma(difference, difference, squares)
     return squares
@@ -119,7 +122,7 @@ def kernels_of_tile(
     JOINED: tl.constexpr, EVEN: tl.constexpr, PIECES: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """``[BLOCK_I, BLOCK_J]``: the kernels of samples i and j, added over the positions from the first to the last."""
+    """The kernels of samples i and j ``[BLOCK_I, BLOCK_J]``, summed over positions [first, last)."""
     COSINE: tl.constexpr = inverse_ptr is not None
     first_position, last_position = positions
     N = samples[2]
@@ -135,7 +138,7 @@ def kernels_of_tile(
             units = (row_units[:, None], column_units[:, None])
         else:
             units = (shift, shift)
-        parts_of_squares = tl.zeros((BLOCK_I, 4, BLOCK_J), dtype=tl.float32)  # four sums a pair, for accuracy
+        parts_of_squares = tl.zeros((BLOCK_I, 4, BLOCK_J), dtype=tl.float32)  # four sums per pair, for accuracy
         if JOINED:
             for place in range(length):
                 parts_of_squares = add_squares(
@@ -147,7 +150,7 @@ def kernels_of_tile(
             )
         squares = tl.sum(parts_of_squares, 1)
         if COSINE:
-            # A vector of zeros stands for one more direction, at a right angle to every other.
+            # A zero vector counts as orthogonal to every other vector and as equal to another zero vector.
             apart = (row_units == 0.0)[:, None] != (column_units == 0.0)[None, :]
             distance = (squares + apart.to(tl.float32)) * (0.5 * shift)
             squares = distance * distance
@@ -164,10 +167,10 @@ def density_kernel(
     SYMMETRIC: tl.constexpr, JOINED: tl.constexpr, EVEN: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Program (group and block of rows, tiles of columns, positions): its part of the sums, into a slot of its own.
+    """A program (group and block of rows, tiles of columns, positions) writes its part of the sums into its own slot.
 
-    ``positions`` are estimated apart and added; or, JOINED, ``length`` rows of the table make one sample. EVEN: a row
-    of the table has a multiple of 4 * PIECES coordinates.
+    Every one of ``positions`` gets a density, and these are added. JOINED: ``length`` rows of the table make one
+    sample. EVEN: the number of coordinates in a row of the table is a multiple of 4 * PIECES.
     """
     group, row_start, first_tile, last_tile, row_slot, column_slot = locate(
         tiles, row_programs, tiles_at_once, SYMMETRIC, ROW_BLOCKS * BLOCK_I, BLOCK_J
@@ -213,10 +216,11 @@ def density_kernel(
 
 @functools.cache
 def plan(count: int, dims: int, positions: int, length: int) -> dict:
-    """How groups of ``count`` samples are launched; ``dims`` coordinates in each of ``length`` rows of a sample.
+    """Launch parameters for groups of ``count`` samples, each of ``length`` rows of ``dims`` coordinates.
 
-    The batch's size has no say, so that it cannot change a sum's order. Small groups: a program takes 8 rows against
-    as many tiles of columns as keep it below STEPS_AT_ONCE, one slot each. Large ones: every pair of tiles once.
+    They do not depend on the batch size, so that it cannot change the order of a sum. In small groups a program
+    compares 8 rows with as many tiles of columns as STEPS_AT_ONCE allows, and has one slot. In large groups every pair
+    of tiles is visited once.
     """
     tiles = triton.cdiv(count, BLOCK_J)
     pieces = min(MOST_PIECES, triton.next_power_of_2(triton.cdiv(dims, 4)))
@@ -258,8 +262,8 @@ def plan(count: int, dims: int, positions: int, length: int) -> dict:
 def density(samples: Samples, out: Tensor, bandwidth: Tensor | None, width: float, over_batch: bool, cosine: bool):
     """Write the sums of kernels into ``out[G, N]``.
 
-    ``bandwidth[G, positions]``, or None and a ``width`` above 0, or neither: Silverman's, of each group and position or
-    with ``over_batch`` of each position alone.
+    The bandwidth is ``bandwidth[G, positions]``, or ``width`` if that is > 0. If neither is given it is Silverman's,
+    per group and position, or with ``over_batch`` the mean over the groups, per position.
     """
     if out.numel() == 0:
         return

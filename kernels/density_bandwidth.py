@@ -1,8 +1,8 @@
-"""Silverman's bandwidth of samples, their lengths, and the adding up of slots: what surrounds the density kernels.
+"""The kernels around the density kernels: Silverman's bandwidth, the norms of samples, and the sum over slots.
 
-``h = sigma (N (D + 2) / 4)^(-1 / (D + 4))`` with sigma the mean over the dimensions of the standard deviation, divided
-by N (VAR-Scaling, eq. 3). Bound by reading the samples once. Sums of squares are taken in float64 from the first
-sample on, which no scale overflows, and which leaves 0 for equal samples.
+``h = sigma (N (D + 2) / 4)^(-1 / (D + 4))``, where sigma is the mean over the dimensions of the standard deviation,
+computed with a divisor of N (VAR-Scaling, eq. 3). Bound by reading the samples once. Squared differences from the first
+sample are summed in float64: they cannot overflow, and equal samples give exactly 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def deviations_kernel(
     stride_tokens_image, stride_tokens_sample, stride_tokens_place,
     BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the standard deviations of BLOCK_D dimensions, into ``out[group, position, (place, chunk)]``."""
+    """Write the sum of the standard deviations of BLOCK_D dimensions to ``out[group, position, (place, chunk)]``."""
     group = (tl.program_id(0) // positions).to(tl.int64)
     position = tl.program_id(0) % positions
     place = position * length + tl.program_id(1) // chunks
@@ -67,7 +67,7 @@ def inverse_norms_kernel(
     stride_tokens_image, stride_tokens_sample, stride_tokens_place,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One over the length of BLOCK_N samples, 0 for a vector of zeros, into ``out[group, position, N]``."""
+    """Write 1 / norm of BLOCK_N samples, or 0 for a zero vector, to ``out[group, position, N]``."""
     group = (tl.program_id(0) // positions).to(tl.int64)
     position = tl.program_id(0) % positions
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -91,7 +91,7 @@ def add_slots_kernel(
     slots_ptr, out_ptr, slots, size, factor, stride_slot, stride_element,
     BLOCK_SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """``out[e] = factor * sum_s slots[s, e]``, the slots in an order that their number alone decides."""
+    """``out[e] = factor * sum_s slots[s, e]``, in an order that depends only on the number of slots."""
     element = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     total = tl.zeros((BLOCK_SIZE,), dtype=tl.float32)
     for start in range(0, slots, BLOCK_SLOTS):
@@ -103,7 +103,7 @@ def add_slots_kernel(
 
 
 def add_slots(slots: Tensor, out: Tensor, factor: float) -> None:
-    """``out[...] = factor * slots.sum(0)`` for contiguous float32 tensors, in an order that no other size changes."""
+    """``out[...] = factor * slots.sum(0)`` for contiguous float32 tensors, in an order that only len(slots) decides."""
     size = out.numel()
     _add(slots, out, slots.shape[0], size, factor, size, 1)
 
@@ -127,12 +127,12 @@ def _add(slots: Tensor, out: Tensor, count: int, size: int, factor: float, strid
 
 
 def silverman_factor(count: int, dims: int) -> float:
-    """The bandwidth over the sum of the dimensions' standard deviations."""
+    """The factor that turns the sum of the dimensions' standard deviations into the bandwidth."""
     return (count * (dims + 2) / 4) ** (-1 / (dims + 4)) / dims
 
 
 def deviation_blocks(count: int, dims: int) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_D): few steps for many samples in few dimensions, whole lines of memory for long ones."""
+    """(BLOCK_N, BLOCK_D): large steps for many samples in few dimensions, whole lines of memory for long samples."""
     if dims > 256:
         return 128, 32
     block_n = min(1024, max(32, triton.next_power_of_2(count)))
@@ -142,7 +142,7 @@ def deviation_blocks(count: int, dims: int) -> tuple[int, int]:
 def silverman_parts(
     samples: Samples, inverse: Tensor | None, over_batch: bool = False, bits: bool = False
 ) -> tuple[Tensor, float, tuple[int, int]]:
-    """Parts of the bandwidths, the factor that their sum wants, and the parts' strides by group and position."""
+    """Parts of the bandwidths, the factor by which to multiply their sum, and the parts' group and position strides."""
     block_n, block_d = deviation_blocks(samples.count, samples.dims)
     chunks = triton.cdiv(samples.dims, block_d)
     rows, parts = samples.groups * samples.positions, samples.length * chunks
@@ -172,7 +172,7 @@ def silverman(samples: Samples, cosine: bool, out: Tensor) -> None:
 
 
 def inverse_norms(samples: Samples) -> Tensor:
-    """One over each sample's length, float32 ``[G, positions, N]``."""
+    """1 / norm of each sample, or 0 for a zero vector, float32 ``[G, positions, N]``."""
     out = samples.table.new_empty((samples.groups, samples.positions, samples.count), dtype=torch.float32)
     block_d = min(32, triton.next_power_of_2(samples.dims))
     grid = (samples.groups * samples.positions, triton.cdiv(samples.count, 64))

@@ -1,8 +1,8 @@
-"""Sums of Gaussian kernels for binary codes: squared distances are Hamming distances, counted on packed words.
+"""Sums of Gaussian kernels for binary codes. Squared distances are Hamming distances, counted on packed words.
 
-As ``density.py``, whose tiles and slots these are; codes of +-s are measured in units of 2 s, so that the squared
-distance is the number of bits that differ. Bound by the units that count bits and take exponentials, an eighth of the
-float32 rate each: for d=32 a pair costs what three of its 32 float coordinates would.
+The tiles and slots are those of ``density.py``. Codes of +-s are measured in units of 2 s, so that the squared distance
+is the number of bits that differ. Bound by the units that count bits and compute exponentials, each at an eighth of the
+float32 rate. For d=32 a pair costs as much as three of its 32 coordinates would in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORDS_AT_ONCE = 64
 def pack_kernel(
     bits_ptr, out_ptr, N, D, words, stride_bits_b, stride_bits_n, stride_bits_l, stride_bits_d, BLOCK_N: tl.constexpr
 ):
-    """32 bits a word, into ``out[B, l * words, N]``."""
+    """Pack 32 bits per word into ``out[B, l * words, N]``."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -43,7 +43,7 @@ def pack_kernel(
 
 @triton.jit
 def count_bits(x):
-    """How many bits of a 32-bit word are set; the compiler knows these lines as one instruction."""
+    """The number of set bits of a 32-bit word. The compiler turns these lines into one instruction."""
     x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -58,7 +58,7 @@ def bit_density_kernel(
     stride_bandwidth_group, stride_bandwidth_position,
     SYMMETRIC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """As ``density_kernel``; a sample is ``words`` words a position, ``words_ptr`` is ``[G, positions, words, N]``."""
+    """Like ``density_kernel``, for samples of ``words`` words per position at ``words_ptr[G, positions, words, N]``."""
     group, row_start, first_tile, last_tile, row_slot, column_slot = locate(
         tiles, row_programs, tiles_at_once, SYMMETRIC, BLOCK_I, BLOCK_J
     )
@@ -95,7 +95,7 @@ def bit_density_kernel(
 
 @functools.cache
 def plan(count: int, positions: int, words: int) -> dict:
-    """As ``density.plan``: the batch's size has no say."""
+    """Launch parameters, which do not depend on the batch size; see ``density.plan``."""
     tiles = triton.cdiv(count, BLOCK_J)
     symmetric = count >= SMALLEST_SYMMETRIC
     positions_at_once = min(positions, POSITIONS_AT_ONCE)
@@ -115,7 +115,7 @@ def plan(count: int, positions: int, words: int) -> dict:
 
 
 def pack(bits: Tensor) -> Tensor:
-    """``bits[B, N, l, d]``, uint8, as int32 words ``[B, l * ceil(d / 32), N]``."""
+    """Pack ``bits[B, N, l, d]`` (uint8) into int32 words ``[B, l * ceil(d / 32), N]``."""
     batch_size, count, length, dims = bits.shape
     words = triton.cdiv(dims, 32)
     out = torch.empty((batch_size, length * words, count), dtype=torch.int32, device=bits.device)
@@ -135,9 +135,9 @@ def pack(bits: Tensor) -> Tensor:
 
 
 def bit_density(bits: Tensor, out: Tensor, bandwidth: Tensor | None, width: float, over_batch: bool, joined: bool):
-    """Write the sums of kernels of ``bits[B, N, l, d]``, bool or uint8, into ``out[B, N]``; in units of 2 s.
+    """Write the sums of kernels of ``bits[B, N, l, d]`` (bool or uint8) into ``out[B, N]``.
 
-    Bandwidths as ``density.density`` takes them.
+    Bandwidths are given as in ``density.density``, in units of 2 s.
     """
     if out.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""What the density kernels share: where samples lie in memory, and which part of the pairs a program takes."""
+"""Code that the density kernels share: where samples lie in memory, and which pairs of samples a program takes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """G groups of N samples at ``positions`` places that are estimated apart, each sample of ``length * dims`` numbers.
+    """G groups of N samples. Each of ``positions`` has a separate density; a sample has ``length * dims`` numbers.
 
-    ``table[G, N, length, dims]``; or ``table[V, dims]`` with ``tokens[G, N, positions * length]``, whose rows it names.
+    The numbers are ``table[G, N, length, dims]``, or the rows of ``table[V, dims]`` that
+    ``tokens[G, N, positions * length]`` selects.
     """
 
     table: Tensor
@@ -30,7 +31,7 @@ class Samples:
 
     @property
     def table_strides(self) -> tuple[int, int, int]:
-        """From group to group, from row to row, from place to place."""
+        """The strides of groups, rows and places."""
         return (0, self.table.stride(0), 0) if self.tokens is not None else self.table.stride()[:3]
 
     @property
@@ -39,17 +40,17 @@ class Samples:
 
 
 def points(x: Tensor) -> Samples:
-    """``x[G, N, D]``."""
+    """Samples ``x[G, N, D]`` at one position."""
     x = x if x.stride(2) == 1 else x.contiguous()
     groups, count, dims = x.shape
     return Samples(x[:, :, None, :], None, groups, count, 1, 1, dims)
 
 
 def token_maps(tokens: Tensor, codebook: Tensor, joined: bool) -> Samples:
-    """Maps ``tokens[B, N, l]`` of rows of ``codebook[V, C]``: l positions, or joined to one sample a map."""
+    """Maps ``tokens[B, N, l]`` of rows of ``codebook[V, C]``, as l positions or, if ``joined``, one sample per map."""
     codebook = codebook if codebook.stride(1) == 1 else codebook.contiguous()
     groups, count, length = tokens.shape
-    if (count - 1) * tokens.stride(1) + (length - 1) * tokens.stride(2) >= 2**31:  # the kernels' offsets in an image
+    if (count - 1) * tokens.stride(1) + (length - 1) * tokens.stride(2) >= 2**31:  # offsets in an image are int32
         tokens = tokens.contiguous()
     positions = (1, length) if joined else (length, 1)
     return Samples(codebook, tokens, groups, count, *positions, codebook.shape[1])
@@ -61,9 +62,9 @@ def locate(
 ):  # fmt: skip
     """(group, first row, first and last tile of columns, slot of the row sums, slot of the column sums).
 
-    Symmetric: tile I meets the tiles I, I + 1, ..., I + T // 2 (around the end), so that every pair of tiles meets
-    once; with an even T the pairs at T / 2 would meet twice, and their second half takes no tile and adds nothing.
-    A tile's rows are shared by BLOCK_J / ROWS programs, whose column sums have a slot each.
+    SYMMETRIC: of T tiles, tile I is paired with the tiles I, I + 1, ..., I + T // 2 (modulo T), so that every pair of
+    tiles occurs once. With an even T the pairs at distance T / 2 would occur twice; the second occurrence takes no tile
+    and adds nothing. BLOCK_J / ROWS programs share the rows of a tile, and each has a slot for its column sums.
     """
     group = tl.program_id(0) // row_programs
     row_program = tl.program_id(0) % row_programs
@@ -86,7 +87,7 @@ def locate(
 
 @triton.jit
 def row_pointers(table_ptr, tokens_ptr, n, place, N, V, strides):
-    """Where the coordinates of samples n at a place begin; samples beyond the last stand for the first."""
+    """Pointers to the first coordinates of samples n at a place. Indices beyond the last sample give the first one."""
     stride_table_row, stride_table_place, stride_tokens_sample, stride_tokens_place = strides
     if tokens_ptr is None:
         row = tl.where(n < N, n, 0).to(tl.int64)

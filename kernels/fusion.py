@@ -1,22 +1,22 @@
-"""The fusion F(.) of M candidates in one launch: ``phi(resize(codebook[tokens])) + f_hat``.
+"""The fusion F(.) of M candidates, in one launch: ``phi(resize(codebook[tokens])) + f_hat``.
 
 Source: VAR's ``get_next_autoregressive_input`` and its ``Phi``; LSRS, Algorithm 1 (``e_k = F(r_<=k)``).
 
-Resized scales. With ``T[v, dy, dx] = codebook[v] @ phi's tap (dy, dx)`` and ``A_y``, ``A_x`` the interpolation of an
-axis, shifted by a tap with zeros from outside,
+Resized scales. Let ``T[v, dy, dx] = codebook[v] @ phi's tap (dy, dx)``, and let ``A_y`` and ``A_x`` be the
+interpolation matrices of the two axes, shifted by a tap with zero padding. Then
 
     out[y, x] = sum over (i, dy), (j, dx) of  A_y[y, (i, dy)] * A_x[x, (j, dx)] * T[token[i, j], dy, dx]
 
-which is two matrix products around one gathered operand: over ``(i, dy)``, then over ``(j, dx)``. A program makes a
-16 x 16 tile of pixels of one candidate and visits only the pairs that reach its tile (``tile_inputs`` in
-``varkern.ops.fusion_tables``), so neither looked-up nor upsampled features exist in memory, and no tile needs its
-neighbour's.
+These are two matrix products of one gathered operand: over ``(i, dy)``, then over ``(j, dx)``. A program computes a
+16 x 16 tile of pixels of one candidate. It visits only the pairs that reach its tile (``tile_inputs`` in
+``varkern.ops.fusion_tables``), so features are never in memory before they are complete, and tiles are independent.
 
-Unresized scales. Nine neighbours a pixel: in half precision their codebook rows times phi's taps on the matrix units
-(the rows of a map stay in the first-level cache, the nine-tap table's would not); in float32 nine rows of ``T``, added.
+Unresized scales. Every pixel sums over nine neighbours. In half precision the matrix units multiply the neighbours'
+codebook rows by phi's taps; a map's codebook rows fit into the first-level cache, its rows of ``T`` would not. In
+float32 the kernel adds nine rows of ``T``.
 
-What bounds them: in half precision writing the features, ``B * M * C * H * W`` elements, and reading ``9 * l`` rows of
-``T`` a candidate from the second-level cache; in float32 the multiplications, done without tf32.
+Bound, in half precision, by writing the features, ``B * M * C * H * W`` elements, and by reading ``9 * l`` rows of
+``T`` per candidate from the second-level cache; in float32, by the multiplications, which do not use TensorFloat-32.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .launching import launch
 
 @triton.jit
 def _clamped(ids, V):
-    """Token ids as int32, forced into the codebook so that no id can read outside it."""
+    """Token ids as int32, clamped to [0, V), so that no id reads outside the codebook."""
     return tl.minimum(tl.maximum(ids, 0), V - 1).to(tl.int32)
 
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Float32 to ``dtype``, to the nearest. Triton's interpreter cuts bfloat16 off, where GPUs round."""
+    """Round float32 to the nearest ``dtype``. Triton's interpreter would truncate to bfloat16; GPUs round."""
     if INTERPRETED:
         if dtype == tl.bfloat16:
             bits = x.to(tl.uint32, bitcast=True)
@@ -48,7 +48,7 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _product(a, b, sums, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``a @ b + sums``. Triton's interpreter would sum in half precision; widening first is exact."""
+    """``a @ b + sums``. Triton's interpreter would sum in half precision, so operands are widened, which is exact."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     return tl.dot(a, b, sums, input_precision=PRECISION)
@@ -131,7 +131,7 @@ def fuse_unresized_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A scale of the latent's own side. Each code is looked up nine times, once for each pixel that it reaches."""
+    """Fuse a scale that has the latent's side. Each code is looked up nine times, once per pixel that it reaches."""
     n = tl.program_id(0)
     image = (n // M).to(tl.int64)
     map_ptr = tokens_ptr + image * stride_tokens_b + (n % M).to(tl.int64) * stride_tokens_m
@@ -186,15 +186,15 @@ def fuse_resized(
     rows: tuple[Tensor, Tensor],
     columns: tuple[Tensor, Tensor],
 ) -> None:
-    """Write the features of every token map into ``out``, not empty; a scale of another side than the latent's.
+    """Write the features of every token map into ``out``, for a scale whose side differs from the latent's.
 
     Arguments:
-        tokens: int64 ``[B, M, l]``, rows of ``width`` ids.
-        table, bias, scale: of ``fusion_tables.make_tap_table`` with phi, else of ``make_codebook`` and no bias. The
-            table's dtype is what is multiplied; a scale of None is 1.
+        tokens: int64 ``[B, M, l]``; a map's rows have ``width`` ids.
+        table, bias, scale: from ``fusion_tables.make_tap_table`` with phi, otherwise from ``make_codebook`` with a
+            bias of None. Products are computed in the table's dtype. A scale of None means 1.
         f_hat: ``[B, C, H, W]`` or None; may be ``out``.
-        out: ``[B * M, C, H, W]``, any strides.
-        rows, columns: ``fusion_tables.tile_inputs`` of both axes.
+        out: ``[B * M, C, H, W]``, not empty, any strides.
+        rows, columns: ``fusion_tables.tile_inputs`` of the two axes.
     """
     N, C, H, W = out.shape
     (row_places, row_weights), (column_places, column_weights) = rows, columns
@@ -206,7 +206,7 @@ def fuse_resized(
         tokens.shape[1], len(table), width, H, W, tiles_x, *_strides(tokens, f_hat, out),
         C=C, BLOCK_C=block_c, K_ROWS=row_places.shape[2], K_COLUMNS=column_places.shape[2],
         TAPS=1 if bias is None else 3, TILE=tile, PRECISION="ieee",
-        # One stage: a pipelined loop stages what it looks up in a layout whose reads meet in one bank, eight at a time.
+        # One stage: a pipelined loop would put its lookups into shared memory with eight-way bank conflicts.
         num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -220,10 +220,10 @@ def fuse_unresized(
     f_hat: Tensor | None,
     out: Tensor,
 ) -> None:
-    """As :func:`fuse_resized`, for a scale of the latent's own side.
+    """Like :func:`fuse_resized`, for a scale that has the latent's side.
 
-    With ``taps``, of ``fusion_tables.make_convolution``, ``table`` is the codebook, and the kernel multiplies; which of
-    both to hand over, :func:`multiplies` says.
+    If ``taps`` is given, ``table`` is the codebook, both come from ``fusion_tables.make_convolution``, and the kernel
+    multiplies them. :func:`multiplies` says whether to pass taps.
     """
     N, C, H, W = out.shape
     block_c, block_p, num_warps = unresized_blocks(N, C, H * W, taps is not None)
@@ -241,16 +241,16 @@ def _strides(tokens: Tensor, f_hat: Tensor | None, out: Tensor) -> tuple[int, ..
 
 
 def resized_blocks(C: int, dtype: torch.dtype) -> tuple[int, int]:
-    """``(BLOCK_C, num_warps)`` of ``fuse_resized_kernel``, whose two ``[16, 16 * BLOCK_C]`` stay in registers."""
+    """``(BLOCK_C, num_warps)`` of ``fuse_resized_kernel``. Two tiles ``[16, 16 * BLOCK_C]`` must fit into registers."""
     if dtype.itemsize == 2:
         return min(32, triton.next_power_of_2(C)), 8 if C > 16 else 4
     return min(16, triton.next_power_of_2(C)), 8
 
 
 def multiplies(C: int, dtype: torch.dtype) -> bool:
-    """Whether, with phi and operands of ``dtype``, ``fuse_unresized_kernel`` multiplies rather than looks products up.
+    """Whether ``fuse_unresized_kernel``, with phi and operands of ``dtype``, multiplies instead of looking products up.
 
-    In half precision the matrix units do so for less than reading nine times the bytes costs.
+    In half precision multiplying on the matrix units is cheaper than reading nine times as many bytes.
     """
     return dtype.itemsize == 2 and C <= 64
 
@@ -258,7 +258,8 @@ def multiplies(C: int, dtype: torch.dtype) -> bool:
 def unresized_blocks(N: int, C: int, pixels: int, multiply: bool) -> tuple[int, int, int]:
     """``(BLOCK_C, BLOCK_P, num_warps)`` of ``fuse_unresized_kernel``.
 
-    Few maps take small blocks of pixels, to reach more of the GPU; many take larger ones, to read phi's taps less.
+    With few maps, small blocks of pixels occupy more of the GPU. With many maps, larger blocks read phi's taps less
+    often.
     """
     few = N * pixels < 64 * 1024
     if multiply:

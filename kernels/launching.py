@@ -1,4 +1,4 @@
-"""How every kernel is launched: on the GPU of its tensors, whichever GPU is the current one."""
+"""The function that launches every kernel, always on the GPU that holds the kernel's tensors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """``kernel[grid](*arguments, **options)`` with the first tensor's GPU as the current device.
+    """Run ``kernel[grid](*arguments, **options)`` with the first tensor's GPU as the current device.
 
-    Triton launches on the current device and in its current stream; with tensors of another GPU, as in a process of
-    ``torchrun`` that did not call ``torch.cuda.set_device``, the kernel would run where its memory is not.
+    Triton launches on the current device and in its current stream. Tensors can be on another GPU, for instance in a
+    process of ``torchrun`` that did not call ``torch.cuda.set_device``; the kernel could then not reach their memory.
 
-    A kernel with an argument ``INTERPRETED`` is told whether Triton's interpreter runs it, which rounds differently.
+    A kernel with an argument ``INTERPRETED`` gets True if Triton's interpreter runs it, which rounds differently.
 
-    Multiplications and additions are fused only where a kernel says so with ``tl.fma`` or its launch with
-    ``enable_fp_fusion=True``. Which ones the compiler would fuse depends on the layout: equal samples were no longer at
-    distance 0, and threads that hold the same sum disagreed about its last bit.
+    The compiler may fuse a multiplication with an addition only where the kernel calls ``tl.fma`` or the launch passes
+    ``enable_fp_fusion=True``. Otherwise its choice would depend on the tensor layout: equal samples were then not at
+    distance 0, and threads with the same sum disagreed about its last bit.
     """
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if "INTERPRETED" in kernel.arg_names:

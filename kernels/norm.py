@@ -1,19 +1,20 @@
-"""Layer norm over all numbers of a map with LeakyReLU and a residual, forward and backward, one pass over memory each.
+"""Layer norm over all numbers of a map, with LeakyReLU and a residual. Forward and backward each read memory once.
 
     n = (x - mean(x)) * rstd(x);  p = n * weight + bias + residual;  y = p if p > 0 else slope * p
 
-and, with g the gradient of p, ``dy`` where p > 0 and ``slope * dy`` elsewhere, and h = g * weight::
+The gradient g of p is ``dy`` where p > 0 and ``slope * dy`` elsewhere. With h = g * weight::
 
     dx = rstd * (h - mean(h) - n * mean(h * n));  dresidual = g
     dweight = sum over maps of g * n;  dbias = sum of g
 
-Source: layer norm (Ba et al., 2016, eq. 4), its backward by the chain rule. Bound by bytes: a map (1,024 to 4,096
-numbers in the published scorer) lies in the registers of one program, so that both passes over it (mean, then squares
-of what is left: no cancellation) cost one read of memory. A program takes map after map and keeps weight and bias,
-which are float32 and as long as a map: read for every map, they would be most of the bytes. Maps lie in memory as
-``[C, H, W]`` or ``[H, W, C]``; weights always as the former. Backward makes n and p anew from x and the residual,
-which it reads anyway. Sums over maps have a fixed order: every program keeps the sums over the maps that are its, and a
-second, small kernel adds the programs' sums.
+Source: layer norm (Ba et al., 2016, eq. 4); its backward follows by the chain rule. Bound by bytes.
+
+One program holds a whole map (1,024 to 4,096 numbers in the published scorer) in registers. It passes over the map
+twice, for the mean and then for the squares of ``x - mean``, which avoids cancellation, but reads memory only once. A
+program processes several maps and keeps weight and bias in registers: they are float32 and as long as a map, and
+reading them for every map would be most of the bytes. Maps lie in memory as ``[C, H, W]`` or ``[H, W, C]``; weights
+always lie as ``[C, H, W]``. Backward computes n and p again from x and the residual, which it has to read anyway. Sums
+over maps have a fixed order: every program sums over its own maps, and a small second kernel adds the programs' sums.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .launching import launch
 
 @triton.jit
 def place_of(i, C: tl.constexpr, PIXELS: tl.constexpr, LAST: tl.constexpr):
-    """Where a ``[C, H, W]`` tensor holds a map's ``i``-th number in memory; ``LAST``: maps lie as ``[H, W, C]``."""
+    """The offset in a ``[C, H, W]`` tensor of a map's ``i``-th number in memory. ``LAST``: maps are ``[H, W, C]``."""
     if LAST:
         return i % C * PIXELS + i // C
     else:
@@ -37,13 +38,13 @@ def place_of(i, C: tl.constexpr, PIXELS: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def load_wide(ptr, offsets, inside):
-    """Numbers of any float type as float32, 0 outside."""
+    """Load numbers of any float type as float32, with 0 where ``inside`` is false."""
     return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store(ptr, values, inside, INTERPRETED: tl.constexpr):
-    """Float32 ``values`` to the nearest of the pointer's type. Triton's interpreter cuts bfloat16 off, GPUs round."""
+    """Store float32 ``values``, rounded to nearest. Triton's interpreter would truncate to bfloat16; GPUs round."""
     if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -52,7 +53,7 @@ def store(ptr, values, inside, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def normalise(x, inside, eps, LENGTH: tl.constexpr):
-    """``n`` of a map's float32 numbers ``x`` ``[BLOCK]``, 0 outside, and its rstd."""
+    """``n`` and ``rstd`` of a map's float32 numbers ``x`` ``[BLOCK]``; n is 0 where ``inside`` is false."""
     centred = tl.where(inside, x - tl.sum(x, axis=0) * (1.0 / LENGTH), 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) * (1.0 / LENGTH) + eps)
     return centred * rstd, rstd
@@ -65,9 +66,9 @@ def norm_forward_kernel(
     C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr,
     ACTIVATE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Every ``num_programs``-th map; ``KEEP``: weight and bias stay in registers from one map to the next."""
+    """A program takes every ``num_programs``-th map. ``KEEP``: weight and bias stay in registers between maps."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    i = tl.arange(0, BLOCK)  # [BLOCK], as are all that follow
+    i = tl.arange(0, BLOCK)  # [BLOCK], like all tensors below
     inside = i < C * PIXELS
     place = place_of(i, C, PIXELS, LAST)
     weight = load_wide(weight_ptr, place, inside) if KEEP else 0.0
@@ -75,7 +76,7 @@ def norm_forward_kernel(
     first = program.to(tl.int64) * (C * PIXELS)
     for _ in range(program, maps, programs):
         x = load_wide(x_ptr + first, i, inside)
-        if residual_ptr is not None:  # asked for before it is needed, so that both reads are under way at once
+        if residual_ptr is not None:  # loaded before it is needed, so that the two reads overlap
             residual = load_wide(residual_ptr + first, i, inside)
         n, _rstd = normalise(x, inside, eps, C * PIXELS)
         if KEEP:
@@ -97,9 +98,9 @@ def norm_backward_kernel(
     C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr,
     ACTIVATE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel; sums over a program's maps go to ``sums_ptr`` ``[2, num_programs, C * PIXELS]``."""
+    """Like the forward kernel. Sums over a program's maps go to ``sums_ptr`` ``[2, num_programs, C * PIXELS]``."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    i = tl.arange(0, BLOCK)  # [BLOCK], as are all that follow
+    i = tl.arange(0, BLOCK)  # [BLOCK], like all tensors below
     inside = i < C * PIXELS
     place = place_of(i, C, PIXELS, LAST)
     kept_weight = load_wide(weight_ptr, place, inside) if KEEP else 0.0
@@ -140,7 +141,7 @@ def sum_programs_kernel(
     C: tl.constexpr, PIXELS: tl.constexpr, LAST: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A few places of both sums, over all programs of ``norm_backward_kernel``."""
+    """Add the sums of all programs of ``norm_backward_kernel``, at BLOCK places of a map."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < C * PIXELS
     grad_weight = tl.zeros((BLOCK_PROGRAMS, BLOCK), dtype=tl.float32)
@@ -160,7 +161,10 @@ def sum_programs_kernel(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, y: Tensor, slope: float, eps: float
 ) -> None:
-    """Fill ``y[N, C, H, W]``, not empty, of ``x``'s strides; what lies in neither format is copied there and back."""
+    """Fill ``y[N, C, H, W]``, which is not empty and has ``x``'s strides.
+
+    Tensors that are neither contiguous nor channels-last are copied first, and the result is copied back.
+    """
     last = channels_lie_last(x)
     out, sizes = _to_fill(y, last), _sizes(x, last, KEEP_FORWARD)
     launch(
@@ -184,7 +188,7 @@ def backward(
     slope: float,
     eps: float,
 ) -> None:
-    """Fill the gradients, that of a residual of None excepted; memory formats as in :func:`forward`."""
+    """Fill the gradients, except ``grad_residual`` if ``residual`` is None. Memory formats as in :func:`forward`."""
     last = channels_lie_last(x)
     sizes = _sizes(x, last, KEEP_BACKWARD)
     out, out_residual = _to_fill(grad_x, last), None if residual is None else _to_fill(grad_residual, last)
@@ -211,18 +215,18 @@ def backward(
         _put_back(out_residual, grad_residual)
 
 
-# The longest map of which a program keeps weight and bias in registers: 16 or fewer numbers a thread of each.
+# The longest map for which a program keeps weight and bias in registers: at most 16 numbers of each per thread.
 KEEP_FORWARD, KEEP_BACKWARD = 8192, 4096
 SUM_BLOCK_PROGRAMS, SUM_BLOCK = 64, 16
 
 
 def warps_for(block: int) -> int:
-    """Eight numbers a thread of each tensor, which leaves registers for seven tensors, as far as 16 warps go."""
+    """Warps for eight numbers of each tensor per thread, which leaves registers for seven tensors; at most 16."""
     return min(16, max(1, block // 256))
 
 
 def channels_lie_last(x: Tensor) -> bool:
-    """Whether maps are read as ``[H, W, C]``; where both formats are true, and where none is, as ``[C, H, W]``."""
+    """Whether maps are read as ``[H, W, C]``: only if ``x`` is channels-last and not contiguous as well."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -234,7 +238,7 @@ def _sizes(x: Tensor, last: bool, keep: int) -> dict[str, int | bool]:
 
 
 def _programs(x: Tensor, num_warps: int) -> int:
-    """What a GPU holds at a time, so that every program has the same share, but no more than maps."""
+    """As many programs as the GPU can run together, so that all get the same share; at most one per map."""
     if x.device.type != "cuda":
         return min(x.shape[0], 3)
     resident = 2048 // (32 * num_warps)
@@ -242,7 +246,7 @@ def _programs(x: Tensor, num_warps: int) -> int:
 
 
 def _as_maps(x: Tensor | None, last: bool) -> Tensor | None:
-    """The tensor itself if it lies as asked, else a copy that does."""
+    """The tensor itself if it has the format of ``last``, otherwise a copy that has it."""
     return None if x is None else x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 

@@ -1,8 +1,8 @@
 """Philox-4x32-10 in a kernel, with varkern's counter layout.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The PyTorch form, which
-gives the same words, is ``varkern.ops.philox``. Bound by integer multiplications: 20 wide ones for four words; for the
-few numbers of a search, by the launch.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The PyTorch form in
+``varkern.ops.philox`` gives the same words. Bound by integer multiplications, 20 wide ones per four words; for the few
+numbers that a search draws, bound by the launch.
 """
 
 import torch
@@ -20,7 +20,7 @@ def philox_uniform_bits(seed, position, candidate, scale, STREAM: tl.constexpr):
 
     seed: int64 scalar; position, candidate, scale: integer scalars or tensors that broadcast.
     """
-    # tl.cast, not .to(): an argument that equals 1 is a constant of the compiler's, which has no methods.
+    # tl.cast, not .to(): Triton turns an argument that equals 1 into a compile-time constant, which has no methods.
     zero = tl.zeros_like(candidate).to(tl.uint32)
     c0 = zero + tl.cast(position, tl.uint32)
     c2 = zero + tl.cast(scale, tl.uint32)
@@ -40,7 +40,7 @@ def uniforms_kernel(
 
 
 def fill_uniforms(seeds: torch.Tensor, uniforms: torch.Tensor, scale: int, stream: int) -> None:
-    """Write the uniform numbers of ``seeds[B]`` int64 into ``uniforms[B, M, l]`` float32, contiguous, of 1 at least."""
+    """Write the uniform numbers of ``seeds[B]`` int64 into ``uniforms[B, M, l]``, float32, contiguous, not empty."""
     batch_size, num_candidates, length = uniforms.shape
     places = num_candidates * length
     grid = (batch_size, triton.cdiv(places, BLOCK))

@@ -1,10 +1,10 @@
-"""``f_hat`` resized to the next scale's side: every output is a weighted sum over a few rows and columns of its input.
+"""Resize ``f_hat`` to the next scale's side. Every output is a weighted sum over a few rows and columns of the input.
 
-Its tile has channels last: Triton 3.6 lets neighbouring lanes read neighbouring pixels of it and 3.8 lets them read
-neighbouring channels, which moves seven times the sectors; with channels first it is the other way round.
+The kernel's tile has channels last. With it, neighbouring lanes read neighbouring pixels in Triton 3.6 and neighbouring
+channels in Triton 3.8, which moves seven times as many sectors. With channels first it is the other way round.
 
 Source: the end of VAR's ``get_next_autoregressive_input`` (mode ``area`` is adaptive average pooling). Bound by reading
-``f_hat`` once, ``4 * B * C * H * W`` bytes, which for a batch of images is less than a launch costs.
+``f_hat`` once, ``4 * B * C * H * W`` bytes, which takes less time than a launch for a batch of images.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def resize_kernel(
 
 
 def resize(f_hat: Tensor, out: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> None:
-    """Write ``f_hat[B, C, H, W]`` resized into ``out[B, C, h, w]``, not empty, dense over (h, w), both float32.
+    """Resize ``f_hat[B, C, H, W]`` into ``out[B, C, h, w]``. Both are float32; out is not empty and dense over (h, w).
 
-    ``rows, columns``: ``varkern.ops.fusion_tables.pixel_inputs`` of both axes.
+    ``rows, columns``: ``varkern.ops.fusion_tables.pixel_inputs`` of the two axes.
     """
     B, C, h, w = out.shape
     (rows, row_weights), (columns, column_weights) = rows, columns
@@ -70,7 +70,7 @@ def resize(f_hat: Tensor, out: Tensor, rows: tuple[Tensor, Tensor], columns: tup
 
 
 def resize_blocks(C: int, places: int, columns: int) -> tuple[int, int, int]:
-    """``(BLOCK_C, BLOCK_COLUMNS, BLOCK_L)`` of ``resize_kernel``: a float32 tile of some 1024 elements."""
+    """``(BLOCK_C, BLOCK_COLUMNS, BLOCK_L)`` of ``resize_kernel``, for a float32 tile of about 1024 elements."""
     block_c = min(32, triton.next_power_of_2(C))
     block_columns = triton.next_power_of_2(columns)
     block_l = max(1, min(triton.next_power_of_2(places), 1024 // (block_c * block_columns)))

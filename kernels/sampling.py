@@ -1,22 +1,24 @@
 """Draw M candidate tokens for every row of logits, reading the row once.
 
 Formula (``varkern.ops.sampling`` states the contract): with ``x = ((1 + t)·cond − t·uncond) / temperature`` keep the
-``top_k`` largest x, then the smallest set of most probable tokens whose mass reaches ``top_p``, ties by lower index;
-draw m is the first index whose running sum of kept weights exceeds ``u_m · total``. It replaces
-``sample_with_top_k_top_p_`` of FoundationVision/VAR, two sorts and five passes over the logits for every draw.
+``top_k`` largest x, then the smallest set of most probable tokens whose mass reaches ``top_p``, ties by lower index.
+Draw m is the first index whose running sum of kept weights exceeds ``u_m · total``. The kernels replace
+``sample_with_top_k_top_p_`` of FoundationVision/VAR, which takes two sorts and five passes over the logits per draw.
 
-``sample_kernel`` holds a row in registers, one program a row; a row too long for that is read again, tile by tile, at
-every step of a search. With a top-k well below V two kernels share the work, because the searches' arithmetic and not
-the read would bound one: ``shortlist_kernel`` writes out, in vocabulary order, no fewer than the top_k largest and no
-more than a capacity; ``sample_shortlist_kernel``, one warp a row, filters those exactly and draws. A row in which ties
-overflow the shortlist is read again in full.
+``sample_kernel`` runs one program per row and holds the row in registers. A row that is too long for registers is read
+again, tile by tile, at every step of a search. If top_k is well below V, two kernels share the work, because a single
+one would be bound by the arithmetic of its searches and not by reading the logits. ``shortlist_kernel`` writes a
+shortlist in vocabulary order: at least the top_k largest logits, at most a fixed capacity.
+``sample_shortlist_kernel`` then filters these exactly and draws. If ties overflow a row's shortlist, the kernel reads
+the whole row again.
 
-The second launch pays: at V=4096, top_k=900, M=1 the two execute 8,500 warp instructions a row (sm_90, Triton 3.9, 24
-rows of normal logits) and one kernel 31,600, since some fourteen search steps run over 1024 logits within a warp, not
-over 4096 across eight. Between them go 6 bytes a logit kept, 4 of them read again: 10 kB a row, beside 32 kB of logits.
+The second launch is worth its cost. At V=4096, top_k=900, M=1 the two kernels execute 8,500 warp instructions per row
+(sm_90, Triton 3.9, 24 rows of normal logits), and the single kernel 31,600: about fourteen search steps run over 1024
+logits in one warp instead of 4096 logits in eight warps. The shortlist takes 6 bytes per logit, 4 of which are read
+again: 10 kB per row, compared with 32 kB of logits.
 
-Draws go through a two-level running sum: the sums of GROUPS groups are kept, and the one group that a draw lands in is
-read again, from cache. Bound by bytes: the logits, once.
+Draws use a running sum with two levels: the kernel keeps the sums of GROUPS groups, and reads the group that contains a
+draw again, from cache. Bound by bytes: the logits, read once.
 """
 
 import functools
@@ -60,7 +62,7 @@ def _running_sums(
     row, x, columns, weights, shift, threshold, tie,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of kept weights up to the end of every group [GROUPS], and over the row."""
+    """Sums of kept weights up to the end of every group [GROUPS], and the sum over the row."""
     if RESIDENT:
         if tie < GROUPS * GROUP_SIZE:
             weights = kept_weights(x, columns, weights, threshold, tie)
@@ -80,7 +82,7 @@ def _draw(
     row, shift, threshold, tie, running, total, bits,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """Columns for draws ``bits`` [DRAWS]: find the group by the running sums, then read it again."""
+    """The column of each draw of ``bits`` [DRAWS]: find its group by the running sums, then read that group again."""
     wanted = scaled(total, bits, UNIFORM_BITS, False)  # [DRAWS]
     behind = running[:, None] <= wanted[None, :]  # [GROUPS, DRAWS]
     before = tl.max(tl.where(behind, running[:, None], 0), 0)  # [DRAWS]
@@ -99,9 +101,9 @@ def _sample_row(
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """Filter one row, draw, and store. The columns of a shortlist stand for the tokens at ``tokens_of_columns_ptr``.
+    """Filter one row, draw and store. For a shortlist, ``tokens_of_columns_ptr`` has the token of each column.
 
-    ``found``: None, or of a shortlist a value that none of its logits is below, and a guess at the top-k threshold.
+    ``found``: None for a whole row; for a shortlist, a lower bound of its logits and a guess at the top-k threshold.
     """
     image, position, length, num_candidates, scale, seed_ptr = place
     columns = tile_columns(0, GROUPS if RESIDENT else 1, GROUP_SIZE)  # [GROUPS or 1, GROUP_SIZE]
@@ -144,7 +146,7 @@ def _sample_logits(
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """``_sample_row`` for a row of the logits themselves. FULL: GROUPS * GROUP_SIZE is the vocabulary, not more."""
+    """``_sample_row`` for a whole row of logits. FULL: GROUPS * GROUP_SIZE equals the vocabulary."""
     image = place[0]
     position = place[1]
     row = (
@@ -173,7 +175,7 @@ def sample_kernel(
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, ``image * length + position``."""
+    """Sample from whole rows. One program per row, with the index ``image * length + position``."""
     image = tl.program_id(0) // length
     position = tl.program_id(0) % length
     place = (image, position, length, num_candidates, scale, seeds_ptr + image)
@@ -193,7 +195,7 @@ def sample_shortlist_kernel(
     FILTER_NUCLEUS: tl.constexpr, FULL: tl.constexpr, CAPACITY: tl.constexpr, GROUP_SIZE: tl.constexpr,
     DRAWS: tl.constexpr, FULL_GROUPS: tl.constexpr, FULL_GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """What ``shortlist_kernel`` left, filtered and drawn from: one program a row, again."""
+    """Filter and draw from the shortlists of ``shortlist_kernel``. One program per row."""
     index = tl.program_id(0)
     image = index // length
     position = index % length
@@ -219,16 +221,16 @@ def sample_shortlist_kernel(
 
 @functools.cache
 def plan(vocabulary: int, num_candidates: int, top_k: int) -> dict:
-    """How a problem is launched: which kernels, and their compile-time sizes.
+    """Launch parameters: which kernels run, and their compile-time sizes.
 
-    "small": all pairs compared, up to V=32. "row": one program a row. "shortlist": two kernels, if a power of two from
-    17/16 of top_k up is at most half the (padded) row. A thread holds 32 logits, or 16 and their weights where several
-    warps share a row. Many draws look through short groups, so that looking up a draw costs least.
+    "small": compares all pairs of tokens, up to V=32. "row": one program per row. "shortlist": two kernels, chosen if
+    some power of two is at least 17/16 of top_k and at most half the padded row. A thread holds 32 logits, or 16 logits
+    and their weights if several warps share a row. With many draws groups are short, so that finding a draw is cheap.
     """
     draws = 1 if num_candidates == 1 else 4 if num_candidates <= 4 else 16
     block = triton.next_power_of_2(vocabulary)
     if vocabulary <= LARGEST_SMALL:
-        rows = max(1, min(512, 2048 // (block * block)))  # more of them, for V=1, do not fit into registers
+        rows = max(1, min(512, 2048 // (block * block)))  # at V=1 more than 512 rows would not fit into registers
         return {"kind": "small", "sample": {"ROWS": rows, "BLOCK": block, "num_warps": 4}}
     full = {"FULL": vocabulary == block}
     capacity = max(64, triton.next_power_of_2(top_k + max(top_k // 16, 8)))
@@ -267,7 +269,7 @@ def sample(
     top_p: float,
     scale: int,
 ) -> torch.Tensor:
-    """Launch. Arguments and result as ``varkern.ops.sampling.sample_in_torch``; the op has checked them."""
+    """Launch the kernels. Arguments and result as in ``varkern.ops.sampling.sample_in_torch``; the op checks them."""
     batch_size, length, vocabulary = logits.shape
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     strides = [logits.stride(0), logits.stride(1), 0, 0]

@@ -1,20 +1,21 @@
-"""What the sampling kernels share: fixed-point weights, and the exact search for the two thresholds of a row.
+"""Code that the sampling kernels share: fixed-point weights, and the exact search for the two thresholds of a row.
 
-Formulas as in ``varkern.ops.sampling``. A threshold is found by narrowing a bracket of logits: each step counts, or
-weighs, the logits from a pivot up (one compare-and-add over the row, one reduction) and keeps the side that holds the
-target. What is measured is an integer, so a bracket whose measure meets the target is exact and the search stops there.
+Formulas as in ``varkern.ops.sampling``. A search narrows a bracket of logit values. Each step measures the logits at or
+above a pivot, by their number or by the sum of their weights (one compare-and-add over the row, one reduction), and
+keeps the side of the bracket that contains the target. Measures are integers, so the search can stop as soon as one
+equals its target: the threshold is then exact.
 
-A row is a tuple (cond_ptr, uncond_ptr, strength, inverse_temperature, vocabulary): ``uncond_ptr`` None without
-guidance, ``vocabulary`` None if GROUPS * GROUP_SIZE columns are all there, of a shortlist its count. Each kernel
-writes that tuple out itself: with Triton 3.6 no function can return one that holds None. RESIDENT rows lie
-in registers as x (and weights) [GROUPS, GROUP_SIZE]; others are read again, tile by tile [1, GROUP_SIZE], at every
-step.
+A row is a tuple (cond_ptr, uncond_ptr, strength, inverse_temperature, vocabulary). ``uncond_ptr`` is None without
+guidance. ``vocabulary`` is None if the row fills GROUPS * GROUP_SIZE columns; for a shortlist it is the number of its
+logits. Every kernel builds the tuple itself, because functions cannot return a tuple with None in Triton 3.6. RESIDENT
+rows lie in registers as x (and weights) [GROUPS, GROUP_SIZE]; other rows are read again, tile by tile [1, GROUP_SIZE],
+at every step.
 """
 
 import triton
 import triton.language as tl
 
-# Shared with the PyTorch form, which documents them; a test holds the two equal.
+# The PyTorch form has and documents the same constants; a test compares them.
 WEIGHT_BITS = tl.constexpr(44)
 TOP_P_BITS = tl.constexpr(30)
 UNIFORM_BITS = tl.constexpr(24)
@@ -30,7 +31,7 @@ INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# What of a row is measured from a pivot up.
+# What a search measures of the logits at or above a pivot: their number, or the sum of their weights.
 COUNT = tl.constexpr(0)
 MASS = tl.constexpr(1)
 ROUGH_MASS = tl.constexpr(2)
@@ -38,7 +39,7 @@ ROUGH_MASS = tl.constexpr(2)
 
 @triton.jit
 def rough_weights(x, shift):
-    """``2^44 * exp(x - shift)``, by the operations of the PyTorch form (compile without fp fusion)."""
+    """``2^44 * exp(x - shift)``, by the same operations as the PyTorch form (compile without fp fusion)."""
     y = tl.maximum((x - shift) * LOG2_E, -64.0)
     rounded = y + ROUNDER
     fraction = y - (rounded - ROUNDER)
@@ -54,13 +55,13 @@ def rough_weights(x, shift):
 
 @triton.jit
 def fixed_weights(x, shift):
-    """``rough_weights`` rounded down to int64: what probabilities are made of, the same on every backend."""
+    """``rough_weights`` rounded down to int64. Probabilities are made of these; every backend computes the same."""
     return rough_weights(x, shift).to(tl.int64)
 
 
 @triton.jit
 def scaled(total, numerator, BITS: tl.constexpr, ROUND_UP: tl.constexpr):
-    """``total * numerator / 2^BITS`` exactly, rounded down or up; the product itself would leave int64."""
+    """``total * numerator / 2^BITS`` exactly, rounded down or up; the product itself would overflow int64."""
     high = total >> BITS
     low = (total - (high << BITS)) * numerator
     if ROUND_UP:
@@ -77,7 +78,7 @@ def row_start(pointer, stride_image, stride_position, image, position):
 
 @triton.jit
 def load_guided(row, columns, beyond):
-    """Guided, tempered float32 logits of a row at ``columns``, as they come; past the row's end, of ``beyond``."""
+    """Logits of a row at ``columns`` in float32, guided and tempered, perhaps NaN; past the row's end, ``beyond``."""
     cond_ptr, uncond_ptr, strength, inverse_temperature, vocabulary = row
     if vocabulary is None:
         x = tl.load(cond_ptr + columns).to(tl.float32)
@@ -96,25 +97,25 @@ def load_guided(row, columns, beyond):
 
 @triton.jit
 def cleaned(x):
-    """NaN as -inf, +inf as the largest finite float32."""
+    """Replace NaN by -inf, and +inf by the largest finite float32."""
     return tl.minimum(tl.where(x == x, x, -INFINITY), LARGEST)
 
 
 @triton.jit
 def load_logits(row, columns):
-    """Guided, tempered float32 logits of a row at ``columns``: never NaN, never +inf; -inf beyond the vocabulary."""
+    """Logits of a row at ``columns`` in float32, guided and tempered, without NaN and +inf; -inf past the row's end."""
     return cleaned(load_guided(row, columns, -INFINITY))
 
 
 @triton.jit
 def load_shortlist(row, columns):
-    """The logits of a shortlist at ``columns``, clean as they are; -inf beyond its end, where memory holds anything."""
+    """The logits of a shortlist at ``columns``; -inf past its end, where memory is uninitialised."""
     return tl.where(columns < row[4], tl.load(row[0] + columns), -INFINITY)
 
 
 @triton.jit
 def ordered(x):
-    """A float32 scalar's bits as an int32 that orders as the float does (an involution, see ``from_ordered``)."""
+    """The bits of a float32 scalar as an int32 that sorts as the float does; ``from_ordered`` is the inverse."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -126,7 +127,7 @@ def from_ordered(bits):
 
 @triton.jit
 def next_above(x):
-    """The next float32; adding 0.0 makes -0.0 +0.0, which compares equal but would stand below it as bits."""
+    """The next float32 above x. Adding 0.0 turns -0.0 into +0.0: the two compare equal, but their bits differ."""
     return from_ordered(ordered(x + 0.0) + 1)
 
 
@@ -138,7 +139,7 @@ def tile_columns(group, TILE_GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr):
 
 @triton.jit
 def extremes(row, x, low, high, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr):
-    """Smallest and largest logit in [low, high)."""
+    """The smallest logit >= low and the largest logit < high."""
     if RESIDENT:
         smallest = tl.min(tl.where(x >= low, x, INFINITY))
         largest = tl.max(tl.where(x < high, x, -INFINITY))
@@ -156,9 +157,9 @@ def extremes(row, x, low, high, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, 
 
 @triton.jit
 def minus_one_below(x, pivot):
-    """-1 where x < pivot, else 0: the sign bit of the difference, at half a comparison's cost.
+    """-1 where x < pivot, otherwise 0: the sign bit of the difference, at half the cost of a comparison.
 
-    ``0.0 - pivot`` is never -0.0 for a zero, so zeros of both signs differ by +0.0.
+    ``0.0 - pivot`` is +0.0 for a pivot of either zero, so the difference of any two zeros is +0.0.
     """
     return (x + (0.0 - pivot)).to(tl.int32, bitcast=True) >> 31
 
@@ -168,7 +169,7 @@ def measure_from(
     row, x, weights, shift, pivot,
     WHAT: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Of the logits at or above the pivot, itself above -inf: COUNT, int32; MASS, int64; ROUGH_MASS, in float32."""
+    """Measure the logits at or above a pivot > -inf: their COUNT (int32), MASS (int64) or ROUGH_MASS (float32)."""
     if RESIDENT:
         if WHAT == COUNT:
             measure = GROUPS * GROUP_SIZE + tl.sum(minus_one_below(x, pivot))
@@ -189,7 +190,7 @@ def measure_from(
 
 @triton.jit
 def rough_log(x):
-    """Natural logarithm of a positive scalar to 0.01: exponent and mantissa as they stand, and a parabola."""
+    """Natural logarithm of a positive scalar to 0.01, from its exponent and a parabola in its mantissa."""
     bits = x.to(tl.int32, bitcast=True)
     fraction = (bits & 0x7FFFFF).to(tl.float32) * 2.0**-23
     return LN_2 * ((bits >> 23).to(tl.float32) - 127.0 + fraction * (1.34 - 0.34 * fraction))
@@ -197,10 +198,11 @@ def rough_log(x):
 
 @triton.jit
 def pivot_between(low, high, below, above, steps, WHAT: tl.constexpr):
-    """A value strictly between ``low`` and ``high`` where the measure should meet its target, if floats leave one.
+    """A value strictly between ``low`` and ``high``, if there is a float, where the measure should meet its target.
 
-    A count is taken to fall linearly in the value, a mass in the value's exponential. Where that gives no inner point,
-    and at every other step once a search is long, the middle of the floats' bit patterns bounds the number of steps.
+    A count is assumed to fall linearly in the value, a mass linearly in the value's exponential. If that gives no inner
+    point, and at every second step of a long search, the pivot is the midpoint of the two bit patterns, which bounds
+    the number of steps.
     """
     ratio = below / (below + above)
     if WHAT == COUNT:
@@ -217,9 +219,9 @@ def pivot_between(low, high, below, above, steps, WHAT: tl.constexpr):
 
 @triton.jit
 def holds_one(difference, low, shift, WHAT: tl.constexpr):
-    """Whether a bracket from ``low`` up, whose measure is ``difference``, can hold one logit only.
+    """Whether a bracket that starts at ``low`` and has the measure ``difference`` can hold only one logit.
 
-    Two weigh at least 2·w(low) − 2; the test leaves room for the rounding of the weights and of this exponential.
+    Two logits weigh at least 2·w(low) − 2; the test allows for the rounding of the weights and of this exponential.
     """
     if WHAT == COUNT:
         return difference == 1
@@ -234,11 +236,16 @@ def search(
 ):  # fmt: skip
     """Find the largest logit v whose measure (all logits >= v) reaches ``target``.
 
-    On entry measure(low) = measure_low >= target > measure_high = measure(high), and ``guess`` is the first pivot if it
-    lies between. Returns a threshold in place of v (the logits in [threshold, v) are none, or with ``slack`` so many
-    that the measure from the threshold on is at most target + slack) and its measure, a value above v with no logit
-    between and its measure, and whether logits equal to v may be several. Regula falsi with Illinois damping;
-    ``pivot_between`` bounds how long. ROUGH_MASS errs by rounding.
+    On entry measure(low) = measure_low >= target > measure_high = measure(high). ``guess`` is the first pivot if it
+    lies between low and high. Returns
+
+    - a threshold that selects the same logits as v (with ``slack`` it may select more, of a measure of at most
+      target + slack), and its measure;
+    - a value above v with no logit between the two, and its measure;
+    - whether several logits may equal v.
+
+    The method is regula falsi with Illinois damping; ``pivot_between`` bounds the number of steps. With ROUGH_MASS the
+    result is only as exact as float32 sums.
     """
     damp_low = 1.0
     damp_high = 1.0
@@ -282,10 +289,10 @@ def search_mass(
     row, x, weights, shift, low, mass_low, high, target,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """``search`` for a mass: the threshold, the masses from it on and above it, and whether there may be ties.
+    """``search`` for a mass: the threshold, the mass from it on, the mass above it, and whether there may be ties.
 
-    A resident row is narrowed down in float32, at three fifths of the cost a step, and what that found is weighed
-    exactly; where rounding led astray, as it rarely does, the exact search goes on from what is known.
+    For a resident row a search in float32 runs first, at three fifths of the cost per step. The masses at both ends of
+    its bracket are then computed exactly. If rounding misled it, which is rare, the exact search continues from there.
     """
     mass_high = tl.zeros_like(mass_low)
     if RESIDENT:
@@ -319,7 +326,7 @@ def last_tie(
     row, x, value, num_kept,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """The column of the ``num_kept``-th logit equal to ``value``: as many columns have a smaller running count."""
+    """The column of the ``num_kept``-th logit equal to ``value``: the number of columns with a smaller tie count."""
     if RESIDENT:
         ties = (x == value).to(tl.int32)  # [GROUPS, GROUP_SIZE]
         of_group = tl.sum(ties, 1)  # [GROUPS]
@@ -337,7 +344,7 @@ def last_tie(
 
 @triton.jit
 def kept_weights(x, columns, weights, threshold, tie):
-    """The weights of the tokens that stay: above the threshold, or equal to it and not beyond the last tie kept."""
+    """The weights of kept tokens, 0 for others. Logits above the threshold are kept, and ties up to column ``tie``."""
     return tl.where((x > threshold) | ((x == threshold) & (columns <= tie)), weights, 0)
 
 
@@ -347,9 +354,9 @@ def filter_row(
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """The threshold and the last tie (see ``kept_weights``) of a row whose logits above -inf lie in [low, high).
+    """The threshold and the last kept tie (see ``kept_weights``) of a row whose logits above -inf lie in [low, high).
 
-    ``count``: how many those are, if FILTER_TOP_K; ``guess``: where to look first for the top-k threshold.
+    ``count``: the number of these logits, if FILTER_TOP_K. ``guess``: the first pivot for the top-k threshold.
     """
     threshold = low
     tie = tl.full([], GROUPS * GROUP_SIZE, tl.int32)

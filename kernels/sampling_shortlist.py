@@ -1,8 +1,8 @@
-"""Write out the largest logits of a row, in vocabulary order: the first of the two kernels that share a row.
+"""Write the largest logits of a row in vocabulary order. This is the first of the two kernels that share a row.
 
-No fewer than the top_k largest and no more than a capacity, so a rough threshold does: if logits are normal, the first
-guess, some standard deviations above the mean, is right, and one count over the row confirms it. Otherwise the search
-of ``sampling_search`` goes on from there. Bound by bytes: the logits, once.
+It writes at least the top_k largest logits and at most a capacity, so a rough threshold is enough. If logits are
+normally distributed, the first guess, some standard deviations above the mean, is right, and one count over the row
+confirms it. Otherwise the search of ``sampling_search`` continues from there. Bound by bytes: the logits, read once.
 """
 
 import triton
@@ -30,8 +30,8 @@ HEADER = tl.constexpr(4)
 def quarters(x, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """x [GROUPS, GROUP_SIZE] as four vectors [GROUPS * GROUP_SIZE // 4]: columns 4i, 4i + 1, 4i + 2, 4i + 3.
 
-    A thread loads four float32 neighbours at once and keeps them: what is stored by quarters needs no exchange between
-    threads. Logits in half precision are loaded eight at a time and exchanged once: a quarter more instructions.
+    A thread loads four neighbouring float32 logits together, so storing these vectors needs no exchange between
+    threads. Logits in half precision are loaded eight at a time and exchanged once, for a quarter more instructions.
     """
     even, odd = tl.split(tl.reshape(x, [GROUPS * GROUP_SIZE // 2, 2]))
     first, third = tl.split(tl.reshape(even, [GROUPS * GROUP_SIZE // 4, 2]))
@@ -41,7 +41,7 @@ def quarters(x, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr):
 
 @triton.jit
 def moments(x, vocabulary, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Sum and standard deviation of a row; they steer a guess, so a fused multiply-add may round as it likes."""
+    """Sum and standard deviation of a row. They only steer a guess, so it does not matter how ``tl.fma`` rounds."""
     first, second, third, fourth = quarters(x, GROUPS, GROUP_SIZE)  # [GROUPS * GROUP_SIZE // 4]
     total = tl.sum((first + second) + (third + fourth))
     squares = tl.sum(tl.fma(first, first, tl.fma(second, second, tl.fma(third, third, fourth * fourth))))
@@ -54,9 +54,9 @@ def search_shortlist(
     row, x, guess, count, ordinary, top_k,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """A threshold from which on there are top_k to CAPACITY logits, and how many: all above -inf if they are too few.
+    """A threshold that selects top_k to CAPACITY logits, or all above -inf if there are fewer, and their number.
 
-    ``count``: how many there are from ``guess`` up, known of an ordinary row only.
+    ``count``: the number of logits at or above ``guess``, valid only if the row is ``ordinary``.
     """
     low, largest = extremes(row, x, -LARGEST, INFINITY, GROUPS, GROUP_SIZE, True)
     measure_low = measure_from(row, x, None, 0.0, low, COUNT, GROUPS, GROUP_SIZE, True)
@@ -78,7 +78,7 @@ def search_shortlist(
 
 @triton.jit
 def write_from(x, low, values_ptr, columns_ptr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Store the logits of x [GROUPS, GROUP_SIZE] from ``low`` up, and their columns, in order."""
+    """Store the logits of x [GROUPS, GROUP_SIZE] that are >= ``low``, and their columns, in order."""
     first, second, third, fourth = quarters(x, GROUPS, GROUP_SIZE)  # [GROUPS * GROUP_SIZE // 4]
     below_first = minus_one_below(first, low)
     below_second = minus_one_below(second, low)
@@ -112,10 +112,10 @@ def shortlist_kernel(
 ):  # fmt: skip
     """Write the largest logits of a row and their columns, in order: at least top_k of them, at most CAPACITY.
 
-    A row's header [HEADER] holds how many (more than CAPACITY, as ties may force, says that none was written), a value
-    that none of them is below, and a guess at the top_k-th; a float32 holds any count exactly.
-    ``deviations``: where the threshold lies for normal logits, in standard deviations above the mean; ``spacing``: how
-    far from there to the next logit, in standard deviations.
+    A row's header [HEADER] holds their number (exact in float32), a lower bound of them, and a guess at the top_k-th.
+    A number above CAPACITY, which ties can cause, means that no logit was written.
+    ``deviations``: the threshold for normally distributed logits, in standard deviations above the mean.
+    ``spacing``: the distance from one logit to the next at that threshold, in standard deviations.
     """
     index = tl.program_id(0)
     image = index // length

@@ -1,7 +1,7 @@
-"""Draw tokens from rows so short (bits) that comparing all pairs of tokens costs least.
+"""Draw tokens from rows so short that comparing all pairs of tokens is the cheapest way, such as bits (V=2).
 
-Formulas as in ``varkern.ops.sampling``, written as they stand there: a token's rank and the mass before it are sums
-over the row. Bound by bytes for V=2, by the V² comparisons of a row towards V=32.
+The formulas are those of ``varkern.ops.sampling``, computed literally: a token's rank and the mass before it are sums
+over the row. Bound by bytes for V=2, and by the V² comparisons per row near V=32.
 """
 
 import triton
@@ -20,7 +20,7 @@ def sample_small_kernel(
     num_rows, length, vocabulary, num_candidates, scale, guidance, inverse_temperature, top_k, nucleus,
     FILTER_TOP_K: tl.constexpr, FILTER_NUCLEUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, for vocabularies so small (bits) that comparing all pairs of tokens costs least."""
+    """Sample from whole rows, ROWS per program."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = rows < num_rows
     rows = tl.where(inside, rows, 0)
@@ -41,7 +41,7 @@ def sample_small_kernel(
     shift = tl.where(largest == -INFINITY, 0.0, largest)  # [ROWS]
     weights = fixed_weights(x, shift[:, None])
     kept = x > -INFINITY
-    above = x[:, None, :] > x[:, :, None]  # [ROWS, BLOCK, BLOCK]: token of the last axis above that of the middle one
+    above = x[:, None, :] > x[:, :, None]  # [ROWS, BLOCK, BLOCK]: last axis's token is above the middle axis's token
     if FILTER_TOP_K:
         kept = kept & (tl.sum(above.to(tl.int32), 2) < top_k)
     if FILTER_NUCLEUS:
