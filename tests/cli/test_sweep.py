@@ -19,9 +19,25 @@ def few(images):
 """
 
 
+LINE = {"out", "preset", "show", "var", "vae", "scorer", "reference", "features", "images", "seeds", "max_m", "device"}
+
+
+def as_toml(settings: dict) -> str:
+    """Numbers, texts and lists of them are the same in TOML as in JSON."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items() if name != "grid"]
+    for table in settings.get("grid", []):
+        lines += ["[[grid]]", *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
+    return "\n".join(lines)
+
+
+def grids(**table) -> dict:
+    return {"grid": [table]}
+
+
 @pytest.fixture
 def sweep(weights, tmp_path, monkeypatch):
-    """``varkern sweep`` on the small models with options changed (None: left out); its exit code."""
+    """``varkern sweep`` on the small models with settings changed (None: left out), those of the line on the line and
+    the rest in a settings file; its exit code."""
     (tmp_path / "own.py").write_text(MODULE)
     np.savez(tmp_path / "real.npz", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
     np.savez(tmp_path / "other.npz", mu=np.zeros(4), sigma=np.eye(4), features=np.array("inception"))
@@ -34,8 +50,7 @@ def sweep(weights, tmp_path, monkeypatch):
             "scorer": weights / "scorer.safetensors",
             "reference": "real.npz",
             "features": "own:few",
-            "m": "1,2,4",
-            "first_scale": "0,1",
+            "grid": [{"m": [1, 2, 4], "first_scale": [0, 1]}],
             "images": 24,
             "seeds": 2,
             "top_k": 20,
@@ -43,17 +58,19 @@ def sweep(weights, tmp_path, monkeypatch):
             "out": "out",
             **options,
         }
-        arguments = ["sweep"]
-        for name, value in settings.items():
-            for one in value if isinstance(value, list) else [value]:
-                if one is not None:
-                    arguments += [f"--{name.replace('_', '-')}", str(one)]
+        settings = {name: value for name, value in settings.items() if value is not None}
+        (tmp_path / "settings.toml").write_text(as_toml({n: v for n, v in settings.items() if n not in LINE}))
+        arguments = ["sweep", "--settings", "settings.toml"]
+        for name in settings.keys() & LINE:
+            for one in settings[name] if isinstance(settings[name], list) else [settings[name]]:
+                arguments += [f"--{name.replace('_', '-')}", *([] if one is True else [str(one)])]
         return cli.main(arguments)
 
     return run
 
 
-PRESET = {"m": None, "first_scale": None}
+PRESET = {"grid": None}
+ALONE = dict.fromkeys(("var", "vae", "scorer", "reference", "features", "images", "seeds", "top_k", "grid"))
 
 
 @pytest.fixture
@@ -62,7 +79,7 @@ def few_digits(monkeypatch):
 
 
 def test_grid(sweep, tmp_path, capsys):
-    assert sweep(pick="best,2") == 0
+    assert sweep(**grids(m=[1, 2, 4], first_scale=[0, 1], pick=["best", 2])) == 0
     printed = capsys.readouterr().out
     assert "| m | first_scale | pick | Fréchet distance |" in printed and "wrote out/sweep.md" in printed
     rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
@@ -78,17 +95,19 @@ def test_grid(sweep, tmp_path, capsys):
 
 
 def test_again_and_more(sweep, tmp_path, capsys, one_line):
-    assert sweep(m="1,2") == 0
+    few = {"m": [1, 2], "first_scale": [0, 1]}
+    assert sweep(**grids(**few)) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out" / "results").rglob("*.json")}
-    assert sweep(m="1,2,1:4:2", n="3", strategy="top,hybrid", alpha="median") == 0
+    density = {"n": 3, "strategy": ["top", "hybrid"], "alpha": "median"}
+    assert sweep(grid=[{**few, "m": [1, 2, [1, 4, 2]]}, density]) == 0
     assert all(path.read_bytes() == content for path, content in before.items())
     names = {path.parent.name for path in (tmp_path / "out" / "results").rglob("*.json")}
     assert names >= {"alone", "m=2", "m=2,first_scale=0", "m=1:4:2", "n=3", "n=3,strategy=top"}
     capsys.readouterr()
-    assert sweep(m="1,2", top_k=19) == 2
+    assert sweep(**grids(**few), top_k=19) == 2
     assert "made with other settings (top_k was 20, now 19)" in one_line()
     np.savez(tmp_path / "real.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8))
-    assert sweep(m="1,2") == 2
+    assert sweep(**grids(**few)) == 2
     assert "made with other settings (reference.modified was " in capsys.readouterr().err
 
 
@@ -134,11 +153,33 @@ def test_times_alone(sweep, tmp_path, capsys):
 
 def test_demo(sweep, tmp_path, capsys, few_digits):
     """The demo model brings its scorer, its reference and its own sampling."""
-    nothing = dict.fromkeys(("var", "vae", "scorer", "reference", "features", "top_k", "first_scale"))
-    assert sweep(**nothing, m="1,2", images=70, seeds=1) == 0
+    assert sweep(**ALONE | grids(m=2) | {"images": 70, "seeds": 1}) == 0
     assert "70 images per cell and seed, seed 0; cfg=0.0, top_k=0, top_p=0.96" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
     assert len(rows) == 2 and all(float(row["accuracy"]) > 0.9 for row in rows)
+
+
+class TestShow:
+    def test_what_is_shown_is_a_settings_file_of_the_same(self, sweep, tmp_path, capsys):
+        changes = {"cfg": 0.5, **grids(m=[2, [1, 4, 2]], pick=["best", 2]), "scorer": ["a=x.y", 'b=é"\\']}
+        assert sweep(**changes, show=True, out=None) == 0
+        shown = capsys.readouterr().out
+        assert "cfg = 0.5\n" in shown and "batch_size = 25\n" in shown and "top_p = 0.96\n" in shown
+        (tmp_path / "shown.toml").write_text(shown)
+        assert cli.main(["sweep", "--settings", "shown.toml", "--show"]) == 0
+        assert capsys.readouterr().out == shown
+        assert cli.main(["sweep", "--settings", "shown.toml", "--show", "--images", "7"]) == 0
+        assert capsys.readouterr().out == shown.replace("images = 24", "images = 7")
+        assert not (tmp_path / "out").exists()
+
+    def test_defaults_by_model_and_preset(self, sweep, capsys):
+        assert cli.main(["sweep", "--preset", "var-scaling-table3b", "--var", "d30", "--show"]) == 0
+        shown = capsys.readouterr().out
+        assert 'preset = "var-scaling-table3b"\n' in shown and "cfg = 1.0\ntop_k = 900\n" in shown
+        assert cli.main(["sweep", "--preset", "lsrs-table5", "--show"]) == 0
+        assert "images = 2000\n" in (shown := capsys.readouterr().out) and "cfg = 0.0\ntop_k = 0\n" in shown
+        assert cli.main(["sweep", "--preset", "lsrs-fig6", "--show"]) == 0
+        assert "images" not in capsys.readouterr().out
 
 
 def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
@@ -155,37 +196,36 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"m": None}, "m, n or preset must be given"),
+        (PRESET, "preset or grid must be given"),
         ({**PRESET, "preset": "lsrs-table1"}, "preset must be one of lsrs-table2, "),
-        ({"preset": "lsrs-table5"}, "m must not be given: lsrs-table5 has its own, got 1,2,4"),
-        ({**PRESET, "preset": "lsrs-table5", "pick": "best"}, "pick must not be given"),
+        ({"preset": "lsrs-table5"}, "grid must not be given: lsrs-table5 has cells of its own, got"),
         ({**PRESET, "preset": "lsrs-fig6"}, "images must not be given: lsrs-fig6 takes times alone"),
         ({**PRESET, "preset": "lsrs-table4", "var": "demo", "vae": None}, "compares models of several depths"),
-        ({"scale": "1"}, "scale must not be given: it goes with n"),
-        ({**PRESET, "n": "4", "pick": "best"}, "pick must not be given: it goes with m"),
+        ({"real": "DIR"}, "real must not be given: only lsrs-table10 takes token maps, got DIR"),
         ({"alpha": "median"}, "alpha must not be given: only density searches have it"),
         ({"images": 0}, "images must be >= 2, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"reference": "other.npz"}, "reference holds statistics of features 'inception', not 'own:few'"),
-        ({"m": "1,two"}, "m must be numbers such as 1,2,4"),
-        ({"m": "1:2"}, "m must have one number for each of 3 scales, got 2"),
-        ({"m": "0"}, "m must be >= 1, got 0"),
-        ({"first_scale": "-1"}, "first_scale must be numbers"),
-        ({"first_scale": "3"}, "first_scale must be < 3"),
-        ({"pick": "worst"}, "pick must be"),
-        ({"n": "x"}, "n must be numbers"),
-        ({"n": "4", "strategy": "tallest"}, "strategy must be one of"),
-        ({"n": "4", "alpha": "much"}, "alpha must be a number or median, got 'much'"),
+        (grids(m=[1, "two"]), "settings.toml: grid 1: m must be an integer, got 'two'"),
+        (grids(m=[[1, 2]]), "m must have one number for each of 3 scales, got 2"),
+        (grids(m=0), "m must be >= 1, got 0"),
+        (grids(m=2, first_scale=3), "first_scale must be < 3"),
+        (grids(m=2, pick="worst"), "pick must be"),
+        (grids(n=4, strategy="tallest"), "strategy must be one of"),
+        ({**grids(n=4), "alpha": "much"}, "alpha must be a number or median, got 'much'"),
         ({"max_m": 0}, "max_m must leave at least one cell"),
         ({"images": 1}, "images must be >= 2, got 1"),
         ({"seeds": 0}, "repeats must be >= 1, got 0"),
+        ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"autocast": "int8"}, "autocast must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"out": None}, "out must be given"),
         ({"reference": None}, "reference must be given"),
         ({"reference": "nowhere"}, "there is no nowhere"),
         ({"scorer": None}, "wants a scorer, and there is none"),
         ({"scorer": ["a=x", "a=y"]}, "scorer must have different names, got 'a' twice"),
         ({"var": "nowhere.pth"}, "nowhere.pth"),
         ({"features": "own:none"}, "own has no function 'none'"),
-        ({**PRESET, "preset": "lsrs-table10"}, "lsrs-table10 wants --scorer with=FILE"),
+        ({**PRESET, "preset": "lsrs-table10"}, "lsrs-table10 wants a settings file with real, generated, vae"),
     ],
 )
 def test_wrong(sweep, tmp_path, one_line, options, message):
@@ -205,10 +245,12 @@ def test_accuracies_beside_the_papers(tmp_path, capsys):
     assert cli.main([*tokens, "--out", str(tmp_path / "real"), "--device", "cpu"]) == 0
     assert cli.main([*generated, "--out", str(tmp_path / "generated"), "--device", "cpu"]) == 0
     capsys.readouterr()
+    maps = {"real": str(tmp_path / "real"), "generated": str(tmp_path / "generated")}
+    (tmp_path / "maps.toml").write_text(as_toml(maps))
     arguments = ["sweep", "--preset", "lsrs-table10", "--out", str(out), "--vae", str(demo), "--device", "cpu"]
+    arguments += ["--settings", str(tmp_path / "maps.toml")]
     for name in ("with", "without"):
         arguments += ["--scorer", f"{name}={WEIGHTS / 'scorer.safetensors'}"]
-    arguments += ["--real", str(tmp_path / "real"), "--generated", str(tmp_path / "generated")]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert (out / "scores.png").exists() and "+0.000" in printed

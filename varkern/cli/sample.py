@@ -83,8 +83,8 @@ def sample(
     """Sample images to a folder: PNG files and a contact sheet. A killed run continues where it stopped."""
     require("num_per_class", num_per_class, 1)
     where, wanted = pick_device(device), parse_classes(classes)
-    labels = [label for label in wanted for _ in range(num_per_class)]
     options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+    labels = [label for label in wanted for _ in range(num_per_class)]
     order = sampling.Order(labels, seed, sampler, options, DTYPES.get(autocast))
     scorer = find_scorer(var, scorer)
     search_settings = {
@@ -117,14 +117,14 @@ def sample(
     claim(out, settings)
     paths = sampling.fill(out, model, search, order, batch_size)
     print(f"{len(paths)} images in {out}, contact sheet {sampling.write_sheet(out, paths, order, num_per_class)}")
+    write_npz(paths, npz)
+
+
+def write_npz(paths: Sequence[Path], npz: Path | None) -> None:
+    """Write finished images to one file, if one is wanted, and warn of what is wrong with them as a set to measure."""
     if npz is not None:
-        write_npz(paths, npz)
-
-
-def write_npz(paths: Sequence[Path], npz: Path) -> None:
-    """Write finished images to one file, and on stderr what is wrong with them as a set to be measured."""
-    warn(sampling.pack(paths, npz))
-    print(f"wrote {npz}")
+        warn(sampling.pack(paths, npz))
+        print(f"wrote {npz}")
 
 
 def no_scorer(*_: object) -> torch.Tensor:

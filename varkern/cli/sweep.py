@@ -23,142 +23,181 @@ from varkern.models import load_var
 from varkern.runs import describe_file, find_rank, open_folder
 from varkern.scorer import Scorer
 from varkern.studies import report as sweep_report
-from varkern.studies.cells import MEDIAN, Cell, grid, unique
 from varkern.studies.models import Models
 from varkern.studies.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
+from varkern.studies.settings import SweepSettings, read
 from varkern.studies.sweep import Settings, Sweep
 from varkern.tables import markdown_table
 
 from . import scorer as scorer_commands
 from .evaluate import find_extractor, open_reference
-from .options import DTYPES, Device, Dtype, Seed, parse_pick, pick_local_device
+from .options import DTYPES, Device, Vae, pick_local_device
 
 ACCURACIES = "lsrs-table10"  # a table of scorers, not of images
 TIMED = 24  # images of a batch, as in LSRS, Fig. 6
 
 
 def sweep(
-    out: Annotated[Path, typer.Option(help="Folder for figures, tables and pictures")],
+    out: Annotated[Path | None, typer.Option(help="Folder for figures, tables and pictures")] = None,
     preset: Annotated[
-        str | None, typer.Option(help=f"A table of the papers: {', '.join(PRESETS)}, {ACCURACIES}")
+        str | None, typer.Option(help=f"Table of the papers to measure: {', '.join(PRESETS)}, {ACCURACIES}")
     ] = None,
-    m: Annotated[str | None, typer.Option(help="Candidates M: 1,2,4,8; one number a scale as 1:4:8:4:2")] = None,
-    first_scale: Annotated[str | None, typer.Option(help="First searched scales, from 0: 0,1,2; default: 1")] = None,
-    pick: Annotated[str | None, typer.Option(help="best, resample, k (resample among k); default: best")] = None,
-    n: Annotated[str | None, typer.Option(help="Candidates of density searches: 20,50,100")] = None,
-    scale: Annotated[str | None, typer.Option(help="Where they search, from 0; default: 1")] = None,
-    strategy: Annotated[str | None, typer.Option(help="hybrid, top, random, small, rank; default: hybrid")] = None,
-    alpha: Annotated[
-        str | None, typer.Option(help="Of the hybrid; median: found so that half of the images are dense")
+    settings: Annotated[
+        Path | None, typer.Option(help="TOML file of settings: a grid of searches, and any other setting; see --show")
     ] = None,
-    min_distance: Annotated[float | None, typer.Option(help="Between representatives; default: the search's")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print all settings as a TOML file and exit")] = False,
     var: Annotated[
-        list[str] | None,
-        typer.Option(help="A checkpoint, d16 to d36, or several as d16=FILE; default: demo"),
+        list[str] | None, typer.Option(help="VAR checkpoint or name, or several as d16=FILE; default: demo")
     ] = None,
-    vae: Annotated[Path | None, typer.Option(help="The VQ-VAE's checkpoint; not needed for short names")] = None,
+    vae: Vae = None,
     scorer: Annotated[
-        list[str] | None, typer.Option(help="A scorer; several, as a preset names them: pointwise=FILE")
+        list[str] | None, typer.Option(help="Scorer's file, or several by the preset's names as pointwise=FILE")
     ] = None,
     reference: Annotated[
-        Path | None,
-        typer.Option(help="Real images or statistics, as in `varkern evaluate`; default: demo's digits"),
+        Path | None, typer.Option(help="Real images or statistics, as in `varkern evaluate`; default: demo's digits")
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="inception, demo or module:function; default: inception; of demo: demo")
+        str | None, typer.Option(help="Feature extractor: inception, demo or module:function; default: by model")
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Images a cell and seed; default: 50000; of demo 2000")] = None,
-    seeds: Annotated[int, typer.Option(help="Repeats of every cell")] = 3,
-    seed: Seed = 0,
+    images: Annotated[
+        int | None, typer.Option(help="Number of images per cell and seed; default: 50000, of demo 2000")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of repeats of every cell; default: 3")] = None,
     max_m: Annotated[
-        int | None, typer.Option(help="Leave out cells of more candidates; default: all; of demo's presets 256")
+        int | None, typer.Option(help="Largest number of candidates; cells of more are left out; default: all")
     ] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance; default: the preset's, else 1.5; of demo 0")] = None,
-    top_k: Annotated[int | None, typer.Option(help="The k most probable; 0: all; default: 900; of demo 0")] = None,
-    top_p: Annotated[float, typer.Option(help="Then the most probable up to this mass; 0: all")] = 0.96,
-    batch_size: Annotated[int | None, typer.Option(help="Images at a time; default: 25; of demo 100")] = None,
-    neighbors: Annotated[int, typer.Option(help="Precision and recall look at so many; 0: none")] = PUBLISHED_IMAGES,
-    real: Annotated[Path | None, typer.Option(help=f"Real token maps, for {ACCURACIES}")] = None,
-    generated: Annotated[Path | None, typer.Option(help=f"Generated token maps, for {ACCURACIES}")] = None,
     device: Device = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights")] = "float32",
-    autocast: Annotated[Dtype | None, typer.Option(help="Generate under torch.autocast with this dtype")] = None,
 ) -> None:
-    """Generate, measure and time every cell of a grid or of a paper's table: Markdown, CSV, JSON and a picture.
+    """Generate, measure and time every cell of a paper's table or of a grid: Markdown, CSV, JSON and a picture.
 
-    A killed run goes on where it stopped. Processes share the cells under `torchrun --nproc-per-node 8 -- $(which
-    varkern) sweep ...` (without the `--` torchrun takes --m for its own). Tables of the same settings share a folder.
+    What to measure is a preset or a settings file; the other options replace what the file says. A killed run continues
+    where it stopped. Under `torchrun --nproc-per-node 8 -- $(which varkern) sweep ...` processes share the cells.
+    Tables of the same settings share a folder.
     """
+    line = {
+        "preset": preset,
+        "var": by_name("var", var),
+        "vae": vae and str(vae),
+        "scorer": by_name("scorer", scorer),
+        "reference": reference and str(reference),
+        "features": features,
+        "images": images,
+        "seeds": seeds,
+        "max_m": max_m,
+    }
+    in_file = {} if settings is None else read(settings)
+    given = SweepSettings(**in_file | {name: value for name, value in line.items() if value is not None})
+    chosen, table = (given, None) if given.preset == ACCURACIES else resolve(given)
+    if show:
+        print(chosen.as_toml(), end="")
+        return
+    if out is None:
+        raise ValueError("out must be given: the folder for figures, tables and pictures")
     require_matplotlib()
-    files = named("var", var or ["demo"])
-    judges = named("scorer", scorer or [])
-    if preset == ACCURACIES:
-        return accuracies(out, judges, real, generated, vae, device)
-    demo = list(files.values()) == ["demo"]
-    if demo and "" not in judges:
-        judges[""] = str(demo_run.WEIGHTS / "scorer.safetensors")
-    spanned = {"m": m, "first_scale": first_scale, "pick": pick, "n": n, "scale": scale, "strategy": strategy}
-    if preset is None:
-        chosen = own_grid(**spanned)
+    if table is None:
+        accuracies(out, chosen, device)
     else:
-        refuse(f"{preset} has its own", spanned)
-        chosen = find_preset(preset, demo, max_m)
-    if all(cell.n == 1 for cell in chosen.cells):
-        refuse("only density searches have it", {"alpha": alpha, "min_distance": min_distance})
-    if chosen.timing:
-        measured = {"images": images, "batch_size": batch_size, "reference": reference, "features": features}
-        refuse(f"{preset} takes times alone, of one batch of {TIMED}", measured)
-        if find_rank()[0] > 0:  # processes that share a machine slow one another
-            print("times are taken by the first process")
-            return
-    sampled = sampling_of(demo, chosen, preset is not None)
-    sampled |= {k: v for k, v in {"cfg": cfg, "top_k": top_k, "top_p": top_p}.items() if v is not None}
-    chosen = cut(chosen, alpha, min_distance, max_m)
-    where = pick_local_device(device)
-    usual = (TIMED, TIMED) if chosen.timing else (2000, 100) if demo else (PUBLISHED_IMAGES, 25)
-    count, at_once = (one if one is not None else other for one, other in zip((images, batch_size), usual, strict=True))
+        measure(out, chosen, table, pick_local_device(device))
+
+
+def by_name(option: str, texts: Sequence[str] | None) -> str | dict[str, str] | None:
+    """One file as it is, or several by name: ``NAME=FILE``, or the file's own text where there is no name.
+
+    Raises:
+        ValueError: if a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts or []:
+        match = re.fullmatch(r"([\w.-]+)=(.+)", text)
+        name, path = (match[1], match[2]) if match else ("" if len(texts) == 1 else text, text)
+        if name in found:
+            raise ValueError(f"{option} must have different names, got {name!r} twice")
+        found[name] = path
+    return found[""] if list(found) == [""] else found or None
+
+
+def resolve(given: SweepSettings) -> tuple[SweepSettings, Preset]:
+    """The settings with every default filled in, and the cells.
+
+    Raises:
+        ValueError: if settings do not fit each other, or no cell is left.
+    """
+    for name, value in (("dtype", given.dtype), ("autocast", given.autocast)):
+        if value is not None and value not in DTYPES:
+            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
+    demo = given.var == "demo"
+    if given.preset is None:
+        table = given.cells()
+    else:
+        refuse(f"{given.preset} has cells of its own", {"grid": given.grid or None})
+        table = find_preset(given.preset, demo, given.max_m)
+    refuse(f"only {ACCURACIES} takes token maps", {"real": given.real, "generated": given.generated})
+    if all(cell.n == 1 for cell in table.cells):
+        refuse("only density searches have it", {"alpha": given.alpha, "min_distance": given.min_distance})
+    usual = {"cfg": table.cfg if given.preset else 1.5, "top_k": table.top_k, "top_p": table.top_p}
+    if demo:
+        from varkern.demo.train import SAMPLING
+
+        usual = {**SAMPLING, "top_k": 0}
+    if table.timing:
+        measured = {name: getattr(given, name) for name in ("images", "batch_size", "reference", "features")}
+        refuse(f"{given.preset} takes times alone, of one batch of {TIMED}", measured)
+    else:
+        usual |= {"images": 2000, "batch_size": 100} if demo else {"images": PUBLISHED_IMAGES, "batch_size": 25}
+        usual["features"] = "demo" if demo else "inception"
+    usual = {name: value for name, value in usual.items() if getattr(given, name) is None}
+    return replace(given, **usual), restrict(table, given.alpha, given.min_distance, given.max_m)
+
+
+def measure(out: Path, chosen: SweepSettings, table: Preset, where: torch.device) -> None:
+    """Run the sweep and write its tables."""
+    if table.timing and find_rank()[0] > 0:  # processes that share a machine slow one another
+        print("times are taken by the first process")
+        return
+    demo, timing = chosen.var == "demo", table.timing
+    images = TIMED if timing else chosen.images
     settings = Settings(
-        count,
-        seeds,
-        seed,
-        at_once,
-        sampled,
-        DTYPES.get(autocast),
-        0 if chosen.timing else min(neighbors, count),
-        chosen.timing,
-        {"vae": describe_file(vae), "dtype": dtype, "device": device_name(where)},
+        images,
+        chosen.seeds,
+        chosen.seed,
+        TIMED if timing else chosen.batch_size,
+        {"cfg": chosen.cfg, "top_k": chosen.top_k, "top_p": chosen.top_p},
+        DTYPES.get(chosen.autocast),
+        0 if timing else min(chosen.neighbors, images),
+        timing,
+        {"vae": describe_file(chosen.vae), "dtype": chosen.dtype, "device": device_name(where)},
     )
-    models = later(files, judges, vae, where, DTYPES[dtype])
-    if preset is not None:
-        chosen = fitting(chosen, models)
+    models = load_models_lazily(chosen, where)
+    if chosen.preset is not None:
+        table = without_missing(table, models)
     extractor = real_images = None
-    if not chosen.timing:
-        name = features or ("demo" if demo else "inception")
-        extractor = find_extractor(name, where, None)
-        facts = {"features": name, "reference": facts_of_reference(reference)}
-        facts |= {"features_of": demo_weights()} if name == "demo" else {}
+    if not timing:
+        extractor = find_extractor(chosen.features, where, None)
+        facts = {"features": chosen.features, "reference": facts_of_reference(chosen.reference)}
+        facts |= {"features_of": demo_weights()} if chosen.features == "demo" else {}
         settings = replace(settings, facts={**settings.facts, **facts})
-        real_images = find_reference(reference, demo, seed, extractor, settings)
-    folder = out / "timing" if chosen.timing else out
+        real_images = find_reference(chosen.reference, demo, extractor, settings)
+    folder = out / "timing" if timing else out
     open_folder(folder)
-    share = (0, 1) if chosen.timing else None
-    entries = Sweep(folder, chosen.cells, settings, models, extractor, real_images, share).run()
+    entries = Sweep(folder, table.cells, settings, models, extractor, real_images, (0, 1) if timing else None).run()
     if entries is None:
         print("other processes have still cells to make; the last one writes the tables")
         return
-    times = f"one batch of {TIMED} a seed" if chosen.timing else "the median over batches"
-    found = sweep_report.Found(chosen, entries, settings.as_json(), command_line(), times)
+    times = f"one batch of {TIMED} a seed" if timing else "the median over batches"
+    found = sweep_report.Found(table, entries, settings.as_json(), command_line(), times)
     paths = sweep_report.write(found, out)
     print(sweep_report.page(found))
     print(f"wrote {', '.join(map(str, paths))}")
 
 
-def later(
-    files: dict[str, str], judges: dict[str, str], vae: Path | None, device: torch.device, dtype: torch.dtype
-) -> Models:
-    """Models and scorers by name, to be loaded when they are wanted."""
+def load_models_lazily(chosen: SweepSettings, device: torch.device) -> Models:
+    """Models and scorers by name, each loaded when it is first wanted."""
+    files, judges = ({"": given} if isinstance(given, str) else given or {} for given in (chosen.var, chosen.scorer))
+    if chosen.var == "demo":
+        judges = {"": str(demo_run.WEIGHTS / "scorer.safetensors"), **judges}
+    load = partial(load_var, vae=chosen.vae, device=device, dtype=DTYPES[chosen.dtype])
     return Models(
-        {name: partial(load_var, path, vae=vae, device=device, dtype=dtype) for name, path in files.items()},
+        {name: partial(load, path) for name, path in files.items()},
         {name: partial(Scorer.from_pretrained, path, device=device) for name, path in judges.items()},
         {name: file_sha256(Path(path))[:16] for name, path in judges.items()},
         {name: demo_weights() if path == "demo" else describe_file(path) for name, path in files.items()},
@@ -182,26 +221,10 @@ def demo_weights() -> str:
     return fingerprint(demo_run.WEIGHTS)
 
 
-def facts_of_reference(reference: Path | None) -> dict[str, Any] | str:
+def facts_of_reference(reference: str | None) -> dict[str, Any] | str:
     if reference is None:
         return "the demo's digits"
-    return str(reference.resolve()) if reference.is_dir() else describe_file(reference)
-
-
-def named(option: str, texts: Sequence[str]) -> dict[str, str]:
-    """``NAME=PATH`` by name; what has no name has the name "", or, among several, its own text.
-
-    Raises:
-        ValueError: if a name comes twice.
-    """
-    found: dict[str, str] = {}
-    for text in texts:
-        match = re.fullmatch(r"([\w.-]+)=(.+)", text)
-        name, path = (match[1], match[2]) if match else ("" if len(texts) == 1 else text, text)
-        if name in found:
-            raise ValueError(f"{option} must have different names, got {name!r} twice")
-        found[name] = path
-    return found
+    return str(Path(reference).resolve()) if Path(reference).is_dir() else describe_file(reference)
 
 
 def find_preset(name: str, demo: bool, max_m: int | None) -> Preset:
@@ -227,70 +250,13 @@ def find_preset(name: str, demo: bool, max_m: int | None) -> Preset:
     return kept
 
 
-def own_grid(
-    m: str | None, first_scale: str | None, pick: str | None, n: str | None, scale: str | None, strategy: str | None
-) -> Preset:
-    """The cells that the options span, the model alone first.
-
-    Raises:
-        ValueError: if they span none, or one is wrong.
-    """
-    if m is None and n is None:
-        raise ValueError("m, n or preset must be given: they say what to sweep")
-    cells = [Cell()]
-    if m is None:
-        refuse("it goes with m", {"first_scale": first_scale, "pick": pick})
-    else:
-        picks = [parse_pick(text) for text in (pick or "best").split(",")]
-        cells += grid(m=parse_candidates(m), first_scale=parse_numbers("first_scale", first_scale or "1"), pick=picks)
-    if n is None:
-        refuse("it goes with n", {"scale": scale, "strategy": strategy})
-    else:
-        numbers = {"n": parse_numbers("n", n), "scale": parse_numbers("scale", scale or "1")}
-        cells += grid(**numbers, strategy=(strategy or "hybrid").split(","))
-    return Preset("sweep", "Sweep", "", tuple((cell, {}) for cell in unique(cells)))
-
-
-def parse_numbers(name: str, text: str) -> list[int]:
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-        raise ValueError(f"{name} must be numbers such as 1,2,4, got {text!r}")
-    return [int(part) for part in text.split(",")]
-
-
-def parse_candidates(text: str) -> list[int | tuple[int, ...]]:
-    """``1,4,1:4:8`` as ``[1, 4, (1, 4, 8)]``.
-
-    Raises:
-        ValueError: if it is no such list.
-    """
-    if not re.fullmatch(r"\d{1,9}([,:]\d{1,9})*", text):
-        raise ValueError(f"m must be numbers such as 1,2,4, or one a scale such as 1:4:8:4:2, got {text!r}")
-    parts = [tuple(map(int, part.split(":"))) for part in text.split(",")]
-    return [part[0] if len(part) == 1 else part for part in parts]
-
-
-def sampling_of(demo: bool, preset: Preset, by_name: bool) -> dict[str, Any]:
-    if demo:
-        from varkern.demo.train import SAMPLING
-
-        return {**SAMPLING, "top_k": 0}
-    return {"cfg": preset.cfg if by_name else 1.5, "top_k": preset.top_k, "top_p": preset.top_p}
-
-
-def cut(preset: Preset, alpha: str | None, min_distance: float | None, max_m: int | None) -> Preset:
+def restrict(preset: Preset, alpha: float | str | None, min_distance: float | None, max_m: int | None) -> Preset:
     """The preset with a user's alpha and distance, without cells of too many candidates.
 
     Raises:
-        ValueError: if alpha is wrong, or nothing is left.
+        ValueError: if nothing is left.
     """
-    if alpha is not None and alpha != MEDIAN:
-        try:
-            alpha_value: float | str | None = float(alpha)
-        except ValueError as error:
-            raise ValueError(f"alpha must be a number or {MEDIAN}, got {alpha!r}") from error
-    else:
-        alpha_value = alpha
-    changed = {"alpha": alpha_value, "min_distance": min_distance}
+    changed = {"alpha": alpha, "min_distance": min_distance}
     rows = []
     for cell, printed in preset.rows:
         if cell.n != 1:
@@ -304,7 +270,7 @@ def cut(preset: Preset, alpha: str | None, min_distance: float | None, max_m: in
     return replace(preset, rows=tuple(rows))
 
 
-def fitting(preset: Preset, models: Models) -> Preset:
+def without_missing(preset: Preset, models: Models) -> Preset:
     """The preset without cells of models that are not given, and of scales that a model lacks: the papers' have ten.
 
     Raises:
@@ -321,7 +287,7 @@ def fitting(preset: Preset, models: Models) -> Preset:
     return replace(preset, rows=rows)
 
 
-def find_reference(reference: Path | None, demo: bool, seed: int, extractor: Extractor, settings: Settings) -> Measured:
+def find_reference(reference: str | None, demo: bool, extractor: Extractor, settings: Settings) -> Measured:
     """What the real images measure.
 
     Raises:
@@ -330,30 +296,28 @@ def find_reference(reference: Path | None, demo: bool, seed: int, extractor: Ext
     if reference is None and demo:
         from varkern.demo.measuring import measure_digits
 
-        return measure_digits(extractor, seed, settings.neighbors)
+        return measure_digits(extractor, settings.seed, settings.neighbors)
     if reference is None:
         raise ValueError("reference must be given: real images, or their statistics")
-    images, stored = open_reference(reference)
+    images, stored = open_reference(Path(reference))
     if stored is not None and stored.features not in (None, extractor.name):
         raise ValueError(f"reference holds statistics of features {stored.features!r}, not {extractor.name!r}")
     return measured_reference(images, stored, extractor, settings.batch_size, settings.neighbors)
 
 
-def accuracies(
-    out: Path, judges: dict[str, str], real: Path | None, generated: Path | None, vae: Path | None, device: str
-) -> None:
+def accuracies(out: Path, chosen: SweepSettings, device: str) -> None:
     """LSRS, Table 10, which is ``varkern scorer report`` of two scorers."""
-    missing = [name for name, value in (("real", real), ("generated", generated), ("vae", vae)) if value is None]
+    places = {name: getattr(chosen, name) for name in ("real", "generated", "vae")}
+    missing = [name for name, value in places.items() if value is None]
+    judges = chosen.scorer if isinstance(chosen.scorer, dict) else {}
     if missing or set(judges) != {"with", "without"}:
         raise ValueError(
-            f"{ACCURACIES} wants --scorer with=FILE --scorer without=FILE --real DIR --generated DIR --vae FILE: "
-            f"scorers trained with the first scale and without; got no {', '.join(missing) or 'such two'}"
+            f"{ACCURACIES} wants a settings file with real, generated, vae and scorer = {{ with = FILE, without = FILE "
+            f"}}: scorers trained with the first scale and without; got no {', '.join(missing) or 'such two'}"
         )
     scorer_commands.report(
         scorer=Path(judges["with"]),
-        real=real,
-        generated=generated,
-        vae=vae,
+        **{name: Path(place) for name, place in places.items()},
         out=out,
         against=Path(judges["without"]),
         features=None,
