@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench.measure import DEVICES, Rates
 from bench.roofline import PARTS, Part, count_model, published_models
+from varkern.studies.report import COLOURS
 from varkern.tables import markdown_table
 
 # Time over the published loop's, as it is asked for: (depth, B, M) -> at most.
@@ -208,7 +209,10 @@ def plot_against_m(folder: Path, rows: list[dict], value, quantity: str, name: s
     for depth in depths:
         for batch in batches:
             chosen = [row for row in rows if (row["depth"], row["B"]) == (depth, batch)]
-            style = {"color": f"C{depths.index(depth)}", "linestyle": ("-", "--", ":")[batches.index(batch) % 3]}
+            style = {
+                "color": COLOURS[depths.index(depth) % len(COLOURS)],
+                "linestyle": ("-", "--", ":")[batches.index(batch) % 3],
+            }
             label = f"d{depth}, B={batch}"
             axes.plot([r["M"] for r in chosen], [value(r) for r in chosen], marker=".", label=label, **style)
     axes.set_xscale("log", base=2)
@@ -229,9 +233,9 @@ def plot_parts(folder: Path, parts: dict[str, dict[str, float]]) -> None:
     figure = Figure(figsize=(6.5, 0.9 + 0.28 * len(parts)), layout="constrained")
     axes = figure.subplots()
     lefts = [0.0] * len(parts)
-    for name in PARTS:
+    for name, colour in zip(PARTS, COLOURS, strict=True):
         shares = [seconds.get(name, 0.0) / sum(seconds.values()) for seconds in parts.values()]
-        axes.barh(list(parts), shares, left=lefts, label=name)
+        axes.barh(list(parts), shares, left=lefts, label=name, color=colour)
         lefts = [left + share for left, share in zip(lefts, shares, strict=True)]
     axes.invert_yaxis()
     axes.margins(y=0.02)

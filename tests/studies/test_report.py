@@ -175,3 +175,15 @@ def test_every_preset_is_drawn(preset, tmp_path):
     for row, (cell, printed) in zip(table[2:], preset.rows, strict=True):
         for name, value in printed.items():
             assert row[table[0].index(f"paper: {sweep_report.FIGURES[name][0]}")] == f"{value:g}", (cell, name)
+
+
+def test_lines_are_told_apart_by_colour_and_marker():
+    """As the palette by Okabe and Ito has it: no two lines differ by red against green alone."""
+    from matplotlib.figure import Figure
+
+    given = found([Cell(), *(Cell(m=m, first_scale=k) for k in range(7) for m in (2, 4))])
+    panel = Figure().subplots()
+    axis = next(axis for axis in sweep_report.axes_of(given) if axis.name == "m")
+    sweep_report.draw_panel(panel, given, "fid", axis)
+    lines = [container[0] for container in panel.containers]
+    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == len(lines) == 7

@@ -36,6 +36,9 @@ FIGURES = {  # title, digits after the point
 }
 UNITS = {"seconds": 1e3, "peak_bytes": 2**-30}
 COSTS = tuple(UNITS)
+# Okabe and Ito's palette, which colour-blind people tell apart, without its yellow; and a marker for each.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDE = 4  # a distance that spans more has a logarithmic axis
 # Inception's own words for figures of other features would promise what they do not hold.
 OTHER_FEATURES = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "inception_score": "class score"}
@@ -276,12 +279,10 @@ def drawn(found: Found) -> list[str]:
 
 def draw(found: Found, path: Path) -> None:
     """Quality against M, first scale and seconds, a line for every other setting, the model alone dashed; as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names, axes = drawn(found), axes_of(found)
     figure = Figure(figsize=(0.6 + 3.9 * len(axes), 1.2 + 2.4 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
     # What the lines are differs from axis to axis: a setting that one of them shows is no other line there.
     for column, axis in zip(figure.subfigures(1, len(axes), squeeze=False)[0], axes, strict=True):
         panels = column.subplots(len(names), 1, squeeze=False)[:, 0]
@@ -297,6 +298,7 @@ def draw(found: Found, path: Path) -> None:
 
 def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
     """One figure over one axis."""
+    panel.set_prop_cycle(color=COLOURS, marker=MARKERS)
     lines: dict[str, list[Entry]] = {}
     for entry in found.entries:
         if entry.cell.m == 1 and entry.cell.n == 1:
@@ -315,7 +317,6 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
             [x for x, _ in points],
             [y.value for _, y in points],
             yerr=[y.spread or 0.0 for _, y in points],
-            marker="o",
             markersize=4,
             linewidth=1.2,
             capsize=2,

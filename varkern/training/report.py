@@ -32,7 +32,7 @@ from varkern.training.recipe import LOSSES, wins
 from varkern.training.scorer import check_fit
 
 BINS = 50
-REAL_COLOUR, GENERATED_COLOUR = "#c0392b", "#2c6fbb"
+REAL_COLOUR, GENERATED_COLOUR = "#d55e00", "#0072b2"  # colour-blind people tell them apart
 
 
 class PairScores(NamedTuple):
@@ -187,7 +187,6 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Loss and accuracy by scale, and below them the histograms of every scale (LSRS, Figs. 5 and 7), as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = report["scales"]
@@ -197,7 +196,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
     columns = 3 if len(panels) <= 6 else 4
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * (lines + 1)), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, lines))
     draw_curves(top.subplots(1, 2), rows, report["loss"])
     axes = bottom.subplots(lines, columns, squeeze=False).flatten()
