@@ -25,10 +25,39 @@ from .options import Device, pick_device, require
 
 app = typer.Typer(no_args_is_help=True)
 
-RealMaps = Annotated[Path, typer.Option(help="Token maps of real images, a folder of `varkern tokens encode`")]
-GeneratedMaps = Annotated[Path, typer.Option(help="The model's own, a folder of `varkern tokens generate`")]
-Vae = Annotated[Path, typer.Option(help="The VQ-VAE's checkpoint that both were made with")]
-Verify = Annotated[bool, typer.Option(help="Compare the checksums of the token maps first, which reads all of them")]
+RealMaps = Annotated[Path, typer.Option(help="Token maps of real images, a folder that `varkern tokens encode` made")]
+GeneratedMaps = Annotated[
+    Path, typer.Option(help="Token maps of the model's images, a folder that `varkern tokens generate` made")
+]
+Vae = Annotated[Path, typer.Option(help="VQ-VAE checkpoint that both sets of token maps were made with")]
+Verify = Annotated[bool, typer.Option(help="Comparison of all token maps with their checksums first")]
+Recipe = Annotated[
+    Literal["paper", "published"],
+    typer.Option(help="Defaults of the options that are not given: LSRS' text, or the code published with it"),
+]
+Features = Annotated[
+    Literal["fused", "own"],
+    typer.Option(help="Input of the scorer: all scales summed, or a scale alone (FlexVAR)"),
+]
+PairShare = Annotated[
+    float | None,
+    typer.Option(help="Share of all pairs of a class in an epoch; default: each real image with one partner"),
+]
+ValidationPairs = Annotated[
+    float | None, typer.Option(help="Share of all held-out pairs; default: each real image with one partner")
+]
+BestBy = Annotated[
+    Literal["accuracy", "loss"] | None,
+    typer.Option(help="Figure whose best epoch gives the weights that are kept; default: the last epoch's"),
+]
+Widths = Annotated[
+    str | None, typer.Option(help="Channels of each stage; default: 64,128,256,... for as many as lead to 2x2")
+]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="Precision of training; auto: bfloat16 by autocast on a GPU, else float32"),
+]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Continuing a killed run, or beginning again")]
 
 
 @app.command("train")
@@ -37,53 +66,33 @@ def train(
     real: RealMaps,
     generated: GeneratedMaps,
     vae: Vae,
-    out: Annotated[Path, typer.Option(help="The scorer, a .safetensors file; its CSV and checkpoint stand beside it")],
-    recipe: Annotated[
-        Literal["paper", "published"],
-        typer.Option(help="Defaults of the options that are not given: LSRS' text, or the code published with it"),
-    ] = "paper",
-    loss: Annotated[Literal["pairwise", "pointwise"], typer.Option(help="Eq. 4 or eq. 5 of LSRS")] = "pairwise",
-    first_scale: Annotated[int, typer.Option(help="The first scale to train on, from 0")] = 0,
-    features: Annotated[
-        Literal["fused", "own"],
-        typer.Option(help="What the scorer sees: all scales summed, or a scale alone (FlexVAR)"),
-    ] = "fused",
+    out: Annotated[Path, typer.Option(help="Scorer to write, a .safetensors file with CSV and checkpoint beside it")],
+    recipe: Recipe = "paper",
+    loss: Annotated[Literal["pairwise", "pointwise"], typer.Option(help="Loss, eq. 4 or eq. 5 of LSRS")] = "pairwise",
+    first_scale: Annotated[int, typer.Option(help="First scale to train on, counted from 0")] = 0,
+    features: Features = "fused",
     epochs: Annotated[float, typer.Option(help="Passes over an epoch's pairs")] = 4.0,
-    warmup_epochs: Annotated[float, typer.Option(help="Of these; the learning rate rises over them")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Pairs a step, over all ranks together")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its peak")] = 3e-4,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled, as AdamW's")] = 0.0,
-    max_norm: Annotated[float | None, typer.Option(help="Clip the gradient to it; default: not clipped")] = None,
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up, included in --epochs")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Number of pairs per step, over all ranks together")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of Adam")] = 3e-4,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay, decoupled as in AdamW")] = 0.0,
+    max_norm: Annotated[float | None, typer.Option(help="Norm to clip the gradient to; default: none")] = None,
     validation: Annotated[float, typer.Option(help="Share of every class's images that is held out")] = 0.02,
-    seed: Annotated[int, typer.Option(help="Of weights, order, partners and of what is held out")] = 0,
-    pair_share: Annotated[
-        float | None,
-        typer.Option(help="Share of all pairs of a class in an epoch; default: each real image with one partner"),
-    ] = None,
-    validation_pairs: Annotated[
-        float | None, typer.Option(help="Share of all held-out pairs; default: each real image with one partner")
-    ] = None,
-    best_by: Annotated[
-        Literal["accuracy", "loss"] | None,
-        typer.Option(help="Keep the weights of the epoch that validated best; default: the last weights"),
-    ] = None,
-    widths: Annotated[
-        str | None, typer.Option(help="Channels of each stage; default: 64,128,256,... for as many as lead to 2x2")
-    ] = None,
-    embedding: Annotated[int, typer.Option(help="Width of the class and of the scale embedding")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order, pairs and held-out images")] = 0,
+    pair_share: PairShare = None,
+    validation_pairs: ValidationPairs = None,
+    best_by: BestBy = None,
+    widths: Widths = None,
+    embedding: Annotated[int, typer.Option(help="Width of the class and scale embeddings")] = 128,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's layers")] = "512,256,128",
     dropout: Annotated[float, typer.Option(help="Probability of dropout after each stage")] = 0.05,
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 by autocast on a GPU, else float32")
-    ] = "auto",
+    precision: Precision = "auto",
     device: Device = "auto",
     every: Annotated[int, typer.Option(help="Steps from one row of the CSV to the next")] = 100,
     verify: Verify = True,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on where a killed run stopped, or begin again")
-    ] = True,
+    resume: Resume = True,
 ) -> None:
-    """Train a scorer: LSRS, appendix A. A killed run goes on where it stopped; torchrun trains on several GPUs."""
+    """Train a scorer: LSRS, appendix A. A killed run continues where it stopped; torchrun trains on several GPUs."""
     require("every", every, 1)
     where = pick_device(device)
     training = as_training(context)
@@ -109,17 +118,17 @@ def train(
 
 @app.command("report")
 def report(
-    scorer: Annotated[Path, typer.Option(help="A scorer of `varkern scorer train`")],
+    scorer: Annotated[Path, typer.Option(help="Scorer to judge, a file that `varkern scorer train` wrote")],
     real: RealMaps,
     generated: GeneratedMaps,
     vae: Vae,
     out: Annotated[Path, typer.Option(help="Folder for report.json and scores.png")],
-    against: Annotated[Path | None, typer.Option(help="A second scorer, to compare accuracies with")] = None,
+    against: Annotated[Path | None, typer.Option(help="Second scorer to compare accuracies with")] = None,
     features: Annotated[
-        Literal["fused", "own"] | None, typer.Option(help="What the scorer sees; default: as it was trained")
+        Literal["fused", "own"] | None, typer.Option(help="Input of the scorer; default: as it was trained")
     ] = None,
-    first_scale: Annotated[int | None, typer.Option(help="The first scale judged; default: as it was trained")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs at a time")] = 128,
+    first_scale: Annotated[int | None, typer.Option(help="First scale to judge; default: as it was trained")] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of pairs at a time")] = 128,
     device: Device = "auto",
     verify: Verify = False,
 ) -> None:
