@@ -15,6 +15,7 @@ def cases() -> Iterator[tuple[str, str, int, Callable[[], object]]]:
     yield from sampling()
     yield from fusion()
     yield from density()
+    yield from norms()
     yield "uniforms, B=4, M=128", "number", 512, lambda: philox.uniforms(torch.arange(4), 128, 1, 0)
 
 
@@ -68,3 +69,24 @@ def density():
     yield "density of bits, N=100, l=16, d=32", "pair and position", 100 * 100 * 16, lambda: ops.bit_density(bits, 1.0)
     x = normal(1, 520, 32)
     yield "density, N=520, D=32", "pair", 520 * 520, lambda: ops.kernel_density(x)
+
+
+def norms():
+    maps, options = 4, {"negative_slope": 0.2}
+    for channels, side in ((64, 8), (128, 4), (256, 2)):
+        shape = (channels, side, side)
+        weight, bias = (normal(*shape, seed=seed).requires_grad_() for seed in (1, 2))
+        x, residual = (normal(maps, *shape, seed=seed) for seed in (0, 3))
+        half = [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, residual)]
+
+        def forward(x=half[0], residual=half[1], weight=weight, bias=bias):
+            with torch.no_grad():
+                ops.map_norm(x, weight, bias, residual=residual, **options)
+
+        def both(x=x, residual=residual, weight=weight, bias=bias):
+            x = x.detach().requires_grad_()
+            ops.map_norm(x, weight, bias, residual=residual, **options).sum().backward()
+
+        name = f"norm, C={channels}, {side} x {side}"
+        yield f"{name}, bfloat16", "map", maps, forward
+        yield f"{name}, float32, with backward", "map", maps, both
