@@ -211,7 +211,7 @@ def test_a_check_of_what_generate_cannot_serve():
         check(model, best_of(), infer_patch_nums=[1, 2, 3])
     texts, _ = small_infinity()
     assert check(texts, best_of()) is None
-    with pytest.raises(UnsupportedModelError, match="generate serves models of classes"):
+    with pytest.raises(UnsupportedModelError, match="generate needs a class-conditional model"):
         check(texts, best_of(), cfg=3.0)
     with pytest.raises(UnsupportedModelError):
         check(torch.nn.Linear(1, 1))

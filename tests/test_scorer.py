@@ -465,7 +465,7 @@ def test_paths_are_not_taken_for_hub_names(scorer, hub, tmp_path, monkeypatch):
 
 def test_a_hub_name_without_the_hubs_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"user/repo names a repository on the hub.*varkern\[hub\]"):
+    with pytest.raises(ImportError, match=r"user/repo looks like a repository on the hub.*varkern\[hub\]"):
         Scorer.from_pretrained("user/repo")
 
 

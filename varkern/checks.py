@@ -37,10 +37,10 @@ def check(
         search: as ``generate`` takes it.
         sampler: as ``generate`` takes it.
         sampling: any other keyword arguments of ``generate``, and ``labels`` (default: one image of class 0). Without
-            any, what ``patch`` can know is checked: the model's kind and the search's fit to its sizes.
+            any, only what ``patch`` checks is checked: the model's family, and whether the search fits its sizes.
 
     Returns:
-        The model's sizes. None: they depend on what each call says (the VAE, the schedule), and nothing was said.
+        The model's sizes; None if they depend on arguments that were not given (the VAE, the schedule).
 
     Raises:
         UnsupportedModelError: if the model fits no family, or its method lacks an argument that the family's has.
@@ -86,16 +86,16 @@ def as_request(
     top_p: float = 0.0,
     **options: Any,
 ) -> Request:
-    """The arguments of ``generate``, whose docstring says what they are, as a request.
+    """The arguments of ``generate``, described in its docstring, as a request.
 
     Raises:
-        UnsupportedModelError: if the model is one of texts.
+        UnsupportedModelError: if the model is a text-to-image model.
         ValueError: if the number of images is unclear.
     """
     if not family.has_classes:
         raise UnsupportedModelError(
-            f"generate serves models of classes, and {type(model).__name__} is an {family.name} model, one of texts: "
-            f"use varkern.patch(model, search) and call its own {family.method}"
+            f"generate needs a class-conditional model, got {type(model).__name__}, an {family.name} model, which "
+            f"takes texts: use varkern.patch(model, search) and call the model's {family.method}"
         )
     if isinstance(labels, Sequence | np.ndarray):
         labels = torch.as_tensor(labels, dtype=None if len(labels) else torch.int64, device="cpu")
@@ -109,13 +109,13 @@ def as_request(
 
 
 def check_sampler(sampler: str) -> None:
-    """Raise ``ValueError`` if there is no such sampler."""
+    """Raise ``ValueError`` if ``sampler`` is not the name of a sampler."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
 
 
 def check_search(search: Search | None, spec: ModelSpec | None) -> None:
-    """Raise ``TypeError`` if ``search`` is none, ``ValueError`` if it does not fit the model's sizes, where known."""
+    """Raise ``TypeError`` if ``search`` is none, ``ValueError`` if it does not fit the model's known sizes."""
     search = as_search(search)
     if search is not None and spec is not None:
         check_model(search, spec)
@@ -124,13 +124,13 @@ def check_search(search: Search | None, spec: ModelSpec | None) -> None:
 def check_request(
     family: Family, model: Any, spec: ModelSpec, request: Request, search: Search | None, sampler: str
 ) -> None:
-    """Raise for anything wrong with a request. Labels on a GPU are looked at once, which waits for the device.
+    """Raise for anything wrong with a request. Labels on a GPU are read once, which waits for the device.
 
-    Texts, of a family without classes, are the family's own to check.
+    The conditions of a text-to-image family are checked by the family.
 
     Raises:
-        ValueError, TypeError: naming the argument (in the published method's word and in ``generate``'s, where they
-            differ), what came and what is wanted.
+        ValueError, TypeError: naming the argument (as the published method and as ``generate`` call it), what came and
+            what is wanted.
     """
     if not is_int(request.batch_size) or request.batch_size < 0:
         raise ValueError(f"batch size (B) must be an int >= 0, got {request.batch_size!r}")
@@ -156,7 +156,7 @@ def check_request(
 
 
 def check_labels(request: Request) -> None:
-    """Raise for labels of a wrong kind or shape; their values are :func:`label_range`'s."""
+    """Raise for labels of a wrong type or shape; :func:`check_request` checks their values."""
     labels = request.labels
     if isinstance(labels, Tensor):
         wanted = f"label (label_B, labels) must be integers of shape [{request.batch_size}]"
@@ -167,7 +167,7 @@ def check_labels(request: Request) -> None:
 
 
 def label_range(request: Request, spec: ModelSpec) -> tuple[int, int] | None:
-    """The lowest and the highest label asked for; None if there are none, or if nothing may wait for the device."""
+    """The lowest and the highest label of a request; None if it has none, or if nothing may wait for the device."""
     labels = request.labels
     if labels is None or request.batch_size == 0:
         return None
@@ -203,5 +203,5 @@ def check_seed(sampler: str, request: Request) -> None:
 
 
 def capturing(device: torch.device) -> bool:
-    """True inside a CUDA graph's capture, where nothing may wait for the device and labels are the caller's word."""
+    """True while a CUDA graph is captured, when nothing may wait for the device and labels go unchecked."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

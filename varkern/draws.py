@@ -11,7 +11,7 @@ from varkern.spec import Logits, Request
 
 
 class PhiloxDraws:
-    """Every number is a function of the image's seed, the scale, the position and the candidate, and of nothing else.
+    """Every number depends only on the image's seed, the scale, the position and the candidate.
 
     Args:
         seeds: the images' seeds, ``[B]`` int64.
@@ -28,7 +28,7 @@ class PhiloxDraws:
         return (uniform.double() * num_classes).long()
 
     def tokens(self, logits: Logits, scale: int, num_candidates: int) -> Tensor:
-        """M independent draws a position, ``[B, M, l]`` int64."""
+        """M independent draws per position, ``[B, M, l]`` int64."""
         return sample_tokens(
             logits.cond,
             num_candidates,
@@ -41,7 +41,7 @@ class PhiloxDraws:
         )
 
     def picks(self, scale: int, num_candidates: int, draw: int = 0) -> Tensor:
-        """Uniform numbers in [0, 1) for a search, one a candidate, ``[B, M]`` float32; others for each ``draw``."""
+        """One uniform number in [0, 1) per candidate, ``[B, M]`` float32, for a search; each ``draw`` gives others."""
         return philox.uniforms(self.seeds, num_candidates, draw + 1, scale, stream=philox.PICKS)[:, :, draw]
 
     def uniform_tokens(self, scale: int, num_candidates: int, length: int, vocabulary: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a bug report should say of the machine and of the software: ``varkern env`` prints it."""
+"""What a bug report needs to say about the machine and the software; ``varkern env`` prints it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def version_of(distribution: str) -> str:
 
 
 def driver() -> str:
-    """The NVIDIA driver's version, as nvidia-smi tells it."""
+    """The version of the NVIDIA driver, from nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "none"

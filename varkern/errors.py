@@ -1,8 +1,8 @@
-"""Errors of varkern's own."""
+"""The exceptions that varkern defines."""
 
 
 class UnsupportedModelError(TypeError):
-    """A model that fits no family; the message lists, family by family, what was looked for and not found.
+    """The model fits no family; the message lists for each family what the model lacks.
 
     Example::
 

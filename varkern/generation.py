@@ -27,15 +27,15 @@ class Generation(NamedTuple):
     """
 
     images: Tensor | None
-    """``[B, 3, H, W]`` in [0, 1]; None where they were not asked for."""
+    """``[B, 3, H, W]`` in [0, 1]; None with ``decode=False``."""
     tokens: list[Tensor]
-    """The kept token map of every scale, ``[B, l]`` int64; of binary codes ``[B, l, d]`` uint8."""
+    """The kept token map of each scale, ``[B, l]`` int64; for binary codes ``[B, l, d]`` uint8."""
     scores: list[Tensor | None]
-    """What the search thought of every candidate, ``[B, M]`` float32; None where it did not search."""
+    """The search's scores of all candidates of each scale, ``[B, M]`` float32; None where it did not search."""
     choices: list[Tensor | None]
-    """Which candidate was kept, ``[B]`` int64; None where there was no choice."""
+    """The kept candidate of each scale, ``[B]`` int64; None where there was only one."""
     seconds: list[float]
-    """Time spent on every scale, then on decoding: K + 1 numbers; without images the K of the scales."""
+    """The time of each scale, then of decoding: K + 1 numbers, or K with ``decode=False``."""
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
     timed: bool = False,
     decode: bool = True,
 ) -> Generation:
-    """Generate scale by scale, keeping one candidate a scale; ``images`` is what the published method returns."""
+    """Generate scale by scale and keep one candidate per scale; ``images`` is what the published method returns."""
     spec, device = family.spec(model, request), family.device(model)
     check_request(family, model, spec, request, search, sampler)
     draws = make_draws(sampler, request, device, family.generator(model, request.seed) if sampler != "philox" else None)
@@ -79,7 +79,7 @@ def run(
 
 
 def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, draws) -> Candidates:
-    """The candidates of one scale as a search sees them: features are made when, and as many as, it asks."""
+    """The candidates of one scale as a search gets them: features are computed only when it asks for them."""
 
     def fuse(start: int, stop: int, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return session.fuse(scale, tokens[:, start:stop], dtype, channels_last)
@@ -89,7 +89,7 @@ def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, dra
 
 
 def as_labels(request: Request, spec: ModelSpec, device: torch.device, draws) -> Tensor:
-    """The request's labels as ``[B]`` int64 on ``device``, drawn if there are none."""
+    """The request's labels as ``[B]`` int64 on ``device``; if there are none, they are drawn."""
     labels = request.labels
     if labels is None:
         return draws.labels(spec.num_classes)
@@ -99,7 +99,7 @@ def as_labels(request: Request, spec: ModelSpec, device: torch.device, draws) ->
 
 
 class Clock:
-    """Times between ticks; on a GPU by events, so that nothing waits before the end."""
+    """Measures the time between ticks; on a GPU with events, so that nothing waits before the end."""
 
     def __init__(self, device: torch.device, enabled: bool):
         self.device, self.cuda, self.enabled, self.marks = device, device.type == "cuda", enabled, []
@@ -137,29 +137,29 @@ def generate(
     decode: bool = True,
     **options: Any,
 ) -> Generation:
-    """Generate images and tell all: token maps, every candidate's score, the time each scale took.
+    """Generate images, and return with them the token maps, the scores of all candidates and the time of each scale.
 
     Args:
-        model: a class-conditional model, VAR or FlexVAR; it need not be patched, and is not changed.
-        labels: classes, ``[B]``; an int for all (negative: no class); None: drawn at random.
-        search: which candidate is kept; several in a list: the first that wants a scale has it; None: one candidate a
-            scale.
-        seeds: an int, from which :func:`varkern.image_seeds` makes one seed an image; ``[B]`` int64 image seeds; None:
-            a fresh one from PyTorch's default generator.
-        batch_size: B; needed only if neither ``labels`` nor ``seeds`` tell it.
+        model: a class-conditional model, VAR or FlexVAR, patched or not; it is not changed.
+        labels: classes, ``[B]``; an int for all images (negative: no class); None: drawn at random.
+        search: the rule that keeps one candidate; in a list of searches, at each scale, the first search that asks for
+            more than one candidate is used; None: one candidate per scale.
+        seeds: an int, from which :func:`varkern.image_seeds` derives one seed per image; or ``[B]`` int64 image seeds;
+            None: a fresh seed from PyTorch's default generator.
+        batch_size: B; needed only if neither ``labels`` nor ``seeds`` gives the number of images.
         cfg: strength of guidance at the last scale.
-        top_k: keep the k most probable tokens, ties at the threshold too; 0: all.
-        top_p: then keep the most probable ones up to this mass; 0: all.
-        sampler: ``"philox"``: random numbers by image, the same in any batch and on any backend; ``"multinomial"``:
-            the model's own generator, as the published method draws.
-        decode: False: only the token maps are wanted. ``images`` is then None, the decoder does not run, ``seconds``
-            has no number for it, and all else is the same.
-        options: further arguments of the family's published method: ``more_smooth`` of VAR; ``vqvae`` and
-            ``infer_patch_nums``, which FlexVAR needs, and ``max_pn``, ``used_llamagen_cfg``, ``invalid_ids``.
+        top_k: keep the k most probable tokens, and those that tie with the last of them; 0: all.
+        top_p: of these, keep the most probable tokens up to this probability mass; 0: all.
+        sampler: ``"philox"``: each image has its own random numbers, the same in any batch and on any backend.
+            ``"multinomial"``: the model's own generator, used as in the published method.
+        decode: False: return only the token maps. ``images`` is then None, the decoder does not run, ``seconds`` has
+            no number for it, and everything else is the same.
+        options: further arguments of the family's published method: ``more_smooth`` for VAR; for FlexVAR ``vqvae`` and
+            ``infer_patch_nums``, which it needs, and ``max_pn``, ``used_llamagen_cfg``, ``invalid_ids``.
 
     Raises:
-        UnsupportedModelError: if the model fits no family, or is one of texts (Infinity): those are served by
-            :func:`varkern.patch` alone, because what a text is made into is its method's own affair.
+        UnsupportedModelError: if the model fits no family, or is a text-to-image model (Infinity). Use
+            :func:`varkern.patch` for these: their own method turns a text into a condition.
         ValueError, TypeError: if an argument is wrong, before any work.
 
     Example::

@@ -1,8 +1,8 @@
 """Whole generations as captured CUDA graphs: every scale, sampling, scoring, choosing and decoding in one replay.
 
-A captured generation holds for one batch size and one set of settings; labels, image seeds and the strength of guidance
-are written into its own tensors before every replay, so these change freely. Capturing takes two generations' time and
-the graph keeps a generation's memory, so only the latest few are kept.
+A captured generation is valid for one batch size and one set of settings. Labels, image seeds and the strength of
+guidance are written into its tensors before every replay, so they may change. Capturing takes the time of two
+generations and each graph keeps the memory of one, so only the few that were used last are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from varkern.spec import ModelSpec, Request
 
 logger = logging.getLogger("varkern")
 
-KEPT = 4  # captured generations a patch keeps; each holds the memory of one generation
+KEPT = 4  # captured generations that a patch keeps; each holds the memory of one generation
 
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 
@@ -38,17 +38,17 @@ def capture_cuda(generation: Callable[[], Tensor], device: torch.device) -> tupl
     """Run ``generation`` once to compile its kernels, capture it, and return what replays it and what it writes."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    # Weights that autocast casts inside the capture must be cast again at every replay, and neither may a cast from
-    # before be read by the graph, which would outlive it, nor one from the graph by what the user runs next.
+    # Weights that autocast casts inside the capture must be cast again at every replay. The graph must not read a cast
+    # made before, which it would outlive, and later code must not read a cast made inside the graph.
     torch.clear_autocast_cache()
     try:
-        # PyTorch's own choice of a stream would be one of the GPU that was current at the process's first capture, and
-        # where a capture fails it stays the current stream: the block around it puts the former one back.
+        # PyTorch would choose a stream of the GPU that was current at the process's first capture. After a failed
+        # capture the stream stays the current one, so the surrounding block restores the former stream.
         with torch.cuda.device(device), torch.cuda.stream(stream):
             generation()
             torch.clear_autocast_cache()
-            # In PyTorch's default mode a call of any other thread (a loader that pins memory, NCCL's watchdog) would
-            # spoil the capture, and fail itself.
+            # In PyTorch's default mode a CUDA call of another thread (a loader that pins memory, NCCL's watchdog) would
+            # make the capture fail, and fail too.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 written = generation()
     finally:
@@ -59,14 +59,14 @@ def capture_cuda(generation: Callable[[], Tensor], device: torch.device) -> tupl
 
 @dataclass
 class Captured:
-    """One captured generation: the request it answers, the tensors it reads, what replays it, the images it writes."""
+    """One captured generation: its request, the tensors it reads, what replays it, and the images it writes."""
 
     request: Request
     inputs: dict[str, Tensor]
     replay: Callable[[], None]
     written: Tensor
     tables: list[tuple[Tensor, ...]]  # read by the graph, which does not keep them alive
-    search: Search | None  # by whose identity the generation is found again
+    search: Search | None  # kept alive, because its identity is part of the key
 
 
 class GenerationGraphs:
@@ -74,9 +74,9 @@ class GenerationGraphs:
 
     Args:
         family, model, search: as :func:`varkern.generation.run` takes them; the sampler is ``"philox"``, whose seeds
-            are a tensor on the device. ``search`` may be set anew before any call.
-        capacity: how many captured generations are kept, the latest used ones.
-        capture: what captures a generation; tests give another.
+            are a tensor on the device. ``search`` may be replaced before any call.
+        capacity: how many captured generations are kept; those used last.
+        capture: the function that captures a generation; tests pass another.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class GenerationGraphs:
         self.family, self.model, self.search, self.capacity = family, model, search, capacity
         self.capture = capture or capture_cuda
         self.entries: OrderedDict[tuple, Captured] = OrderedDict()
-        self.impossible: str | None = None  # why, once it was found and said
-        self.copied: torch.cuda.Event | None = None  # the latest images are out of the graph's memory
+        self.impossible: str | None = None  # why nothing can be captured, once a warning has said so
+        self.copied: torch.cuda.Event | None = None  # the last images have been copied out of the graph's memory
 
     def run(self, request: Request) -> Tensor:
-        """The images of :func:`varkern.generation.run` for ``request``, replayed where it was captured before.
+        """The images of :func:`varkern.generation.run` for ``request``, replayed if it was captured before.
 
-        The first call with new settings runs the generation eagerly, captures it and says so. Where capture is
-        impossible it warns once and runs eagerly from then on. Inside the caller's own capture it runs eagerly too.
+        The first call with new settings runs the generation eagerly, captures it and logs this. If capture is
+        impossible, it warns once and runs eagerly from then on. Inside the caller's capture it also runs eagerly.
         """
         spec, device = self.family.spec(self.model, request), self.family.device(self.model)
         if self.impossible is None and (reason := self.hindrance(device)) is not None:
@@ -112,7 +112,7 @@ class GenerationGraphs:
                     f"capturing failed ({type(error).__name__}: {said[0]}); a scorer that waits is a usual cause"
                 )
                 return self.eagerly(request)
-            key = self.key(request, inputs, device)  # a search that counts its calls has other settings now
+            key = self.key(request, inputs, device)  # again: a search that counts its calls has changed
             self.entries[key] = entry
             while len(self.entries) > self.capacity:
                 self.entries.popitem(last=False)
@@ -120,7 +120,7 @@ class GenerationGraphs:
         return self.replayed(entry, inputs, device)
 
     def replayed(self, entry: Captured, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
-        """Images of their own, in the current stream; a replay in another stream waits until these are copied."""
+        """A copy of the images, made in the current stream; a replay in another stream waits for the copy."""
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         if stream is not None and self.copied is not None:
             stream.wait_event(self.copied)
@@ -136,7 +136,7 @@ class GenerationGraphs:
         return run(self.family, self.model, request, self.search, "philox").images
 
     def hindrance(self, device: torch.device) -> str | None:
-        """Why nothing can be captured here, if so."""
+        """Why nothing can be captured here; None if capture may work."""
         if not self.family.has_classes:
             return f"{self.family.name} models are not captured"
         if self.capture is capture_cuda and device.type != "cuda":
@@ -149,23 +149,23 @@ class GenerationGraphs:
         warnings.warn(f"cuda_graph=True: {reason}. Generating without a graph.", RuntimeWarning, stacklevel=4)
 
     def inputs(self, request: Request, spec: ModelSpec, device: torch.device) -> dict[str, Tensor]:
-        """What may change from call to call, as tensors."""
+        """The inputs that may change from call to call, as tensors."""
         inputs = {"seeds": as_image_seeds(request, device)}
         if request.labels is not None:  # else the labels are drawn inside, from the seeds
             inputs["labels"] = as_labels(request, spec, device, None)
         cfg = request.options.get("cfg")
-        # Without guidance fewer rows run, so that a strength of 0 is another graph and not another input. In float64
-        # every scale's strength rounds as it does when it is a number.
+        # Without guidance fewer rows run, so a strength of 0 needs another graph. In float64 the strength of each scale
+        # is rounded as a number would be.
         if isinstance(cfg, Tensor) or (isinstance(cfg, Real) and cfg != 0):
             if isinstance(cfg, Tensor):
                 strength = cfg.to(device=device, dtype=torch.float64).reshape(-1, 1, 1)
-            else:  # filled there: a copy from the host would wait
+            else:  # filled on the device, because a copy from the host would wait
                 strength = torch.full((1, 1, 1), float(cfg), dtype=torch.float64, device=device)
             inputs["cfg"] = strength.expand(request.batch_size, 1, 1)
         return inputs
 
     def key(self, request: Request, inputs: dict[str, Tensor], device: torch.device) -> tuple:
-        """All that a captured generation depends on, beside its inputs."""
+        """Everything that a captured generation depends on, except its inputs."""
         options = {name: value for name, value in request.options.items() if name not in inputs}
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         named = tuple((name, constant(options[name])) for name in sorted(options))
@@ -187,7 +187,7 @@ class GenerationGraphs:
             "settings replay it",
             request.batch_size,
         )
-        with torch.inference_mode(False):  # so that calls in and out of inference mode may write to them
+        with torch.inference_mode(False):  # calls inside and outside inference mode write to these tensors
             static = {name: tensor.clone() for name, tensor in inputs.items()}
         options = {**request.options, **({"cfg": static["cfg"]} if "cfg" in static else {})}
         fixed = replace(request, labels=static.get("labels"), seed=static["seeds"], options=options)
@@ -196,16 +196,16 @@ class GenerationGraphs:
 
 
 def constant(value: Any) -> Any:
-    """An option as part of a key: plain values as they are, others by identity, while the graph keeps them alive."""
+    """An option as part of a key: plain values as they are, others by identity; the graph keeps these alive."""
     if isinstance(value, list | tuple):
         return (list, tuple(map(constant, value)))
     return value if value is None or isinstance(value, str | Real) else (type(value), id(value))
 
 
 def weights_of(*objects: Any) -> Iterator[tuple]:
-    """Place and version of every weight that a generation reads, and every setting of a search.
+    """Address and version of every weight that a generation reads, and every setting of a search.
 
-    Moved or changed weights need another graph, and so does ``search.m = 8``.
+    Moved or changed weights need another graph, and so does an assignment such as ``search.m = 8``.
     """
     seen: set[int] = set()
     pending = list(objects)
@@ -224,7 +224,7 @@ def weights_of(*objects: Any) -> Iterator[tuple]:
         else:
             for name, value in attributes.items():
                 yield name, place_of(value) if isinstance(value, Tensor) else constant(value)
-        # A VAE kept in a tuple beside the submodules, a search's scorer, a combination's searches.
+        # A VAE that is kept in a tuple, the scorer of a search, the searches of a combination.
         pending.extend(v for v in attributes.values() if isinstance(v, nn.Module | list | tuple))
 
 

@@ -1,7 +1,7 @@
-"""The method that LSRS (dt-3t/LSRS) adds to VAR: what its arguments ask of a search.
+"""The method that LSRS (dt-3t/LSRS) adds to VAR: its arguments as a search.
 
-``autoregressive_infer_cfg_lsrs`` is told its scorer and its candidates with every call. :class:`CalledSearch` turns
-these arguments into a search, and the loop does the rest.
+``autoregressive_infer_cfg_lsrs`` gets its scorer and the number of candidates with every call. :class:`CalledSearch`
+turns these arguments into a search, and the loop does the rest.
 """
 
 from __future__ import annotations

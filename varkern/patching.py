@@ -1,4 +1,4 @@
-"""``patch``, ``unpatch``, ``patched``: the one line that gives a user's own model a search, and takes it back."""
+"""``patch``, ``unpatch``, ``patched``: the one line that adds a search to a user's own model, or removes it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ABSENT = object()
 
 
 class PatchedMethod:
-    """Stands in one instance's ``__dict__`` for the published method, with its signature and its return value.
+    """Replaces the published method in the ``__dict__`` of one instance; signature and return value stay the same.
 
-    A pickle or a deep copy of the model carries no patch: what is stored of this object is the method it stands for. A
-    shallow copy (``copy.copy``) shares this object, and so the original model, as it shares all else.
+    A pickle or a deep copy of the model is not patched, because this object is stored as the method that it replaces. A
+    shallow copy (``copy.copy``) shares this object, and with it the original model, as it shares everything else.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PatchedMethod:
         bound = self.__signature__.bind(*args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
-        # A fork may take more arguments than its family; at their defaults they ask for nothing.
+        # A fork may take more arguments than its family. Those that are not passed are left out.
         known = given | set(self.family.arguments)
         arguments = {name: value for name, value in bound.arguments.items() if name in known}
         request, search = self.family.request(arguments), self.search_for(arguments)
@@ -95,26 +95,27 @@ def patch(
 
     Args:
         model: a VAR, FlexVAR or Infinity model: the published class, a fork of it, or :class:`varkern.models.VAR`.
-            What FlexVAR and Infinity are told with each call (VAE, schedule) is checked then, before any work. A scorer
-            for Infinity is given the text condition, as the method was given it, in place of labels.
-        search: which candidate is kept at each scale, such as :class:`varkern.BestOfM`; several in a list: the first
-            that wants a scale has it; None: one candidate a scale through the fused ops, the model's own distribution.
-        sampler: ``"philox"``: an image depends on its own seed alone, in any batch, on any backend. The method's
+            The VAE and the schedule that FlexVAR and Infinity get with each call are checked in that call, before any
+            work. A scorer for Infinity gets the method's text condition in place of labels.
+        search: the rule that keeps one candidate, such as :class:`varkern.BestOfM`. In a list of searches, at each
+            scale, the first search that asks for more than one candidate is used. None: one candidate per scale, drawn
+            by the fused ops: the model's own distribution.
+        sampler: ``"philox"``: an image depends only on its own seed, in any batch and on any backend. The method's
             ``g_seed`` may also be a tensor of B image seeds. ``"multinomial"``: ``torch.multinomial`` with the model's
-            own generator; with one candidate a scale it gives the unpatched model's images bit for bit.
-        cuda_graph: capture a whole generation as one CUDA graph for each batch size and set of settings, the latest
-            four of them, and replay it with the next calls' labels, seeds and strengths of guidance: the same images
-            without the time of launching. The first call with new settings captures, and says so; each graph keeps the
-            memory of one generation until :func:`unpatch`. On a CPU, for Infinity, or with a scorer that waits for the
-            device it warns once and generates without. Labels on a GPU are still looked at once a call.
+            own generator; with one candidate per scale it gives the unpatched model's images bit for bit.
+        cuda_graph: capture a whole generation as one CUDA graph for each batch size and set of settings, and replay it
+            with the labels, seeds and strengths of guidance of later calls: the same images without launch overhead.
+            The four graphs used last are kept, each with the memory of one generation, until :func:`unpatch`. The first
+            call with new settings captures and logs this. On a CPU, for Infinity, or with a scorer that waits for the
+            GPU it warns once and generates without a graph. Labels on a GPU are still read by the host once per call.
 
     Returns:
         ``model``.
 
     Raises:
-        UnsupportedModelError: if the model fits no family; it lists what was looked for and not found.
-        ValueError: if the search does not fit the model (scales, classes, channels) as far as its sizes are known, or
-            ``sampler`` is unknown, or ``cuda_graph`` goes with another than ``"philox"``.
+        UnsupportedModelError: if the model fits no family; the message lists what is missing.
+        ValueError: if the search does not fit the model's sizes (scales, classes, channels), if ``sampler`` is unknown,
+            or if ``cuda_graph`` is combined with another sampler than ``"philox"``.
 
     Example::
 
@@ -150,7 +151,7 @@ def replace_method(
 
 
 def unpatch(model: Model) -> Model:
-    """Take a patch back; a model that has none is left alone. Returns ``model``.
+    """Remove the patch of a model, if it has one. Returns ``model``.
 
     Example::
 

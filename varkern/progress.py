@@ -6,9 +6,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def progress_bar(quiet: bool = False) -> Progress:
-    """What, how far, a word on it (the task's field ``note``), time spent and left; ``quiet``: shows nothing.
+    """A bar with the task's description, its progress, its field ``note``, the time spent and the time left.
 
-    To be told here, not in a bar that has begun: one that is silenced then is never stopped, and its thread goes on.
+    Args:
+        quiet: show nothing. A bar must not be silenced after it has started, because its thread would never stop.
     """
     return Progress(
         TextColumn("{task.description:<22}"),

@@ -1,8 +1,8 @@
 """The published sampler of VAR, draw for draw: ``torch.multinomial`` over filtered logits.
 
-What ``sampler="multinomial"`` uses, so that a patched model with one candidate a scale gives the unpatched model's
-images bit for bit. Its order of operations is therefore upstream's (``sample_with_top_k_top_p_`` and
-``gumbel_softmax_with_rng``): at equal logits, at equal generator state, the same tokens.
+``sampler="multinomial"`` uses it, so that a patched model with one candidate per scale gives the unpatched model's
+images bit for bit. The order of operations is therefore that of upstream's ``sample_with_top_k_top_p_`` and
+``gumbel_softmax_with_rng``: equal logits and an equal state of the generator give the same tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
 
     Args:
         logits: ``[..., V]`` float.
-        top_k: keep the k largest and what ties with the k-th; 0, or V and more: all.
-        top_p: drop, from the least probable up, while the mass so far is at most ``1 - top_p``; 0: none. Unlike
-            :func:`varkern.ops.sample_tokens` it splits ties at the boundary by the order that ``torch.sort`` leaves.
+        top_k: keep the k largest and those that tie with the k-th; 0, or V and more: all.
+        top_p: drop the least probable tokens, as long as their mass is at most ``1 - top_p``; 0: none. Unlike
+            :func:`varkern.ops.sample_tokens`, ties at the boundary are split in the order that ``torch.sort`` gives.
 
     Raises:
         ValueError: if ``top_k`` is negative, or ``top_p`` outside [0, 1].
@@ -39,7 +39,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
 
 
 def sample_multinomial(logits: Tensor, num_candidates: int = 1, generator: torch.Generator | None = None) -> Tensor:
-    """M independent draws a position from filtered logits ``[B, l, V]``: tokens ``[B, M, l]`` int64."""
+    """M independent draws per position from filtered logits ``[B, l, V]``: tokens ``[B, M, l]`` int64."""
     batch, length, vocab = logits.shape
     draws = torch.multinomial(logits.softmax(-1).view(-1, vocab), num_candidates, replacement=True, generator=generator)
     return draws.view(batch, length, num_candidates).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The scorer S(c, e_k, k) of LSRS, as its authors published it: a small CNN that tells real features from generated."""
+"""The scorer S(c, e_k, k) of LSRS, as published: a small CNN that distinguishes real from generated features."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from varkern.models.loading import count_modules, read_state_dict
 from varkern.ops import map_norm
 from varkern.runs import write_tensors
 
-FINAL_SIDE = 2  # the visual features end at 2x2, as in the paper
-FIRST_WIDTHS = (64, 128)  # of the published stages; 256 at every stage after these
+FINAL_SIDE = 2  # the last stage gives 2x2 features, as in the paper
+FIRST_WIDTHS = (64, 128)  # of the published stages; every further stage has 256 channels
 SLOPE = 0.2
 HUB_FILE_NAMES = ("scorer.safetensors", "scoring_model.pth")
 
 
 def stage_sides(size: int) -> tuple[int, ...]:
-    """The side after each stage for a latent of side ``size``: halved, rounded up, until it is 2."""
+    """The side after each stage, for a latent of side ``size``: each stage halves it, rounded up, until it is 2."""
     sides = []
     while size > FINAL_SIDE:
         size = (size + 1) // 2
@@ -43,14 +43,14 @@ class ScorerConfig:
     """Sizes of a scorer; the defaults are the published ones, for VAR at 256 px (4,007,425 parameters).
 
     Args:
-        num_classes: classes of the model whose maps are scored.
-        num_scales: K, its scales.
+        num_classes: number of classes of the scored model.
+        num_scales: K, its number of scales.
         channels: C, the width of its codes.
         size: side of its latent, at least 3. Each stage halves it, rounded up, until it is 2.
         widths: channels of each stage; None: 64, 128, then 256 for as many stages as ``size`` needs.
-        embedding: width of the class and of the scale embedding.
-        hidden: widths of the MLP's layers, without its last layer's single output.
-        dropout: probability of the dropout behind each stage, in training only.
+        embedding: width of the class embedding and of the scale embedding.
+        hidden: widths of the MLP's layers, without the single output.
+        dropout: probability of the dropout after each stage, in training only.
 
     Raises:
         ValueError: if ``widths`` and ``size`` do not fit, or ``hidden`` is empty.
@@ -96,8 +96,10 @@ class MapNorm(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """3x3, 3x3 and 1x1 convolutions without bias, each normalised, plus the input; rectified after the first two norms
-    and after the sum. Where the shapes differ, the input goes through a normalised 1x1 convolution.
+    """3x3, 3x3 and 1x1 convolutions without bias, each followed by a norm, plus the input.
+
+    LeakyReLU follows the first two norms and the sum. If the shapes differ, the input goes through a 1x1 convolution
+    and a norm.
 
     Args:
         channels: of the input.
@@ -126,7 +128,7 @@ class ResidualBlock(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer that computes in the precision of its input, whatever its weights are stored in."""
+    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -143,7 +145,7 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 @torch.no_grad()
 def initialise(scorer: nn.Module) -> None:
-    """The published starting weights: He for convolutions (fan-out), Glorot for linear layers, small embeddings."""
+    """The published initial weights: He for convolutions (fan-out), Glorot for linear layers, small embeddings."""
     for layer in scorer.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -158,18 +160,18 @@ def initialise(scorer: nn.Module) -> None:
 
 
 class Scorer(nn.Module):
-    """Scores token maps by their fused features: higher means more like a real image's.
+    """Scores token maps by their fused features: a higher score means closer to real images.
 
-    A scorer trained by either loss of the paper tends to ``log p_real(e) / p_generated(e)`` plus a constant of class
-    and scale; see :class:`varkern.BestOfM` for what follows from it.
+    Trained with either loss of the paper, a scorer tends to ``log p_real(e) / p_generated(e)`` plus a constant of class
+    and scale; :class:`varkern.BestOfM` says what follows from this.
 
     The names and shapes of its weights are those of the published ``RewardNet``, so the state dict of one loads into
     the other.
 
-    The dtype of the weights decides the precision: ``Scorer.from_pretrained(path, dtype=torch.bfloat16)`` runs its
-    convolutions in bfloat16, whatever the autocast mode; autocast lowers float32 weights only. The MLP always computes
-    in float32, so that scores of many candidates do not fall together (bfloat16 knows 128 numbers from 4 to 8).
-    Convolutions are channels-last throughout; their weights are stored so.
+    The dtype of the weights decides the precision: ``Scorer.from_pretrained(path, dtype=torch.bfloat16)`` runs the
+    convolutions in bfloat16, whatever the autocast mode. Autocast only affects float32 weights. The MLP always computes
+    in float32, because in bfloat16, which has 128 numbers from 4 to 8, the scores of many candidates would be equal.
+    Convolutions and their weights are channels-last.
 
     Args:
         config: sizes; None: the published ones, for VAR at 256 px.
@@ -182,7 +184,7 @@ class Scorer(nn.Module):
     """
 
     channels_last = True
-    """The memory format that :meth:`forward` would otherwise convert features to; searches ask for it."""
+    """Searches pass features in this memory format, so that :meth:`forward` need not convert them."""
 
     def __init__(self, config: ScorerConfig | None = None):
         super().__init__()
@@ -202,7 +204,9 @@ class Scorer(nn.Module):
         self.fuser = nn.Sequential(*layers[:-1])
         self.out_proj = WideLinear(config.hidden[-1], 1)
         initialise(self)
-        self.to(memory_format=torch.channels_last)  # after the weights are drawn, which goes by memory order
+        self.to(
+            memory_format=torch.channels_last
+        )  # after the weights are drawn, because they are drawn in memory order
 
     @property
     def stages(self) -> list[nn.Sequential]:
@@ -211,7 +215,7 @@ class Scorer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the convolutions compute in: their weights' dtype, or autocast's where that is on and they float32."""
+        """The dtype of the convolutions: that of the weights, or autocast's if it is on and the weights are float32."""
         weight = self.out_proj.weight
         if weight.dtype == torch.float32 and autocasting(weight):
             return torch.get_autocast_dtype(weight.device.type)
@@ -219,7 +223,7 @@ class Scorer(nn.Module):
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """The dtype of features that costs no conversion; searches ask for it. Float32 where weights are float64."""
+        """Searches pass features in this dtype, which needs no conversion. Float32 if the weights are float64."""
         return torch.float32 if self.dtype == torch.float64 else self.dtype
 
     def forward(self, labels: Tensor, features: Tensor, scale: int | Tensor) -> Tensor:
@@ -241,10 +245,12 @@ class Scorer(nn.Module):
             for stage in self.stages:
                 x = stage(x)
         if not isinstance(scale, Tensor):
-            scale = torch.full((), scale, device=labels.device)  # filled there: a copy from the host would wait
+            scale = torch.full(
+                (), scale, device=labels.device
+            )  # on the device, because a copy from the host would wait
         wide = torch.promote_types(dtype, torch.float32)
         with no_autocast(x):
-            # One row per class of an image or per scale given is projected, then spread over the candidates.
+            # Each image's class and each given scale is projected once and then repeated for the candidates.
             classes = self.class_label_proj(self.class_label_embedding(labels).to(wide))
             scales = self.stage_label_proj(self.stage_label_embedding(scale).to(wide))
             conditions = [c.expand(batch, candidates, -1).flatten(0, 1) for c in (classes.unsqueeze(1), scales)]
@@ -252,7 +258,7 @@ class Scorer(nn.Module):
             return self.out_proj(self.fuser(joined)).view(batch, candidates)
 
     def save_pretrained(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-        """Write weights and config to one safetensors file; a crash leaves the former file whole."""
+        """Write weights and config to one safetensors file. After a crash the former file is still complete."""
         write_tensors(path, self.state_dict(), {**(metadata or {}), "config": json.dumps(asdict(self.config))})
 
     @classmethod
@@ -263,16 +269,16 @@ class Scorer(nn.Module):
 
         Args:
             source: a ``.safetensors`` file that :meth:`save_pretrained` wrote; or a state dict of the published
-                network, ``.pth`` (read with ``weights_only=True``) or ``.safetensors``, whose shapes tell the sizes
-                (an even latent side); or the name of a repository on the hub, ``"user/repo"``, which holds
-                ``scorer.safetensors`` or ``scoring_model.pth``. A local path goes before a hub name.
-            device: where the weights go; :class:`varkern.BestOfM` moves a scorer to its model's device by itself.
-            dtype: of the weights, in which the convolutions compute. On a GPU bfloat16 halves the bytes; its scores
-                err by some hundredths of their spread, which changes few choices.
+                network, ``.pth`` (read with ``weights_only=True``) or ``.safetensors``, whose shapes give the sizes
+                (for an even latent side); or the name of a repository on the hub, ``"user/repo"``, which holds
+                ``scorer.safetensors`` or ``scoring_model.pth``. An existing local path has precedence.
+            device: the device of the weights; :class:`varkern.BestOfM` moves a scorer to its model's device.
+            dtype: the dtype of the weights and of the convolutions. On a GPU bfloat16 halves the bytes; the error of
+                its scores is a few hundredths of their spread, which changes few choices.
 
         Raises:
-            FileNotFoundError: if there is no such file, or the repository holds none of the two.
-            ValueError: if it is no scorer's file.
+            FileNotFoundError: if there is no such file, or the repository holds neither of the two.
+            ValueError: if the file does not hold a scorer.
             ImportError: if a hub name needs the ``hub`` extra.
         """
         path = Path(source)
@@ -290,10 +296,10 @@ class Scorer(nn.Module):
 
 
 def config_of_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of :class:`ScorerConfig` that the shapes of a state dict tell; the latent's side is taken as even.
+    """The arguments of :class:`ScorerConfig`, from the shapes of a state dict; the latent's side is assumed to be even.
 
     Raises:
-        KeyError: if a weight that tells a size is missing.
+        KeyError: if a weight that is needed for a size is missing.
     """
     stages = sum(f"conv_stage_{i + 1}.0.conv1.weight" in state for i in range(len(state)))
     first = state["conv_stage_1.0.conv1.weight"]
@@ -311,7 +317,7 @@ def config_of_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a text can name a repository on the hub: two words with a slash between, no file's suffix."""
+    """Whether a string can be the name of a repository on the hub: two words around a slash, without a file suffix."""
     parts = source.split("/")
     return len(parts) == 2 and all(parts) and not source.endswith((".pth", ".pt", ".safetensors")) and "." not in parts
 
@@ -320,7 +326,7 @@ def download_scorer(repository: str) -> Path:
     """The local copy of a scorer on the hub, downloaded on first use.
 
     Raises:
-        FileNotFoundError: if the repository holds none of ``HUB_FILE_NAMES``.
+        FileNotFoundError: if the repository holds none of the files in ``HUB_FILE_NAMES``.
         ImportError: if huggingface_hub is not installed.
     """
     try:
@@ -328,7 +334,7 @@ def download_scorer(repository: str) -> Path:
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise ImportError(
-            f"{repository} names a repository on the hub: install it with pip install 'varkern[hub]', or give a path"
+            f"{repository} looks like a repository on the hub: to load it, pip install 'varkern[hub]'; else give a path"
         ) from error
     for name in HUB_FILE_NAMES:
         with contextlib.suppress(EntryNotFoundError):

@@ -1,4 +1,4 @@
-"""The words that the loop, families and searches share: a model's sizes, a request, a scale's logits."""
+"""The types that the loop, families and searches share: a model's sizes, a request, the logits of a scale."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class ModelSpec:
     """Sizes of a model, for one request, that searches and scorers must fit.
 
     Args:
-        num_classes: classes; the label ``num_classes`` itself means "no class". None: a model of texts.
-        sides: the side of each scale's token map, ``h`` and ``w`` where they may differ.
+        num_classes: number of classes; the label ``num_classes`` means "no class". None: a text-to-image model.
+        sides: the side of each scale's token map, or ``(h, w)`` where they may differ.
         size: H and W of the latent.
         channels: C, the width of a code.
-        vocabulary: V, the number of codes; None: binary codes of ``channels`` bits, which no table holds.
-        device: where the model is.
+        vocabulary: V, the number of codes; None: binary codes of ``channels`` bits.
+        device: the model's device.
     """
 
     num_classes: int | None
@@ -37,22 +37,22 @@ class ModelSpec:
 
 
 class Logits(NamedTuple):
-    """What a model says of one scale: the guided logits are ``(1 + guidance) * cond - guidance * uncond``.
+    """A model's output for one scale. The guided logits are ``(1 + guidance) * cond - guidance * uncond``.
 
-    Of binary codes every bit is a position of its own: ``[B, l * d, 2]``.
+    For binary codes every bit counts as a position: ``[B, l * d, 2]``.
     """
 
     cond: Tensor  # [B, l, V], floating
-    uncond: Tensor | None  # the same; None: no guidance is left to do
-    guidance: float | Tensor  # one strength, or one an image, [B, 1, 1]
+    uncond: Tensor | None  # the same; None: there is no guidance, or it was applied already
+    guidance: float | Tensor  # one strength, or one per image, [B, 1, 1]
     top_k: int = 0  # the filters of this scale; 0: off
     top_p: float = 0.0
-    free: bool = True  # False: its map is greedy or given, so that there is nothing to choose from
+    free: bool = True  # False: the map is greedy or given, so there is nothing to choose from
 
     def guided(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The logits that are sampled, ``[B, l, V]``, by the published order of operations.
+        """The guided logits, ``[B, l, V]``, computed in the published order of operations.
 
-        A tensor of strengths may raise their type; with ``dtype`` it is rounded to that first, as a number would be.
+        A tensor of strengths may raise their dtype; ``dtype`` rounds it first, as a number would be rounded.
         """
         if self.uncond is None:
             return self.cond
@@ -64,15 +64,15 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """One call for images, in the words that all families share.
+    """One call for images, in a form that is the same for all families.
 
     Args:
         batch_size: B.
-        labels: ``[B]`` int64; an int for all images (negative: no class); None: drawn at random. Of a model of texts
-            what its published method takes in their place.
+        labels: ``[B]`` int64; an int for all images (negative: no class); None: drawn at random. For a text-to-image
+            model, the condition that its published method takes.
         seed: an int, ``[B]`` int64 image seeds, or None for a fresh one.
         top_k, top_p: the sampler's filters; 0: off.
-        options: what only one family understands, by the names of its published method.
+        options: the remaining arguments of the family's published method, by name.
     """
 
     batch_size: int
@@ -84,5 +84,5 @@ class Request:
 
 
 def is_int(x: object) -> bool:
-    """True for an integer of Python's or NumPy's, false for a bool."""
+    """True for an integer of Python or NumPy, false for a bool."""
     return isinstance(x, Integral) and not isinstance(x, bool)

@@ -58,7 +58,7 @@ MAP = torch.zeros(2, 1, 1, 1, 5, dtype=torch.int64)
 BAD = {
     "no schedule": (
         {"scale_schedule": None},
-        r"scale_schedule must be a sequence of \(1, height, width\), .* got None",
+        r"scale_schedule must be a sequence with \(1, height, width\) .* got None",
     ),
     "no scales": ({"scale_schedule": []}, "scale_schedule must be .*"),
     "two frames": ({"scale_schedule": [(2, 1, 1)]}, "scale_schedule must be .*"),
@@ -78,13 +78,13 @@ BAD = {
     "cfg a number": ({"cfg_list": 3}, "cfg_list must be a list with a number for each of 5 scales, got 3"),
     "cfg NaN": ({"cfg_list": [math.nan] * 5}, "cfg_list must hold finite numbers, got .*nan"),
     "short tau": ({"tau_list": []}, "tau_list must be a list with a number for each of 5 scales, got 0"),
-    "tau 0": ({"tau_list": [1, 0, 1, 1, 1]}, r"tau_list must hold no 0, got \[1, 0, 1, 1, 1\]"),
+    "tau 0": ({"tau_list": [1, 0, 1, 1, 1]}, r"tau_list must not contain 0, got \[1, 0, 1, 1, 1\]"),
     "layer 2": ({"cfg_insertion_layer": [2]}, r"cfg_insertion_layer must be a list of ints in -3..1, got \[2\]"),
     "layer -4": ({"cfg_insertion_layer": [0, -4]}, r"cfg_insertion_layer must be .* in -3..1, got \[0, -4\]"),
     "a layer": ({"cfg_insertion_layer": 0}, "cfg_insertion_layer must be a list of ints in -3..1, got 0"),
     "no vae": (
         {"vae": None},
-        "vae must come with all .*, got none of vae.quantizer.lfq, vae.quantizer.z_interplote_up, va",
+        "vae must have .*, but it has no vae.quantizer.lfq and no vae.quantizer.z_interplote_up and no va",
     ),
     "indices of bits": ({"vae_type": 0}, "vae_type must not be 0, which asks for indices"),
     "no codes": ({"returns_vemb": 0}, "returns_vemb must be 1 where vae_type is not 0, got 0"),
@@ -135,7 +135,7 @@ def test_generate_names_patch():
     model, _ = small_infinity()
     with (
         idle(model),
-        pytest.raises(UnsupportedModelError, match=r"use varkern.patch\(model, search\) and call its own"),
+        pytest.raises(UnsupportedModelError, match=r"use varkern.patch\(model, search\) and call the model's auto"),
     ):
         generate(model, None, batch_size=2)
 

@@ -278,8 +278,16 @@ def test_m_one_is_no_search():
         ({"m": 2.0}, (ValueError, TypeError), r"m must be .*got 2.0"),
         ({"m": True}, (ValueError, TypeError), r"m must be .*got True"),
         ({"m": None}, (ValueError, TypeError), r"m must be .*got None"),
-        ({"m": (1, 4), "first_scale": 0}, ValueError, r"m has one number a scale"),
-        ({"m": (1, 4), "last_scale": 1}, ValueError, r"m has one number a scale"),
+        (
+            {"m": (1, 4), "first_scale": 0},
+            ValueError,
+            r"first_scale and last_scale cannot be combined with a per-scale m",
+        ),
+        (
+            {"m": (1, 4), "last_scale": 1},
+            ValueError,
+            r"first_scale and last_scale cannot be combined with a per-scale m",
+        ),
         ({"first_scale": -1}, ValueError, r"first_scale must be an int >= 0, got -1"),
         ({"first_scale": 1.0}, ValueError, r"first_scale must be an int >= 0, got 1.0"),
         ({"first_scale": 3, "last_scale": 2}, ValueError, r"last_scale must be an int >= first_scale=3, got 2"),

@@ -14,7 +14,7 @@ from tests.references import density_search as reference
 from varkern import DensitySearch, generate, patch, patched, unpatch, use_backend
 from varkern.ops.philox import PICKS, uniforms
 from varkern.search import Candidates
-from varkern.search.density import STRATEGIES, take
+from varkern.search.density import STRATEGIES, take_representatives
 from varkern.spec import ModelSpec
 
 LABELS = torch.tensor([3, 0, 5])
@@ -69,7 +69,8 @@ def codes_of(candidates):
 def taken_by(search, candidates):
     """The representatives of each image, in their order."""
     densities = search.densities(candidates)
-    places = take(search.wishes(densities, candidates), search.representatives, search.near(candidates)).cpu()
+    priorities = search.priorities(densities, candidates)
+    places = take_representatives(priorities, search.representatives, search.near(candidates)).cpu()
     return [[int((row == place).nonzero()) for place in range(int(row.max()) + 1)] for row in places]
 
 

@@ -1,4 +1,4 @@
-"""The kinds of model that varkern serves, found by structure and not by class name."""
+"""The kinds of model that varkern supports, recognised by structure and not by class name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def recognise(model: object) -> Family:
     """The family that ``model`` belongs to.
 
     Raises:
-        UnsupportedModelError: if it fits none; the message says what each family looked for and did not find.
+        UnsupportedModelError: if it fits none; the message lists for each family what the model lacks.
     """
     lacking = {family.name: family.missing(model) for family in FAMILIES}
     for family in FAMILIES:

@@ -1,7 +1,7 @@
-"""What the loop asks of a model, whatever its kind.
+"""What the loop asks of every kind of model.
 
-A *family* recognises model objects by their structure and opens a *session* for one generation; the session holds all
-that lives from the first scale to the image. Neither knows what a search is.
+A *family* recognises model objects by their structure and opens a *session* for one generation. The session holds
+everything that lives from the first scale to the image. Neither depends on searches.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Session(Protocol):
     """One generation on one model, scale by scale: ``logits``, ``maps``, ``fuse`` and ``commit``, then ``decode``."""
 
     codebook: Tensor | None  # [V, C]; None for binary codes
-    code_scale: float | None  # of binary codes: a bit stands for plus or minus this
+    code_scale: float | None  # for binary codes: a bit is plus or minus this number
 
     def logits(self, scale: int) -> Logits:
         """Run the transformer on the scale's input."""
         ...
 
     def maps(self, scale: int, drawn: Tensor) -> Tensor:
-        """Draws ``[B, M, l]`` int64 as token maps: as they are, as bits ``[B, M, l, d]`` uint8, or the map given."""
+        """Draws ``[B, M, l]`` int64 as token maps: unchanged, as bits ``[B, M, l, d]`` uint8, or the given map."""
         ...
 
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
-        """F(.): candidates ``[B, M, l]`` (or bits) to fused features ``[B, M, C, H, W]``; changes nothing."""
+        """F(.): fused features ``[B, M, C, H, W]`` of candidates ``[B, M, l]`` (or bits); changes nothing."""
         ...
 
     def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
-        """Keep token maps ``[B, l]`` (or bits) and prepare the next scale's input; ``hard`` forbids any smoothing."""
+        """Keep token maps ``[B, l]`` (or bits) and prepare the next scale's input; ``hard``: without any smoothing."""
         ...
 
     def decode(self) -> Any:
@@ -54,7 +54,7 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the model as it was before, whatever happened."""
+        """Restore the model's state from before the generation, also after an exception."""
         ...
 
 
@@ -64,18 +64,18 @@ class Family(Protocol):
     name: str
     method: str  # the attribute that patching replaces
     arguments: tuple[str, ...]  # the names of the published method's arguments
-    required: tuple[str, ...]  # those without which it is another method
-    has_classes: bool  # labels are classes; False: texts, in the published method's own form
+    required: tuple[str, ...]  # those that the method must have
+    has_classes: bool  # labels are classes; False: texts, in the form that the published method takes
 
     def missing(self, model: object) -> list[str]:
-        """What a model of this family has and ``model`` lacks; empty: it is one."""
+        """What ``model`` lacks to be of this family; empty if it is."""
         ...
 
     def spec(self, model: Any, request: Request | None = None) -> ModelSpec | None:
-        """The model's sizes for a request; None where they are the request's to say and there is none yet.
+        """The model's sizes for a request; None without a request, if they depend on it.
 
         Raises:
-            ValueError: if the request's sizes cannot be.
+            ValueError: if the request's sizes are impossible.
         """
         ...
 
@@ -84,26 +84,26 @@ class Family(Protocol):
         ...
 
     def check(self, model: Any, request: Request) -> None:
-        """Raise ``ValueError`` for options that the model cannot serve, before any work."""
+        """Raise ``ValueError`` for options that the model does not support, before any work."""
         ...
 
     def device(self, model: Any) -> torch.device: ...
 
     def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> Session:
-        """Begin a generation for ``labels`` ``[B]``, or for the request's texts."""
+        """Start a generation for ``labels`` ``[B]``, or for the request's texts."""
         ...
 
     def images(self, published: Any) -> Tensor:
-        """What the published method returns as images ``[B, 3, H, W]`` in [0, 1]; asked of models of classes alone."""
+        """The published method's return value as images ``[B, 3, H, W]`` in [0, 1]; class-conditional models only."""
         ...
 
     def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
-        """The model's own generator seeded as the published method does, or None for PyTorch's default."""
+        """The model's generator, seeded as in the published method, or None for PyTorch's default generator."""
         ...
 
 
 def missing_caches(blocks: Any) -> list[str]:
-    """What ``model.blocks`` lacks of a list of modules that each have ``.attn.kv_caching``."""
+    """What ``model.blocks`` lacks to be a list of modules with ``.attn.kv_caching``."""
     if not isinstance(blocks, Iterable):
         return ["blocks (as a list of modules)"]
     for i, block in enumerate(blocks):
@@ -116,7 +116,7 @@ def seeded(model: Any, seed: int | None, device: torch.device) -> torch.Generato
     """``model.rng`` with ``seed``; None without one."""
     if seed is None:
         return None
-    if model.rng.device != device:  # a model that was moved after it was built
+    if model.rng.device != device:  # the model was moved after it was built
         model.rng = torch.Generator(device)
     return model.rng.manual_seed(int(seed))
 
@@ -134,7 +134,7 @@ def check_options(family: Family, request: Request, names: Iterable[str]) -> Non
 
 
 def check_cfg(cfg: Any, batch_size: int) -> None:
-    """Raise ``ValueError`` if ``cfg`` is neither a finite number nor one strength an image."""
+    """Raise ``ValueError`` if ``cfg`` is neither a finite number nor a tensor with one strength per image."""
     if isinstance(cfg, Tensor):
         fits, came = cfg.shape in ((), (batch_size, 1, 1)), f"shape {list(cfg.shape)}"
     else:

@@ -1,4 +1,4 @@
-"""What the class-conditional families, VAR and FlexVAR, share: the transformer's side of a generation."""
+"""What the class-conditional families, VAR and FlexVAR, share: running the transformer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ClassFamily:
     has_classes = True
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
-        """See :class:`.base.Family`; what is not in every family's words stays among the options."""
+        """See :class:`.base.Family`; arguments that only one family has become options."""
         arguments = dict(arguments)
         return Request(
             batch_size=arguments.pop("B"),
@@ -49,11 +49,11 @@ class ClassFamily:
 
 
 class ClassSession:
-    """The transformer of one generation; the families add what becomes of its tokens. See :class:`.base.Session`.
+    """Runs the transformer in one generation; the families fuse and decode its tokens. See :class:`.base.Session`.
 
     Args:
         labels: ``[B]`` int64.
-        unguided: the strength ``cfg`` that means no guidance.
+        unguided: the value of ``cfg`` that means no guidance.
     """
 
     code_scale = None
@@ -62,8 +62,8 @@ class ClassSession:
         self.model, self.request, self.batch = model, request, labels.shape[0]
         self.reproduces_upstream = draws.reproduces_upstream
         self.cfg = request.options.get("cfg", 1.5)
-        # Without guidance the unconditional half changes nothing. The published method runs it all the same, and on
-        # some devices a matrix product's rounding depends on its batch, so bit parity needs it run.
+        # Without guidance the unconditional half has no effect. The published method still runs it, and on some devices
+        # the rounding of a matrix product depends on the batch size, so bit parity needs it.
         self.guided = draws.reproduces_upstream or isinstance(self.cfg, Tensor) or self.cfg != unguided
         if isinstance(self.cfg, Tensor) and not draws.reproduces_upstream:
             self.cfg = self.cfg.to(labels.device).expand(self.batch, 1, 1)
@@ -74,20 +74,20 @@ class ClassSession:
         self.x: Tensor | None = None  # the transformer's next input, [B or 2 * B, l, D]
 
     def start(self, positions: Tensor) -> None:
-        """The first scale's input, with its positions ``[1, l, D]``; from here on keys and values are kept."""
+        """Set the first scale's input, with its positions ``[1, l, D]``, and turn the caches of keys and values on."""
         self.x = self.cond.unsqueeze(1) + self.model.pos_start + positions
         for block in self.model.blocks:
             block.attn.kv_caching(True)
 
     def forward(self) -> Tensor:
-        """Logits ``[B or 2 * B, l, V]`` of the input, the conditional half first."""
+        """Logits ``[B or 2 * B, l, V]`` for the current input, the conditional half first."""
         x = self.x
         for block in self.model.blocks:
             x = block(x=x, cond_BD=self.modulation, attn_bias=None)
         return self.model.get_logits(x, self.cond)
 
     def enter(self, features: Tensor, positions: Tensor) -> None:
-        """Features ``[B, C, side, side]`` and positions ``[1, l, D]`` to the transformer's next input."""
+        """Make the next input from features ``[B, C, side, side]`` and positions ``[1, l, D]``."""
         words = self.model.word_embed
         x = features.flatten(2).transpose(1, 2).to(getattr(words, "weight", features).dtype)
         x = words(x) + positions

@@ -1,4 +1,4 @@
-"""FlexVAR (jiaosiyu1999/FlexVAR): class-conditional, no residuals: every scale's map is an image of its own."""
+"""FlexVAR (jiaosiyu1999/FlexVAR): class-conditional, without residuals: each scale's map is a complete image."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .classes import ATTRIBUTES, ClassFamily, ClassSession
 
 MODEL_ATTRIBUTES = (*ATTRIBUTES, "Cvae", "V")
 OPTIONS = ("vqvae", "infer_patch_nums", "cfg", "more_smooth", "max_pn", "used_llamagen_cfg", "invalid_ids")
-# At any other side, and beyond max_pn, the published method samples greedily.
+# At every other side, and above max_pn, the published method takes the most probable token.
 SAMPLED_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)
 INVALID_LOGIT = -100.0
 
 
 class FlexVARFamily(ClassFamily):
-    """See :class:`.base.Family`. The VQ-VAE and the schedule come with each call, so no sizes are known before it.
+    """See :class:`.base.Family`. Each call passes the VQ-VAE and the schedule, so no sizes are known before it.
 
-    Where the published method fails, this one does not: ``label_B`` may be an int, and the schedule one scale, whose
-    guidance is then that of a first scale. ``more_smooth`` is refused, as there.
+    Two cases work here that fail in the published method: ``label_B`` may be an int, and the schedule may have one
+    scale, with the guidance of a first scale. ``more_smooth`` is refused in both.
     """
 
     name = "FlexVAR"
@@ -37,7 +37,7 @@ class FlexVARFamily(ClassFamily):
 
     def missing(self, model: object) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
-        # VAR has an attribute of this name too, of shape [1, L, C].
+        # VAR has an attribute of this name too, with shape [1, L, C].
         if "pos_1LC" not in names and getattr(model.pos_1LC, "ndim", None) != 4:
             names.append("pos_1LC of shape [1, C, h, w]")
         return names + missing_caches(getattr(model, "blocks", ()))
@@ -75,8 +75,8 @@ class FlexVARFamily(ClassFamily):
 class FlexVARSession(ClassSession):
     """One generation on one FlexVAR model; see :class:`.base.Session`.
 
-    F(.) of a candidate is its own codes resized to the last scale's side, nothing summed: what the scorer is given
-    (LSRS, appendix A), by the resizing that makes the next scale's input.
+    F(.) resizes a candidate's codes to the last scale's side and adds nothing. The scorer gets these features (LSRS,
+    appendix A). The same resizing makes the next scale's input.
     """
 
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
@@ -148,7 +148,7 @@ def sides_of(request: Request) -> tuple[int, ...]:
     """The request's schedule.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not a sequence of sides.
     """
     given = request.options.get("infer_patch_nums")
     sides = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
@@ -158,7 +158,7 @@ def sides_of(request: Request) -> tuple[int, ...]:
 
 
 def check_vqvae(vqvae: Any, model: Any) -> None:
-    """Raise ``ValueError`` if ``vqvae`` cannot be the one of ``model``."""
+    """Raise ``ValueError`` if ``vqvae`` does not fit ``model``."""
     embedding = getattr(getattr(vqvae, "quantize", None), "embedding", None)
     if not hasattr(vqvae, "decode_code") or not hasattr(embedding, "weight"):
         raise ValueError(f"vqvae must have decode_code and quantize.embedding, got {type(vqvae).__name__}")
@@ -168,7 +168,7 @@ def check_vqvae(vqvae: Any, model: Any) -> None:
 
 
 def check_invalid_ids(ids: Any, vocabulary: int) -> None:
-    """Raise ``ValueError`` for what names no tokens; the values of a tensor on a GPU go unchecked."""
+    """Raise ``ValueError`` for anything but token ids or a mask; the values of a tensor on a GPU are not checked."""
     if ids is None:
         return
     try:
@@ -188,13 +188,13 @@ def check_invalid_ids(ids: Any, vocabulary: int) -> None:
 
 @functools.cache
 def listed_ids(ids: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ids, or a mask, as a tensor. Kept, because a copy from the host waits for the device and cannot be captured."""
+    """Ids, or a mask, as a tensor. Cached, because a copy from the host waits for the GPU and cannot be captured."""
     with torch.inference_mode(False):
         return torch.tensor(ids, dtype=dtype, device=device)
 
 
 def forbid(logits: Tensor, ids: Tensor) -> None:
-    """Give some tokens the published logit of the forbidden, in place; ``ids``: their ids, or a mask ``[V]``."""
+    """Set the logits of some tokens to the published value, in place; ``ids``: their ids, or a mask ``[V]``."""
     if ids.dtype == torch.bool:
         logits.masked_fill_(ids, INVALID_LOGIT)
     else:

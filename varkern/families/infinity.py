@@ -38,7 +38,7 @@ MODEL_ATTRIBUTES = (
     "d_vae",
     "V",
 )
-# Of the published method's further arguments it reads these; the others change nothing there, and nothing here.
+# The published method reads these further arguments. The others have no effect there, and none here.
 READ = (
     "vae",
     "scale_schedule",
@@ -68,15 +68,15 @@ UNREAD = (
 
 
 class InfinityFamily:
-    """See :class:`.base.Family`. The VAE and the schedule come with each call, so no sizes are known before it.
+    """See :class:`.base.Family`. Each call passes the VAE and the schedule, so no sizes are known before it.
 
-    A text condition is the published method's own tuple: features of all texts one after the other ``[sum of lengths,
-    Ct5]``, the lengths, their running sum ``[B + 1]`` int32, the longest. It goes to a scorer as it was given, in place
-    of labels.
+    A text condition is the tuple that the published method takes: the concatenated features of all texts
+    ``[sum of lengths, Ct5]``, the lengths, their running sum ``[B + 1]`` int32, and the longest. A scorer gets this
+    tuple in place of labels.
 
-    Models of bit labels are served, which all published checkpoints are. The published method can also sample indices
-    of a table (``use_bit_label=0`` and ``vae_type=0``), with a quantizer that its code does not define.
-    ``inference_mode=False`` looks for the blocks elsewhere in the published method; here it changes nothing.
+    The model must have bit labels, as all published checkpoints do. The published method can also sample indices of a
+    table (``use_bit_label=0`` and ``vae_type=0``), but its code does not define the quantizer for this.
+    ``inference_mode=False`` makes the published method look for the blocks elsewhere; here it has no effect.
     """
 
     name = "Infinity"
@@ -127,7 +127,7 @@ class InfinityFamily:
         for name, values in (("cfg_list", settings.cfg), ("tau_list", settings.tau)):
             check_numbers(name, values, len(settings.schedule))
         if not all(settings.tau):
-            raise ValueError(f"tau_list must hold no 0, got {list(settings.tau)}")
+            raise ValueError(f"tau_list must not contain 0, got {list(settings.tau)}")
         depth, layers = len(model.unregistered_blocks), settings.insertion_layers
         if not isinstance(layers, Iterable) or not all(is_int(layer) and -depth < layer <= 1 for layer in layers):
             raise ValueError(f"cfg_insertion_layer must be a list of ints in {1 - depth}..1, got {layers!r}")
@@ -145,10 +145,10 @@ class InfinityFamily:
 
 
 def check_schedule(request: Request) -> Sequence[tuple[int, int, int]]:
-    """The request's schedule, as it was given.
+    """The request's schedule, unchanged.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not a schedule.
     """
     schedule = request.options.get("scale_schedule")
     fits = isinstance(schedule, Sequence) and not isinstance(schedule, str) and len(schedule) > 0
@@ -156,7 +156,7 @@ def check_schedule(request: Request) -> Sequence[tuple[int, int, int]]:
         fits = fits and isinstance(scale, Sequence) and len(scale) == 3 and all(is_int(n) and n >= 1 for n in scale)
         fits = fits and scale[0] == 1
     if not fits:
-        raise ValueError(f"scale_schedule must be a sequence of (1, height, width), one a scale, got {schedule!r}")
+        raise ValueError(f"scale_schedule must be a sequence with (1, height, width) for each scale, got {schedule!r}")
     trunk = request.options.get("trunk_scale", 1000)
     if not is_int(trunk) or trunk < 1:
         raise ValueError(f"trunk_scale must be an int >= 1, got {trunk!r}")
@@ -164,7 +164,7 @@ def check_schedule(request: Request) -> Sequence[tuple[int, int, int]]:
 
 
 def check_numbers(name: str, values: Any, count: int) -> None:
-    """Raise ``ValueError`` if ``values`` is no list of a finite number for each of ``count`` scales."""
+    """Raise ``ValueError`` if ``values`` is not a list with a finite number for each of ``count`` scales."""
     came = len(values) if hasattr(values, "__len__") else repr(values)
     if not isinstance(came, int) or came < count:
         raise ValueError(f"{name} must be a list with a number for each of {count} scales, got {came}")
@@ -173,7 +173,7 @@ def check_numbers(name: str, values: Any, count: int) -> None:
 
 
 def check_text(name: str, text: Any, batch_size: int) -> None:
-    """Raise ``ValueError`` if ``text`` is no condition for ``batch_size`` images."""
+    """Raise ``ValueError`` if ``text`` is not a text condition for ``batch_size`` images."""
     wanted = f"{name} must be (features, lengths, running sum of the lengths, longest)"
     if not isinstance(text, tuple | list) or len(text) != 4:
         raise ValueError(f"{wanted}, got {type(text).__name__}")
@@ -187,7 +187,7 @@ def check_text(name: str, text: Any, batch_size: int) -> None:
 
 
 def check_codes(settings: Settings) -> None:
-    """Raise ``ValueError`` if the call asks for other codes than bits, or the VAE lacks what the method calls."""
+    """Raise ``ValueError`` if the call asks for other codes than bits, or if the VAE lacks a needed method."""
     if settings.vae_type == 0:
         raise ValueError("vae_type must not be 0, which asks for indices of a table: the model's labels are bits")
     if not settings.returns_vemb:
@@ -197,11 +197,13 @@ def check_codes(settings: Settings) -> None:
     if settings.returns_images and not hasattr(settings.vae, "decode"):
         lacking.append("vae.decode")
     if lacking:
-        raise ValueError(f"vae must come with all that the published method calls, got none of {', '.join(lacking)}")
+        raise ValueError(
+            f"vae must have everything that the published method uses, but it has no {' and no '.join(lacking)}"
+        )
 
 
 def check_leak(settings: Settings, batch_size: int) -> None:
-    """Raise ``ValueError`` if the given maps do not fit the scales they are given for."""
+    """Raise ``ValueError`` if the given token maps do not fit their scales."""
     if not is_int(settings.num_given):
         raise ValueError(f"gt_leak must be an int, got {settings.num_given!r}")
     count = min(max(settings.num_given, 0), settings.num_scales)

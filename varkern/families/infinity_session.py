@@ -1,4 +1,4 @@
-"""One generation on one Infinity model: of bit labels, as every published checkpoint is."""
+"""One generation on one Infinity model with bit labels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .base import Draws
 
 
 class Settings:
-    """What a request's options say, with the published method's defaults.
+    """A request's options, with the published method's defaults.
 
     Attributes:
-        sides: ``(h, w)`` of the VAE's map at every scale; with spatial patchify twice the transformer's.
-        num_scales: the scales that run: all of the schedule, or ``trunk_scale`` of them.
-        width: bits of one position of the VAE's map.
+        sides: ``(h, w)`` of the VAE's map at each scale; with spatial patchify twice the transformer's.
+        num_scales: the number of scales that run: all of the schedule, or ``trunk_scale`` of them.
+        width: the number of bits at one position of the VAE's map.
     """
 
     def __init__(self, model: Any, request: Request, schedule: Sequence[tuple[int, int, int]]):
@@ -48,12 +48,13 @@ class Settings:
 class InfinitySession:
     """See :class:`.base.Session`. Candidates are maps of bits.
 
-    F(.) is the sum of their codes, each resized over one frame to the last side. With spatial patchify a position of
-    the transformer holds the bits of 2 x 2 positions of the VAE's map; ``maps`` gives the VAE's, so that ``l`` and
-    ``d`` are those of the codes that a search sees.
+    F(.) is the sum of their codes, each resized to the last side. With spatial patchify a position of the transformer
+    holds the bits of 2 x 2 positions of the VAE's map; ``maps`` gives the VAE's map, so a search gets ``l`` and ``d``
+    of the codes.
 
-    Where random numbers are ours, results equal the published method's to rounding; where they are the model's own,
-    every operation is the published one, on tensors of the same strides, because kernels round by their input's layout.
+    With ``sampler="philox"`` results equal the published method's up to rounding. With ``"multinomial"`` every
+    operation is the published one, on tensors with the same strides, because a kernel's rounding depends on its input's
+    layout.
     """
 
     codebook = None
@@ -144,7 +145,7 @@ class InfinitySession:
         self.x = x.repeat(2 if settings.doubled else 1, 1, 1)
 
     def decode(self) -> tuple[list, list, Tensor | list]:
-        """As published: two empty lists and the images ``[B, H, W, 3]`` uint8, blue first."""
+        """As published: two empty lists and the images ``[B, H, W, 3]`` uint8, in BGR order."""
         if not self.settings.returns_images:
             return [], [], []
         image = (self.settings.vae.decode(self.f_hat.squeeze(2)) + 1) / 2
@@ -155,7 +156,7 @@ class InfinitySession:
             attention(block).kv_caching(False)
 
     def _as_logits(self, scale: int, logits: Tensor, strength: float | None) -> Logits:
-        """Logits of one scale: the conditional half alone, or both halves and how strong their guidance is."""
+        """Logits of one scale: only the conditional half, or both halves and the strength of guidance."""
         top_k = self.request.top_k or getattr(self.model, "top_k", 0)
         top_p = self.request.top_p or getattr(self.model, "top_p", 0.0)
         sampling = (top_k, top_p, scale >= self.settings.num_given)
@@ -169,7 +170,7 @@ class InfinitySession:
     def _with_level(self, x: Tensor, scale: int) -> Tensor:
         if self.reproduces_upstream:
             return self.model.add_lvl_embeding(x, scale, self.settings.schedule, need_to_pad=0)
-        # The published method copies the level from the host at each scale, which a captured graph cannot.
+        # The published method copies the level from the host at each scale, which a captured graph cannot do.
         return x.add_(self.model.lvl_embed.weight[scale])
 
     def _rows(self, logits: Tensor) -> Tensor:
@@ -185,23 +186,23 @@ class InfinitySession:
         return self.quantizer.lfq.indices_to_codes(bits, label_type="bit_label")
 
     def _as_published(self, scale: int, bits: Tensor) -> Tensor:
-        """The same bits with the strides that they have in the published method: the given map's, or a shuffle's."""
+        """The same bits with the strides that they have in the published method."""
         settings = self.settings
         if scale < settings.num_given:
             return settings.given[scale]
         if settings.patch == 1:
             return bits
         bits = F.pixel_unshuffle(bits.squeeze(1).permute(0, 3, 1, 2), settings.patch)
-        # Cloned for its strides: a map of one position has several that count as contiguous.
+        # Cloned for its strides: for a map of one position several strides count as contiguous.
         bits = bits.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         return F.pixel_shuffle(bits.permute(0, 3, 1, 2), settings.patch).permute(0, 2, 3, 1).unsqueeze(1)
 
     def _gathered(self, features: Tensor) -> Tensor:
-        """``[B, d, h, w]`` with all of a patch in one position: ``[B, d * patch**2, h / patch, w / patch]``."""
+        """``[B, d, h, w]`` to ``[B, d * patch**2, h / patch, w / patch]``: each patch becomes one position."""
         patch = self.settings.patch
         if self.reproduces_upstream:
             return F.pixel_unshuffle(features, patch)
-        # Not by the same function, which leaves an empty batch as it is.
+        # Not with the same function, which leaves an empty batch unchanged.
         features = features.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, d, h, patch, w, patch]
         return features.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
@@ -214,7 +215,7 @@ class InfinitySession:
 
 
 def conditions(model: Any, text: Any, settings: Settings) -> tuple[Tensor, Tensor, int]:
-    """Features of all texts, the running sum of their lengths, the longest; with guidance the others' after them."""
+    """Features of all texts, the running sum of their lengths, the longest; with guidance followed by the negatives."""
     features, lengths, sums, longest = text
     if not settings.doubled:
         return features, sums, longest
@@ -232,5 +233,5 @@ def conditions(model: Any, text: Any, settings: Settings) -> tuple[Tensor, Tenso
 
 
 def attention(block: Any) -> Any:
-    """The self-attention of a block, which has the cache."""
+    """The self-attention of a block, which holds the cache."""
     return block.sa if hasattr(block, "sa") else block.attn

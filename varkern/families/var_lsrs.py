@@ -1,6 +1,6 @@
-"""The method that LSRS (dt-3t/LSRS) adds to VAR, as far as it is the model's affair: guidance and random token maps.
+"""The method that LSRS (dt-3t/LSRS) adds to VAR: its guidance and its random token maps.
 
-What it searches with is in :mod:`varkern.lsrs`.
+Its search is in :mod:`varkern.lsrs`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class LSRSFamily(VARFamily):
     required = ("B", "label_B", "discriminator")
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
-        """``more_smooth`` does nothing in the published method, and so nothing here.
+        """``more_smooth`` has no effect, as in the published method.
 
         Raises:
-            TypeError: if ``rand_list`` is neither None nor scales.
+            TypeError: if ``rand_list`` is neither None nor a list of scales.
         """
         known = {k: v for k, v in arguments.items() if k not in (*SEARCH_ARGUMENTS, "more_smooth", "rand_list")}
         scales = arguments.get("rand_list")
@@ -56,7 +56,7 @@ class LSRSSession(VARSession):
         found = super().logits(scale)
         if not self.reproduces_upstream:
             return found
-        # The same guidance in another order of operations, which rounds otherwise.
+        # The same guidance in another order of operations, which rounds differently.
         guided = found.uncond + (1 + found.guidance) * (found.cond - found.uncond)
         return found._replace(cond=guided, uncond=None, guidance=0.0)
 

@@ -1,4 +1,4 @@
-"""What the loop asks of a search: how many candidates a scale gets, and which one each image keeps."""
+"""What the loop asks of a search: how many candidates each scale gets, and which one each image keeps."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Candidates:
     """The candidates of one scale, for every image of a batch.
 
     Args:
-        scale: k, from 0.
+        scale: k, counted from 0.
         num_scales: K.
         labels: ``[B]`` int64; the number of classes itself means "no class".
-        tokens: ``[B, M, l]`` int64; of a model with binary codes the bits of every position, ``[B, M, l, d]`` uint8.
-        fuse: ``fuse(start, stop, dtype=None, channels_last=False)`` gives the fused features of candidates
-            ``start..stop`` as ``[B, stop - start, C, H, W]``, so that a search decides how many exist at a time.
-        uniforms: ``uniforms(draw=0)`` gives uniform numbers in [0, 1), one a candidate, ``[B, M]`` float32, fixed by
-            the images' seeds; each ``draw`` gives others.
+        tokens: ``[B, M, l]`` int64; for a model with binary codes the bits of every position, ``[B, M, l, d]`` uint8.
+        fuse: ``fuse(start, stop, dtype=None, channels_last=False)`` gives the fused features of the candidates from
+            ``start`` up to ``stop``, ``[B, stop - start, C, H, W]``. The search decides how many exist at a time.
+        uniforms: ``uniforms(draw=0)`` gives one uniform number in [0, 1) per candidate, ``[B, M]`` float32. The
+            numbers depend only on the images' seeds and on ``draw``.
         codebook: ``[V, C]``; None for binary codes.
-        code_scale: of binary codes: a bit stands for plus or minus this.
+        code_scale: for binary codes: a bit is plus or minus this number.
 
     Example::
 
@@ -52,7 +52,7 @@ class Candidates:
 
 
 class Choice(NamedTuple):
-    """Which candidate each image keeps, ``[B]`` int64, and what the search thought of all of them, ``[B, M]``.
+    """The candidate that each image keeps, ``[B]`` int64, and the scores of all candidates, ``[B, M]``.
 
     Example::
 
@@ -66,11 +66,11 @@ class Choice(NamedTuple):
 
 
 class Search(Protocol):
-    """A rule for keeping one of several candidates: any object with these two methods, which never wait for the device.
+    """A rule for keeping one of several candidates: any object with these two methods. They must not wait for the GPU.
 
-    Two more methods are optional, and run before any work. ``check(spec)`` raises ``ValueError`` if the search does not
+    Two more methods are optional and run before any work. ``check(spec)`` raises ``ValueError`` if the search does not
     fit a model of these sizes. ``check_labels(highest, spec)`` raises it if the search cannot judge images of classes
-    up to ``highest``. A search without them fits every model.
+    up to ``highest``. A search without these methods fits every model.
 
     Example::
 
@@ -87,7 +87,7 @@ class Search(Protocol):
     """
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
-        """How many candidates ``scale`` gets, of ``num_scales`` scales counted from 0; 1 means no search there."""
+        """The number of candidates at ``scale``, counted from 0, of ``num_scales`` scales; 1: no search there."""
         ...
 
     def choose(self, candidates: Candidates) -> Choice:
@@ -96,14 +96,14 @@ class Search(Protocol):
 
 
 def check_model(search: object, spec: ModelSpec) -> None:
-    """Raise if a search says that it does not fit a model of these sizes; one without a ``check`` fits all."""
+    """Raise if a search does not fit a model of these sizes; a search without the method ``check`` fits all models."""
     check = getattr(search, "check", None)
     if check is not None:
         check(spec)
 
 
 def check_highest_label(search: object, highest: int, spec: ModelSpec) -> None:
-    """Raise if a search says that it cannot judge classes up to ``highest``; one without ``check_labels`` can."""
+    """Raise if a search cannot judge classes up to ``highest``; one without the method ``check_labels`` can."""
     check = getattr(search, "check_labels", None)
     if check is not None:
         check(highest, spec)

@@ -17,37 +17,37 @@ from .published_scorer import takes_published_arguments
 
 
 class BestOfM:
-    """Draw M candidates a scale and keep one by its score.
+    """Draw M candidates per scale and keep one by its score.
 
     ``pick="best"`` keeps the highest score (the paper's eq. 6). ``pick=k`` draws among the k highest with probability
     softmax(score / temperature) (the paper's appendix G). ``pick="resample"`` draws among all M that way.
 
-    Why resampling has the better limit. Either loss of the paper (eq. 4 and 5) is at its least for the scorer
-    ``S(c, e, k) = log p_real(e | c, k) - log p_model(e | c, k) + const(c, k)``: the pointwise loss is logistic
-    regression of real against generated, whose optimum is the log-odds, and the pairwise loss is least for the same
-    log-ratio, free up to the constant. The M candidates of one image share all their earlier scales and are drawn from
-    ``p_model(r_k | r_<k, c)``, so up to a factor common to them
+    Resampling has the better limit, for this reason. Both losses of the paper (eq. 4 and 5) are minimal for the scorer
+    ``S(c, e, k) = log p_real(e | c, k) - log p_model(e | c, k) + const(c, k)``. The pointwise loss is a logistic
+    regression of real against generated features, whose optimum is the log-odds. The pairwise loss has the same
+    optimum, up to the constant. The M candidates of one image share all their earlier scales and are drawn from
+    ``p_model(r_k | r_<k, c)``. Therefore, up to a factor that they share,
 
         exp S = p_real(r_<=k) / p_model(r_<=k)  ~  p_real(r_k | r_<k) / p_model(r_k | r_<k),
 
-    the importance weight of the real conditional against the model's own. Drawing one candidate with probability
-    proportional to exp S is sampling importance resampling: as M grows its law tends to ``p_real(r_k | r_<k, c)``,
-    however large M becomes. The highest score instead tends to the one map that looks least like the model's own work:
-    a mode of the ratio, the same for every seed, which is why quality turns down again at large M (the paper's Table 5)
-    and at once where diversity is decided, at the first scale (its Table 3).
+    which is the importance weight of the real conditional distribution against the model's. Drawing one candidate with
+    probability proportional to exp S is sampling importance resampling: as M grows, its distribution tends to
+    ``p_real(r_k | r_<k, c)``. The highest score instead tends to the one map with the largest ratio, which is the same
+    for every seed. For this reason greedy picks get worse again at large M (the paper's Table 5), and already at small
+    M at the first scale, which decides the diversity (its Table 3).
 
     Args:
         scorer: a :class:`varkern.Scorer`, or any callable ``(labels[B], features[B, M, C, H, W], scale) ->
-            scores[B, M]``. One whose ``config`` tells ``num_classes``, ``num_scales``, ``channels`` and ``size`` is
-            checked against the model. A module is moved to the model's device when it is first used there. A network
-            of LSRS' own class goes through :class:`varkern.PublishedScorer`.
-        m: candidates of every searched scale, or a sequence with one number a scale (1: no search there).
-        first_scale: the first searched scale, from 0; the paper's ST is ``first_scale + 1``.
-        last_scale: the last searched scale; None: the model's last. Both stand beside an int ``m`` only.
+            scores[B, M]``. If it has a ``config`` with ``num_classes``, ``num_scales``, ``channels`` or ``size``, these
+            are checked against the model. A module is moved to the model's device when it is first used there. A
+            network of LSRS' own class goes through :class:`varkern.PublishedScorer`.
+        m: number of candidates at every searched scale, or a sequence with one number per scale (1: no search there).
+        first_scale: the first searched scale, counted from 0; the paper's ST is ``first_scale + 1``.
+        last_scale: the last searched scale; None: the model's last. Neither can be combined with a sequence ``m``.
         pick: ``"best"``, ``"resample"`` or an int k >= 1.
         temperature: of the softmax, for ``"resample"`` and k.
-        maps_at_once: how many feature maps exist and are scored at a time, over the whole batch. Memory for the
-            features stays below ``max(maps_at_once, B) * C * H * W`` elements whatever ``m`` is, beside the tokens.
+        maps_at_once: how many feature maps of the batch exist and are scored at a time. The features take at most
+            ``max(maps_at_once, B) * C * H * W`` elements, whatever ``m`` is.
 
     Raises:
         ValueError, TypeError: if an argument is out of its range.
@@ -85,7 +85,7 @@ class BestOfM:
         self.m = int(m) if is_int(m) else tuple(int(number) for number in m)
         if not isinstance(self.m, int) and (first_scale != 1 or last_scale is not None):
             raise ValueError(
-                "m has one number a scale: say which scales are searched there, not by first_scale, last_scale"
+                "first_scale and last_scale cannot be combined with a per-scale m; use 1 for scales not to search"
             )
         if not is_int(first_scale) or first_scale < 0:
             raise ValueError(f"first_scale must be an int >= 0, got {first_scale!r}")
@@ -124,7 +124,7 @@ class BestOfM:
                 )
 
     def check_labels(self, highest: int, spec: ModelSpec) -> None:
-        """See :class:`.base.Search`; a scorer that tells its ``num_classes`` knows these only, not "no class"."""
+        """See :class:`.base.Search`; a scorer with a ``num_classes`` knows only these classes, not "no class"."""
         num_classes = getattr(self.scorer, "num_classes", None)
         num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", num_classes)
         if num_classes is not None and highest >= num_classes:
@@ -153,9 +153,9 @@ class BestOfM:
         return Choice((weights + gumbel(candidates.uniforms())).argmax(-1), scores)
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Scores ``[B, M]`` float32, computed ``maps_at_once`` feature maps at a time; NaN counts as the lowest.
+        """Scores ``[B, M]`` float32, computed for ``maps_at_once`` feature maps at a time. NaN counts as the lowest.
 
-        Features come in the scorer's ``input_dtype`` and, if its ``channels_last`` is true, in that memory format; a
+        The features have the scorer's ``input_dtype`` and, if its ``channels_last`` is true, that memory format. A
         scorer without these attributes gets contiguous float32.
         """
         move_to(self.scorer, candidates.tokens.device)
@@ -181,7 +181,7 @@ class BestOfM:
 
 
 def move_to(scorer: Scorer, device: torch.device) -> None:
-    """Move a scorer that is a module to ``device`` if it is elsewhere; one parameter is looked at, so this is cheap."""
+    """Move a scorer that is a module to ``device`` if its first parameter is elsewhere."""
     first = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
     if first is not None and first.device != device:
         scorer.to(device)

@@ -10,16 +10,16 @@ from .base import Candidates, Choice, Search, check_highest_label, check_model
 
 
 class Combined:
-    """The first of its searches that wants several candidates at a scale has that scale.
+    """At each scale, uses the first of its searches that asks for more than one candidate there.
 
-    ``Combined(DensitySearch(scales=(1,)), BestOfM(scorer, m=4))`` searches scale 1 by density and the scales after it
-    by score. Wherever a search is taken, a list or tuple of searches is taken as their combination.
+    ``Combined(DensitySearch(scales=(1,)), BestOfM(scorer, m=4))`` searches scale 1 by density and the following scales
+    by score. Every function that takes a search also takes a list or tuple of searches, which means their combination.
 
     Args:
-        searches: any number of searches, the ones that go first standing first.
+        searches: any number of searches, in the order of their precedence.
 
     Raises:
-        TypeError: if one of them is no search.
+        TypeError: if one of them is not a search.
 
     Example::
 
@@ -31,7 +31,7 @@ class Combined:
     def __init__(self, *searches: Search):
         for search in searches:
             if not is_search(search):
-                raise TypeError(f"searches must be searches such as varkern.BestOfM(scorer), got {named(search)}")
+                raise TypeError(f"searches must be searches such as varkern.BestOfM(scorer), got {describe(search)}")
         self.searches = searches
 
     def __repr__(self) -> str:
@@ -57,30 +57,30 @@ class Combined:
         return self.at(candidates.scale, candidates.num_scales).choose(candidates)
 
     def at(self, scale: int, num_scales: int) -> Search | None:
-        """The search that has ``scale``; None: one candidate is drawn there."""
+        """The search that is used at ``scale``; None: one candidate is drawn there."""
         return next((s for s in self.searches if s.num_candidates(scale, num_scales) > 1), None)
 
 
 def is_search(search: object) -> bool:
-    """True for what has ``num_candidates`` and ``choose``; a class of searches is no search itself."""
+    """True for an object with ``num_candidates`` and ``choose``; false for the class of a search."""
     return not isinstance(search, type) and not missing_methods(search)
 
 
 def missing_methods(search: object) -> list[str]:
-    """The methods that :class:`.base.Search` asks for and ``search`` does not have."""
+    """The required methods of :class:`.base.Search` that ``search`` does not have."""
     return [name for name in ("num_candidates", "choose") if not callable(getattr(search, name, None))]
 
 
-def named(search: object) -> str:
-    """What is no search, as an error says it."""
+def describe(search: object) -> str:
+    """How an error message calls an object that is not a search."""
     return f"the class {search.__name__}" if isinstance(search, type) else type(search).__name__
 
 
 def as_search(search: Search | Sequence[Search] | None) -> Search | None:
-    """``search`` itself; a list or tuple of searches as their combination.
+    """Returns ``search`` itself, or the combination of a list or tuple of searches.
 
     Raises:
-        TypeError: if it is neither a search, nor several, nor None.
+        TypeError: if it is not a search, a list of searches, or None.
 
     Example::
 
@@ -95,6 +95,6 @@ def as_search(search: Search | Sequence[Search] | None) -> Search | None:
         without = f", which has no method {missing[0]}" if len(missing) == 1 else ""
         raise TypeError(
             "search must be a search such as varkern.BestOfM(scorer), several in a list, or None, "
-            f"got {named(search)}{without}"
+            f"got {describe(search)}{without}"
         )
     return search

@@ -17,7 +17,7 @@ from varkern.spec import ModelSpec, is_int
 from .base import Candidates, Choice
 
 STRATEGIES = ("hybrid", "top", "random", "small", "rank")
-# What each row of the paper and of the released code says, and what is done if neither is asked for.
+# The settings of the paper and of the released code, and the defaults.
 COMPATIBILITY = {
     None: {"per": "position", "bandwidth": "image", "min_distance": 1.8, "threshold": "released"},
     "paper": {"per": "map", "bandwidth": "image", "min_distance": 0.0, "threshold": "paper"},
@@ -27,7 +27,7 @@ FINAL_CHOICE, ORDER = 0, 1  # which of the images' uniform numbers are for what
 
 
 class AlphaRange(NamedTuple):
-    """Recommended values of alpha, both ends included."""
+    """Recommended values of alpha; both ends are included."""
 
     low: float
     high: float
@@ -49,35 +49,36 @@ RECOMMENDED_ALPHA = {
 
 
 class DensitySearch:
-    """Draw n candidates, keep the representative ones by their density, and draw one of those.
+    """Draw n candidates, keep some representatives by their density, and draw one of these.
 
-    A candidate's density is the sum of Gaussian kernels between it and all n (eq. 2, 3). Then, image by image:
+    A candidate's density is the sum of Gaussian kernels between it and all n candidates (eq. 2, 3). Then, for each
+    image:
 
-    1. *Representatives.* ``"top"``: the densest (eq. 5, 6). ``"small"``: the least dense. ``"random"``: any (eq. 7, 8).
-       ``"hybrid"``, the paper's own: the densest if the image's samples are dense somewhere, else any (eq. 9).
-       They are taken in that order, and one that lies closer than ``min_distance`` to one already taken is skipped. If
-       that leaves fewer than ``representatives``, those are all there are, as in the released code.
+    1. *Representatives.* ``"top"``: the densest candidates (eq. 5, 6). ``"small"``: the least dense. ``"random"``: any
+       (eq. 7, 8). ``"hybrid"``, the paper's method: the densest if the image's samples are dense somewhere, else any
+       (eq. 9). They are taken in this order. A candidate that lies closer than ``min_distance`` to one already taken
+       is skipped. There may be fewer than ``representatives`` then, as in the released code.
     2. *Final choice.* One representative, with probability proportional to its density.
 
-    ``"rank"`` is what the released code does for Infinity: the densest, in order, with weights that fall linearly from
-    the number of representatives to 1. That code takes 100 and skips none::
+    ``"rank"`` is what the released code does for Infinity: it takes the densest, in order, with weights that fall
+    linearly from the number of representatives to 1. That code takes 100 and skips none::
 
         DensitySearch(n=1000, representatives=100, scales=(3,), strategy="rank", min_distance=0)
 
-    The paper's text has 500 representatives, alpha=1.0 and n from 500 to 3000 there. At alpha=1 every image counts as
-    dense, because no maximum lies below its mean::
+    The paper's text gives 500 representatives, alpha=1.0 and n from 500 to 3000 for Infinity. With alpha=1 every image
+    counts as dense, because no maximum lies below its mean::
 
         DensitySearch(n=1000, representatives=500, alpha=1.0, scales=(3,), min_distance=0)
 
-    **Which images are dense.** The paper prints *low density if alpha * mean < max*. That is the wrong way round: a
-    maximum far above the mean is a sharp peak, which is the dense case of its own text. The released code tests
-    *low density if max < alpha * mean*, and that is the default here (``threshold="released"``); ``"paper"`` does as
-    printed.
+    **Which images are dense.** The paper prints *low density if alpha * mean < max*. This is inverted: a maximum far
+    above the mean is a sharp peak, which the paper's text calls dense. The released code tests *low density if
+    max < alpha * mean*, which is the default here (``threshold="released"``); ``"paper"`` does as printed.
 
-    **Where the paper and the released code differ**, ``compat`` sets all of it; a keyword given beside it wins.
+    **Where the paper and the released code differ**, ``compat`` sets all of these; keywords that are also given
+    override it.
 
     ============== ============ =========== ============
-    keyword        by default   "paper"     "released"
+    keyword        default      "paper"     "released"
     ============== ============ =========== ============
     per            "position"   "map"       "position"
     bandwidth      "image"      "image"     "batch"
@@ -85,30 +86,30 @@ class DensitySearch:
     threshold      "released"   "paper"     "released"
     ============== ============ =========== ============
 
-    Three things of the released code are not reproduced by any setting. It filters the logits again at every draw, in
-    place, so that the nucleus shrinks from candidate to candidate: a defect; candidates here are independent draws. Its
-    random numbers come from outside the model's generator, with a wait for the device at every image; here they come
-    from the images' seeds. And it adds 1e-6 to the bandwidth, which matters for equal samples alone.
+    Three properties of the released code are not reproduced by any setting. It filters the logits again, in place, at
+    every draw, so the nucleus shrinks from candidate to candidate. This is a defect; here candidates are independent
+    draws. It takes its random numbers from outside the model's generator and waits for the device at every image; here
+    they come from the images' seeds. It adds 1e-6 to the bandwidth, which only matters for equal samples.
 
-    An image depends on its own seed, in any batch, unless ``bandwidth="batch"`` asks for the batch. Candidates nest in
-    n, but choices do not: a density is relative to all n.
+    An image depends only on its seed, in any batch, unless ``bandwidth="batch"``. The candidates of a smaller n are
+    among those of a larger n, but the choices differ, because a density is relative to all n candidates.
 
     Args:
-        n: candidates of a searched scale, >= 1; the paper uses 10 to 100 for VAR.
-        representatives: how many are kept for the final choice, >= 1; if n is less, all are (eq. 6).
+        n: number of candidates at a searched scale, >= 1; the paper uses 10 to 100 for VAR.
+        representatives: number of candidates kept for the final choice, >= 1; at most n are kept (eq. 6).
         alpha: the density threshold of ``"hybrid"``, > 0; see :meth:`recommended_alpha`.
-        scales: the searched scales, from 0, as in the paper; an int for one.
+        scales: the searched scales, counted from 0, as in the paper; an int for one scale.
         strategy: ``"hybrid"``, ``"top"``, ``"random"``, ``"small"`` or ``"rank"``.
-        metric: between samples, ``"euclidean"`` or ``"cosine"`` (the paper's Table 3e). ``min_distance`` is euclidean
-            under both, and binary codes know no other.
-        per: what a sample is. ``"position"``: each position's code, the densities of positions summed. ``"map"``: all
-            positions' codes joined.
+        metric: the distance between samples, ``"euclidean"`` or ``"cosine"`` (the paper's Table 3e). ``min_distance``
+            is Euclidean with both. Binary codes need ``"euclidean"``.
+        per: what a sample is. ``"position"``: the code of one position; the densities of all positions are summed.
+            ``"map"``: the codes of all positions, joined.
         bandwidth: ``"image"``: Silverman's rule (eq. 3) within each image. ``"batch"``: its mean over the batch, which
             makes images depend on their batch. Or a number or tensor, as :func:`varkern.ops.token_density` takes it.
-        min_distance: Euclidean distance over all positions' codes joined, in units of the codebook, >= 0; 0 skips none.
-            1.8 is the released code's, meant for VAR's published codebook. Two maps of binary codes that differ in h
-            bits are ``2 * code_scale * sqrt(h)`` apart. Unless it is 0, all candidates' codes exist at once,
-            ``B * n * l * C`` numbers, and choosing takes one step a representative.
+        min_distance: Euclidean distance between the joined codes of two maps, in units of the codebook, >= 0; 0 skips
+            none. The released code uses 1.8, for VAR's published codebook. Two maps of binary codes that differ in h
+            bits are ``2 * code_scale * sqrt(h)`` apart. Unless it is 0, the codes of all candidates exist together,
+            ``B * n * l * C`` numbers, and choosing takes one step per representative.
         threshold: ``"released"`` or ``"paper"``, see above.
         compat: None, ``"paper"`` or ``"released"``, see above.
 
@@ -164,19 +165,19 @@ class DensitySearch:
 
     @staticmethod
     def recommended_alpha(depth: int, family: str = "VAR") -> AlphaRange:
-        """The paper's recommended range of alpha (Table 1b) for a model of this depth; ``.middle`` is between.
+        """The paper's recommended range of alpha (Table 1b) for a model of this depth; ``.middle`` is its middle.
 
-        They are for 10 to 100 candidates; VAR's for scale 1 at ``cfg=1.0``, FlexVAR's for scale 2 at ``cfg=2.5``. Later
-        scales and stronger guidance want less: Table 2 has 1.1 to 1.3 at the last scale, Table 3d 1.8 and 1.9 at
-        ``cfg=1.5``. For Infinity the paper uses 1.0. The ranges hold for no other model: what alpha is compared with,
-        max/mean of an image's densities, depends on the model, on n and on ``per``.
+        The ranges are for 10 to 100 candidates; VAR's are for scale 1 at ``cfg=1.0``, FlexVAR's for scale 2 at
+        ``cfg=2.5``. Later scales and stronger guidance need smaller values: Table 2 has 1.1 to 1.3 at the last scale,
+        Table 3d has 1.8 and 1.9 at ``cfg=1.5``. For Infinity the paper uses 1.0. The ranges hold for no other model:
+        alpha is compared with max/mean of an image's densities, which depends on the model, on n and on ``per``.
 
         Args:
-            depth: 16, 20, 24 or 30 of VAR; 24 of FlexVAR.
+            depth: 16, 20, 24 or 30 for VAR; 24 for FlexVAR.
             family: ``"VAR"`` or ``"FlexVAR"``.
 
         Raises:
-            ValueError: for a depth or family of which the paper says nothing.
+            ValueError: for a depth or family that the paper does not name.
         """
         one_of("family", family, tuple(RECOMMENDED_ALPHA))
         known = RECOMMENDED_ALPHA[family]
@@ -198,18 +199,20 @@ class DensitySearch:
     def choose(self, candidates: Candidates) -> Choice:
         """See :class:`.base.Search`; the scores are the densities."""
         densities = self.densities(candidates)
-        places = take(self.wishes(densities, candidates), self.representatives, self.near(candidates))
+        places = take_representatives(
+            self.priorities(densities, candidates), self.representatives, self.near(candidates)
+        )
         if self.strategy == "rank":
             weights = (min(self.representatives, places.shape[1]) - places).float()
         else:
-            # A weight of zero would leave an image whose densities all vanish without any choice.
+            # With weights of zero, an image whose densities are all zero would have no choice.
             weights = densities.clamp(torch.finfo(densities.dtype).tiny)
         # Gumbel-max: the largest of log-weight plus Gumbel noise is a draw in proportion to the weights.
         noisy = weights.log() + gumbel(candidates.uniforms(FINAL_CHOICE))
         return Choice(noisy.masked_fill(places < 0, -math.inf).argmax(-1), densities)
 
     def densities(self, candidates: Candidates) -> Tensor:
-        """Densities ``[B, M]`` float32; NaN counts as none."""
+        """Densities ``[B, M]`` float32; NaN counts as 0."""
         how = {"per": self.per, "bandwidth": self.bandwidth, "metric": self.metric}
         if candidates.codebook is None:
             densities = ops.bit_density(candidates.tokens, candidates.code_scale, **how)
@@ -217,8 +220,8 @@ class DensitySearch:
             densities = ops.token_density(candidates.tokens, candidates.codebook, **how)
         return densities.nan_to_num(nan=0.0)
 
-    def wishes(self, densities: Tensor, candidates: Candidates) -> Tensor:
-        """How much each candidate is wanted as a representative, ``[B, M]``: the highest are taken first."""
+    def priorities(self, densities: Tensor, candidates: Candidates) -> Tensor:
+        """The priority of each candidate as a representative, ``[B, M]``: the highest are taken first."""
         if self.strategy in ("top", "rank"):
             return densities
         if self.strategy == "small":
@@ -229,14 +232,17 @@ class DensitySearch:
         return torch.where(self.dense(densities)[:, None], densities, order)
 
     def dense(self, densities: Tensor) -> Tensor:
-        """Which images ``"hybrid"`` takes for dense, ``[B]`` bool."""
-        # In float64 a sum of densities, each 1 or more, is exact: its order, and with it the batch, cannot matter.
+        """Which images are dense for ``"hybrid"``, ``[B]`` bool."""
+        # In float64 a sum of densities, each 1 or more, is exact, so neither its order nor the batch matters.
         highest, mean = densities.amax(-1).double(), densities.double().mean(-1)
         low = highest < self.alpha * mean if self.threshold == "released" else self.alpha * mean < highest
         return ~low
 
     def near(self, candidates: Candidates) -> Callable[[Tensor], Tensor] | None:
-        """Of one candidate an image, ``[B, 1]``, which lie too close to it, ``[B, M]`` bool; None: none ever does."""
+        """A function from one candidate per image, ``[B, 1]``, to those that lie too close to it, ``[B, M]`` bool.
+
+        None: no candidate lies too close to another.
+        """
         if self.min_distance == 0:
             return None
         distances = bit_distances if candidates.codebook is None else code_distances
@@ -244,44 +250,44 @@ class DensitySearch:
         return lambda index: between(index) < self.min_distance
 
 
-def take(wishes: Tensor, count: int, near: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Take up to ``count`` candidates an image, most wanted first, none near one taken before; the first of equals.
+def take_representatives(priorities: Tensor, count: int, near: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Take up to ``count`` candidates per image, by falling priority, none near one that was taken before.
 
     Args:
-        wishes: ``[B, M]``, finite.
+        priorities: ``[B, M]``, finite; of equal ones the first is taken first.
         count: >= 1.
-        near: see :meth:`DensitySearch.near`; true of the candidate itself.
+        near: see :meth:`DensitySearch.near`; true for the candidate itself.
 
     Returns:
-        ``[B, M]`` int64: 0 for the first taken, 1 for the second and so on, -1 for those that were not.
+        ``[B, M]`` int64: 0 for the first candidate taken, 1 for the second and so on, -1 for those not taken.
     """
-    places = torch.full_like(wishes, -1, dtype=torch.int64)
-    count = min(count, wishes.shape[1])
+    places = torch.full_like(priorities, -1, dtype=torch.int64)
+    count = min(count, priorities.shape[1])
     if near is None:
-        taken = wishes.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-        return places.scatter(-1, taken, torch.arange(count, device=wishes.device).expand_as(taken))
+        taken = priorities.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        return places.scatter(-1, taken, torch.arange(count, device=priorities.device).expand_as(taken))
     for place in range(count):
-        highest, index = wishes.max(-1, keepdim=True)
-        # Where none is left, the maximum points at one that was seen before: it keeps its place.
+        highest, index = priorities.max(-1, keepdim=True)
+        # Where no candidate is left, the maximum points at one that was taken before: it keeps its place.
         places = places.scatter(-1, index, places.gather(-1, index).masked_fill(highest > -math.inf, place))
-        wishes = wishes.masked_fill(near(index), -math.inf)
+        priorities = priorities.masked_fill(near(index), -math.inf)
     return places
 
 
 def code_distances(candidates: Candidates) -> Callable[[Tensor], Tensor]:
-    """Euclidean distances ``[B, M]`` from one candidate an image, ``[B, 1]``, to all, over all positions joined."""
+    """A function from one candidate per image, ``[B, 1]``, to its Euclidean distances from all, ``[B, M]``."""
     codes = candidates.codebook[candidates.tokens].float().flatten(2)  # [B, M, l * C]
 
     def between(index: Tensor) -> Tensor:
         taken = codes.gather(1, index[..., None].expand(-1, -1, codes.shape[-1]))
-        # By differences: through a matrix product, equal maps would come out apart.
+        # From differences: a matrix product would give equal maps a distance above 0.
         return torch.cdist(codes, taken, compute_mode="donot_use_mm_for_euclid_dist")[..., 0]
 
     return between
 
 
 def bit_distances(candidates: Candidates) -> Callable[[Tensor], Tensor]:
-    """:func:`code_distances` of binary codes: a bit that differs adds ``(2 * code_scale)²`` to the square."""
+    """As :func:`code_distances`, for binary codes: a bit that differs adds ``(2 * code_scale)²`` to the square."""
     bits = candidates.tokens.flatten(2)  # [B, M, l * d]
 
     def between(index: Tensor) -> Tensor:
@@ -295,7 +301,7 @@ def as_scales(scales: int | Iterable[int]) -> tuple[int, ...]:
     """The searched scales, sorted.
 
     Raises:
-        TypeError, ValueError: if they are none, or not different ints >= 0.
+        TypeError, ValueError: if there is none, or they are not different ints >= 0.
     """
     if not is_int(scales) and (not isinstance(scales, Iterable) or isinstance(scales, str)):
         raise TypeError(f"scales must be an int or several ints, got {scales!r}")
@@ -306,7 +312,7 @@ def as_scales(scales: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def check_bandwidth(bandwidth: object) -> None:
-    """Raise ``ValueError`` for what is no bandwidth; a tensor's shape is checked where it is used."""
+    """Raise ``ValueError`` for an impossible bandwidth; a tensor's shape is checked where it is used."""
     known = bandwidth in ("image", "batch") if isinstance(bandwidth, str) else isinstance(bandwidth, Tensor)
     if not known and not (is_number(bandwidth) and 0 < bandwidth < math.inf):
         raise ValueError(f"bandwidth must be 'image', 'batch', a finite number > 0 or a tensor, got {bandwidth!r}")
@@ -317,6 +323,6 @@ def is_number(x: object) -> bool:
 
 
 def one_of(name: str, value: object, known: tuple) -> None:
-    """Raise ``ValueError`` if ``value`` is none of ``known``."""
+    """Raise ``ValueError`` if ``value`` is not one of ``known``."""
     if not isinstance(value, str | None) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""A scorer with the call of the published one, made into the callable that searches take."""
+"""Wraps a network with the published scorer's arguments as a scorer that searches can call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class PublishedScorer(nn.Module):
     """Wraps a network of LSRS' own class, so that a search can call it as it calls any scorer.
 
     The published network judges maps one by one: ``(features[N, C, H, W], labels[N], scales[N]) -> scores[N, 1]``. This
-    class lays the candidates of all images out in that way. The network is used as it is: its weights, its dtype and
-    its mode (training or evaluation) are its owner's.
+    class passes the candidates of all images in this form. The network is used as it is: its weights, its dtype and its
+    mode (training or evaluation) stay.
 
     :meth:`varkern.Scorer.from_pretrained` loads the published weights into a network with varkern's kernels, which is
     faster.
@@ -47,7 +47,7 @@ class PublishedScorer(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """Rows of the network's table of classes, where it has one as the published network does; else None."""
+        """Rows of the network's class embedding, if it has one named as in the published network; else None."""
         table = getattr(self.network, CLASS_TABLE, None)
         return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
@@ -63,7 +63,7 @@ class PublishedScorer(nn.Module):
             scores ``[B, M]`` in the network's dtype.
 
         Raises:
-            ValueError: if the network returns no scores of shape ``[B * M, 1]``.
+            ValueError: if the network does not return scores of shape ``[B * M, 1]``.
         """
         batch, candidates = features.shape[:2]
         count = batch * candidates
@@ -77,9 +77,9 @@ class PublishedScorer(nn.Module):
 
 
 def takes_published_arguments(scorer: object) -> bool:
-    """Whether a callable's arguments are named as those of the published network, so that it needs to be wrapped."""
+    """Whether a callable's arguments have the names of the published network's, so that it must be wrapped."""
     function = scorer.forward if isinstance(scorer, nn.Module) else scorer
     try:
         return tuple(inspect.signature(function).parameters) == ARGUMENTS
-    except (TypeError, ValueError):  # a builtin says nothing
+    except (TypeError, ValueError):  # a builtin has no signature
         return False
