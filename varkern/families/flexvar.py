@@ -72,12 +72,28 @@ class FlexVARFamily(ClassFamily):
         return published.add(1).mul(0.5).clamp(0, 1)
 
 
-class FlexVARSession(ClassSession):
-    """One generation on one FlexVAR model; see :class:`.base.Session`.
+class FlexVARFeatures:
+    """F(.) of FlexVAR: resizes a candidate's codes to the last scale's side and adds nothing.
 
-    F(.) resizes a candidate's codes to the last scale's side and adds nothing. The scorer gets these features (LSRS,
-    appendix A). The same resizing makes the next scale's input.
+    The scorer gets these features (LSRS, appendix A). The same resizing makes the next scale's input. Needs the
+    attributes ``sides`` and ``codebook``.
     """
+
+    code_scale = None
+
+    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        return fuse_tokens(
+            tokens,
+            self.codebook,
+            side=self.sides[scale],
+            size=self.sides[-1],
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+
+class FlexVARSession(FlexVARFeatures, ClassSession):
+    """One generation on one FlexVAR model; see :class:`.base.Session`."""
 
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
         options = request.options
@@ -104,16 +120,6 @@ class FlexVARSession(ClassSession):
         if self.balanced and self.reproduces_upstream:
             return Logits(uncond + (cond - uncond) * self.cfg, None, 0.0, *sampling)
         return Logits(cond, uncond, self._strength(scale), *sampling)
-
-    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
-        return fuse_tokens(
-            tokens,
-            self.codebook,
-            side=self.sides[scale],
-            size=self.sides[-1],
-            dtype=dtype,
-            channels_last=channels_last,
-        )
 
     def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
         self.tokens = tokens

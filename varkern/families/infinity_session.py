@@ -45,7 +45,44 @@ class Settings:
         return any(strength != 1 for strength in self.cfg)
 
 
-class InfinitySession:
+class InfinityFeatures:
+    """F(.) of Infinity. Needs the attributes ``settings``, ``quantizer``, ``code_scale`` and ``f_hat``.
+
+    ``f_hat`` is ``[B, d, 1, H, W]``, or None before the first scale.
+    """
+
+    codebook = None
+
+    def maps(self, scale: int, drawn: Tensor) -> Tensor:
+        settings = self.settings
+        if scale < settings.num_given:
+            return settings.given[scale].to(drawn.device, torch.uint8).flatten(1, 3).unsqueeze(1)
+        batch, count = drawn.shape[:2]
+        h, w = (side // settings.patch for side in settings.sides[scale])
+        bits = drawn.view(batch, count, h, w, settings.width, settings.patch, settings.patch)
+        bits = bits.permute(0, 1, 2, 5, 3, 6, 4)  # [B, M, h, patch, w, patch, d]
+        return bits.reshape(batch, count, h * w * settings.patch**2, settings.width).to(torch.uint8)
+
+    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        batch, count = tokens.shape[:2]
+        codes, size = self._codes(self._bits(scale, tokens.flatten(0, 1))).squeeze(2), self.settings.sides[-1]
+        mode = self.quantizer.z_interplote_up
+        features = resize_features(codes, size=size, interpolation=mode, channels_last=channels_last)
+        features = features.unflatten(0, (batch, count))
+        if self.f_hat is not None:
+            features += self.f_hat.transpose(1, 2)
+        return features if dtype is None else features.to(dtype)
+
+    def _bits(self, scale: int, tokens: Tensor) -> Tensor:
+        """Maps ``[N, l, d]`` as one frame each: ``[N, 1, h, w, d]``."""
+        return tokens.unflatten(1, self.settings.sides[scale]).unsqueeze(1)
+
+    def _codes(self, bits: Tensor) -> Tensor:
+        """The quantizer's codes ``[N, d, 1, h, w]`` of bits ``[N, 1, h, w, d]``: plus or minus ``code_scale``."""
+        return self.quantizer.lfq.indices_to_codes(bits, label_type="bit_label")
+
+
+class InfinitySession(InfinityFeatures):
     """See :class:`.base.Session`. Candidates are maps of bits.
 
     F(.) is the sum of their codes, each resized to the last side. With spatial patchify a position of the transformer
@@ -56,8 +93,6 @@ class InfinitySession:
     operation is the published one, on tensors with the same strides, because a kernel's rounding depends on its input's
     layout.
     """
-
-    codebook = None
 
     def __init__(self, model: Any, text: Any, settings: Settings, request: Request, draws: Draws):
         self.model, self.settings, self.request = model, settings, request
@@ -106,26 +141,6 @@ class InfinitySession:
         rows = len(x) if guided else self.batch
         logits = model.get_logits(x[:rows], self.cond[:rows]).mul(1 / settings.tau[scale])
         return self._as_logits(scale, logits, strength if guided else None)
-
-    def maps(self, scale: int, drawn: Tensor) -> Tensor:
-        settings = self.settings
-        if scale < settings.num_given:
-            return settings.given[scale].to(drawn.device, torch.uint8).flatten(1, 3).unsqueeze(1)
-        batch, count = drawn.shape[:2]
-        h, w = (side // settings.patch for side in settings.sides[scale])
-        bits = drawn.view(batch, count, h, w, settings.width, settings.patch, settings.patch)
-        bits = bits.permute(0, 1, 2, 5, 3, 6, 4)  # [B, M, h, patch, w, patch, d]
-        return bits.reshape(batch, count, h * w * settings.patch**2, settings.width).to(torch.uint8)
-
-    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
-        batch, count = tokens.shape[:2]
-        codes, size = self._codes(self._bits(scale, tokens.flatten(0, 1))).squeeze(2), self.settings.sides[-1]
-        mode = self.quantizer.z_interplote_up
-        features = resize_features(codes, size=size, interpolation=mode, channels_last=channels_last)
-        features = features.unflatten(0, (batch, count))
-        if self.f_hat is not None:
-            features += self.f_hat.transpose(1, 2)
-        return features if dtype is None else features.to(dtype)
 
     def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
         settings = self.settings
@@ -176,14 +191,6 @@ class InfinitySession:
     def _rows(self, logits: Tensor) -> Tensor:
         batch, length, channels = logits.shape
         return logits.reshape(batch, length * channels // 2, 2)
-
-    def _bits(self, scale: int, tokens: Tensor) -> Tensor:
-        """Maps ``[N, l, d]`` as one frame each: ``[N, 1, h, w, d]``."""
-        return tokens.unflatten(1, self.settings.sides[scale]).unsqueeze(1)
-
-    def _codes(self, bits: Tensor) -> Tensor:
-        """The quantizer's codes ``[N, d, 1, h, w]`` of bits ``[N, 1, h, w, d]``: plus or minus ``code_scale``."""
-        return self.quantizer.lfq.indices_to_codes(bits, label_type="bit_label")
 
     def _as_published(self, scale: int, bits: Tensor) -> Tensor:
         """The same bits with the strides that they have in the published method."""

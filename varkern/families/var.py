@@ -64,7 +64,35 @@ class VARFamily(ClassFamily):
         return VARSession(model, labels, request, draws)
 
 
-class VARSession(ClassSession):
+class VARFeatures:
+    """F(.) of VAR. Needs the attributes ``quantizer``, ``sides``, ``codebook`` and ``f_hat``, ``[B, C, H, W]``."""
+
+    code_scale = None
+
+    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
+        return fuse_tokens(
+            tokens,
+            self.codebook,
+            side=self.sides[scale],
+            size=self.sides[-1],
+            f_hat=self.f_hat,
+            phi=self._phi(scale),
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+    def _ratio(self, scale: int) -> float:
+        return scale / max(len(self.sides) - 1, 1)
+
+    def _phi(self, scale: int) -> tuple[Tensor, Tensor | None, float] | None:
+        layer = self.quantizer.quant_resi[self._ratio(scale)]
+        if isinstance(layer, nn.Identity):
+            return None
+        bias = layer.bias if layer.bias is None else layer.bias.detach()
+        return layer.weight.detach(), bias, layer.resi_ratio
+
+
+class VARSession(VARFeatures, ClassSession):
     """One generation on one VAR model; see :class:`.base.Session`."""
 
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
@@ -86,18 +114,6 @@ class VARSession(ClassSession):
             return Logits(logits, None, 0.0, *filters)
         return Logits(logits[: self.batch], logits[self.batch :], self.cfg * self._ratio(scale), *filters)
 
-    def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
-        return fuse_tokens(
-            tokens,
-            self.codebook,
-            side=self.sides[scale],
-            size=self.sides[-1],
-            f_hat=self.f_hat,
-            phi=self._phi(scale),
-            dtype=dtype,
-            channels_last=channels_last,
-        )
-
     def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
         codebook = self.quantizer.embedding
         if self.request.options.get("more_smooth", False) and not hard:
@@ -117,16 +133,6 @@ class VARSession(ClassSession):
 
     def decode(self) -> Tensor:
         return self.vae.fhat_to_img(self.f_hat).add_(1).mul_(0.5)
-
-    def _ratio(self, scale: int) -> float:
-        return scale / max(self.last, 1)
-
-    def _phi(self, scale: int) -> tuple[Tensor, Tensor | None, float] | None:
-        layer = self.quantizer.quant_resi[self._ratio(scale)]
-        if isinstance(layer, nn.Identity):
-            return None
-        bias = layer.bias if layer.bias is None else layer.bias.detach()
-        return layer.weight.detach(), bias, layer.resi_ratio
 
     def _add_as_upstream(self, scale: int, codes: Tensor) -> Tensor:
         side = self.sides[scale]
