@@ -182,7 +182,7 @@ class TestRefused:
         content[-2] ^= 1
         shard.write_bytes(content)
         assert command(real=tmp_path / "maps") == 2
-        assert f"{shard.name} is altered" in one_line()
+        assert f"{shard.name} was altered" in one_line()
 
     @pytest.mark.parametrize(
         "changes, message",

@@ -172,8 +172,8 @@ class TestInfo:
     @pytest.mark.parametrize(
         "damage, said",
         [
-            (lambda content: content[:-1], "tokens-00000.npy is truncated"),
-            (lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:], "tokens-00000.npy is altered"),
+            (lambda content: content[:-1], "tokens-00000.npy was truncated"),
+            (lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:], "tokens-00000.npy was altered"),
         ],
         ids=["truncated", "altered"],
     )
@@ -221,7 +221,7 @@ class TestWrongInput:
             ({"patch_nums": "1,x"}, "patch_nums must be sides such as 1,2,3,4, got '1,x'"),
             ({"patch_nums": "1,0"}, "patch_nums must be sides"),
             ({"class_names": "/nowhere/names"}, "/nowhere/names"),
-            ({"class_names": "{names}"}, "class 'bee', a folder of"),
+            ({"class_names": "{names}"}, "got none for 'bee'"),
             ({"resize": 0.5}, "resize must be a finite number >= 1, got 0.5"),
             ({"workers": 0}, "workers must be an int >= 1, got 0"),
         ],

@@ -161,7 +161,7 @@ class TestWrongInput:
         (tmp_path / "images" / "a").mkdir(parents=True)
         (tmp_path / "images" / "a" / "0.png").touch()
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"none of the 1 images below .* is readable"):
+            with pytest.raises(ValueError, match=r"images must hold a readable image, but all 1 in .* are unreadable"):
                 write(tmp_path / "maps", vae, ImageFolder.open(tmp_path / "images"))
 
     def test_an_image_that_went_away(self, vae, tmp_path):

@@ -161,7 +161,7 @@ class TestWrongInput:
         [
             ({"per_class": 0}, "per_class must be an int >= 1, got 0"),
             ({"per_class": 1.5}, "per_class must be an int >= 1, got 1.5"),
-            ({"classes": []}, "classes must name at least one class"),
+            ({"classes": []}, "classes must hold at least one class, got none"),
             ({"classes": [1, 4]}, r"classes must be in 0\.\.3, got 4"),
             ({"classes": [-1]}, r"classes must be in 0\.\.3, got -1"),
             ({"classes": [1, 2, 1]}, "classes must differ, got 1 twice"),

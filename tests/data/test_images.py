@@ -146,7 +146,7 @@ class TestBroken:
     def test_broken_file(self, tmp_path, content):
         good = save(smooth(60, 60), tmp_path / "good.png").read_bytes()
         (tmp_path / "bad.png").write_bytes(content(good))
-        with pytest.raises(BrokenImageError, match=r"bad\.png is no readable image"):
+        with pytest.raises(BrokenImageError, match=r"bad\.png is not a readable image"):
             read_image(tmp_path / "bad.png", 32)
 
     def test_truncated_jpeg(self, tmp_path):
@@ -158,7 +158,7 @@ class TestBroken:
     def test_elongated(self, tmp_path):
         """One row of many pixels would take gigabytes once resized."""
         save(np.zeros((1, 60_000, 3), np.uint8), tmp_path / "a.png")
-        with pytest.raises(BrokenImageError, match="too elongated to be resized: 60000x1"):
+        with pytest.raises(BrokenImageError, match="too elongated to be resized, 60000x1"):
             read_image(tmp_path / "a.png", 256)
 
     def test_a_file_that_cannot_be_opened_is_not_broken(self, tmp_path):
@@ -229,7 +229,9 @@ class TestFolder:
 
     def test_no_classes(self, tmp_path):
         save(smooth(20, 20), tmp_path / "a.png")
-        with pytest.raises(ValueError, match="has no class folders: it must have one folder a class"):
+        with pytest.raises(
+            ValueError, match=r"images must be a folder with one folder per class, got .* without folders"
+        ):
             ImageFolder.open(tmp_path)
 
     def test_empty_class(self, root):
@@ -239,9 +241,9 @@ class TestFolder:
             ImageFolder.open(root)
 
     def test_unknown_class(self, root):
-        with pytest.raises(ValueError, match=r"class 'bird', a folder of .*, is unknown"):
+        with pytest.raises(ValueError, match=r"class_names must hold every class folder of .*, got none for 'bird'"):
             ImageFolder.open(root, ["ant", "cat"])
 
     def test_class_twice(self, root):
-        with pytest.raises(ValueError, match="class names must differ, got 'cat' twice"):
+        with pytest.raises(ValueError, match="class_names must differ, got 'cat' twice"):
             ImageFolder.open(root, ["ant", "cat", "bird", "cat"])

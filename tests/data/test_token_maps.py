@@ -132,7 +132,7 @@ class TestDamage:
     @pytest.mark.parametrize("version", [0, 2, "1", None], ids=repr)
     def test_other_version(self, dataset, version):
         edit(dataset, version=version)
-        with pytest.raises(ValueError, match=rf"has format version {version!r}, this varkern reads 1"):
+        with pytest.raises(ValueError, match=rf"must have format version 1, got {version!r}"):
             TokenMaps.open(dataset)
 
     @pytest.mark.parametrize(
@@ -159,18 +159,20 @@ class TestDamage:
     def test_shards_of_another_folder(self, dataset):
         shards = json.loads((dataset / "manifest.json").read_text())["shards"]
         edit(dataset, shards=[{**shards[0], "tokens": "../tokens-00000.npy"}])
-        with pytest.raises(ValueError, match=r"must stand beside the manifest, got \.\./tokens-00000"):
+        with pytest.raises(ValueError, match=r"must be in the manifest's folder, got \.\./tokens-00000"):
             TokenMaps.open(dataset)
 
     def test_other_schedule(self, dataset):
         """Tokens that do not fit the manifest's scales are not taken for others."""
         edit(dataset, patch_nums=[1, 2])
-        with pytest.raises(ValueError, match=r"tokens-00000\.npy is altered: its header says"):
+        with pytest.raises(ValueError, match=r"tokens-00000\.npy was altered: its header must be"):
             TokenMaps.open(dataset)
 
     def test_unfinished(self, dataset):
         edit(dataset, shards=None)
-        with pytest.raises(ValueError, match="is unfinished: run the command that makes it again"):
+        with pytest.raises(
+            ValueError, match="must be a finished dataset, got an unfinished one: run its command again"
+        ):
             TokenMaps.open(dataset)
 
     @pytest.mark.parametrize("name", ["tokens-00002.npy", "labels-00007.npy"])
@@ -180,13 +182,13 @@ class TestDamage:
     def test_truncated(self, dataset, name, left):
         content = (dataset / name).read_bytes()
         (dataset / name).write_bytes(content[:left])
-        with pytest.raises(ValueError, match=f"{name} is truncated"):
+        with pytest.raises(ValueError, match=f"{name} was truncated"):
             TokenMaps.open(dataset)
 
     def test_too_long(self, dataset):
         with (dataset / "tokens-00002.npy").open("ab") as file:
             file.write(b"x")
-        with pytest.raises(ValueError, match=r"tokens-00002\.npy is altered: it has \d+ bytes, wanted are \d+"):
+        with pytest.raises(ValueError, match=r"tokens-00002\.npy was altered: it must have \d+ bytes, got \d+"):
             TokenMaps.open(dataset)
 
     @pytest.mark.parametrize("name", ["tokens-00002.npy", "labels-00007.npy"])
@@ -204,9 +206,9 @@ class TestDamage:
         content[place] = ord("\t") if place == 100 else content[place] ^ 1
         (dataset / name).write_bytes(content)
         maps = TokenMaps.open(dataset)
-        with pytest.raises(ValueError, match=f"{name} is altered: its sha256 is not the one in the manifest"):
+        with pytest.raises(ValueError, match=f"{name} was altered: its sha256 differs from the manifest's"):
             maps.verify()
-        with pytest.raises(ValueError, match=f"{name} is altered"):
+        with pytest.raises(ValueError, match=f"{name} was altered"):
             TokenMaps.open(dataset, verify=True)
 
     @pytest.mark.parametrize("label", [5, -1], ids=["beyond", "negative"])
@@ -214,7 +216,7 @@ class TestDamage:
         labels = np.load(dataset / "labels-00003.npy")
         labels[4] = label
         np.save(dataset / "labels-00003.npy", labels)
-        with pytest.raises(ValueError, match=r"labels-00003\.npy has labels .*they must be in 0\.\.4"):
+        with pytest.raises(ValueError, match=r"labels-00003\.npy must have labels in 0\.\.4, got "):
             TokenMaps.open(dataset)
 
     def test_token_beyond_the_vocabulary(self, dataset):
@@ -224,7 +226,7 @@ class TestDamage:
         shards = json.loads((dataset / "manifest.json").read_text())["shards"]
         shards[1]["tokens_sha256"] = file_sha256(dataset / "tokens-00001.npy")
         edit(dataset, shards=shards)
-        with pytest.raises(ValueError, match=r"tokens-00001\.npy has token 100, the vocabulary is 100"):
+        with pytest.raises(ValueError, match=r"tokens-00001\.npy must have tokens below 100, got 100"):
             TokenMaps.open(dataset).verify()
 
     def test_whole_is_verified(self, dataset):

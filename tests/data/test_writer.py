@@ -128,7 +128,7 @@ class TestKills:
 
         with pytest.raises(KeyboardInterrupt):
             write_token_maps(tmp_path, manifest, lambda wanted: batches(wanted, 18))
-        with pytest.raises(ValueError, match="is unfinished"):
+        with pytest.raises(ValueError, match="must be a finished dataset"):
             TokenMaps.open(tmp_path)
         assert asked == [0, 4, 7, 11, 14, 18]
         asked.clear()
@@ -265,7 +265,9 @@ class TestWrongInput:
 
     def test_folder_of_something_else(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("x")
-        with pytest.raises(ValueError, match=r"holds other files, such as thesis\.tex: choose another folder"):
+        with pytest.raises(
+            ValueError, match=r"out must be an empty folder or a dataset, got .*, which holds thesis\.tex"
+        ):
             write(tmp_path)
         assert contents(tmp_path) == {"thesis.tex": b"x"}
 
@@ -287,7 +289,7 @@ class TestWrongInput:
             ((TOKENS, LABELS - 1), r"labels must be in 0\.\.4, got -1"),
             ((TOKENS.float(), LABELS), r"tokens must be integers, got torch\.float32"),
             ((TOKENS, LABELS.bool()), r"labels must be integers, got torch\.bool"),
-            (None, r"batch_source ended before images 0\.\.3"),
+            (None, r"batch_source must yield images 0\.\.3, got no further batch"),
         ],
         ids=[
             "rows", "columns", "labels", "skipped", "token beyond", "token below", "label beyond", "label below",
@@ -302,7 +304,10 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         "changes, said",
         [
-            ({"vocabulary": 65537}, "vocabulary must be at most 65536, since token ids are kept as uint16, got 65537"),
+            (
+                {"vocabulary": 65537},
+                "vocabulary must be at most 65536, because token ids are stored as uint16, got 65537",
+            ),
             ({"vocabulary": 0}, "vocabulary must be an int >= 1, got 0"),
             ({"vocabulary": None}, "vocabulary must be an int >= 1, got None"),
             ({"num_classes": True}, "num_classes must be an int >= 1, got True"),

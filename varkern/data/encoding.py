@@ -1,4 +1,4 @@
-"""A token-map dataset of real images, as a VQ-VAE encodes them."""
+"""Token-map datasets of real images, which a VQ-VAE encodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .images import RESIZE, BrokenImageError, ImageFolder, read_image
 from .manifest import Manifest
 from .writer import Batch, write_token_maps
 
-BATCHES_AHEAD = 3  # that are being read while one is encoded
+BATCHES_AHEAD = 3  # batches that are read while one is encoded
 
 
 def encode_token_maps(
@@ -35,23 +35,27 @@ def encode_token_maps(
     shard_size: int = 4096,
     provenance: Mapping[str, Any] | None = None,
 ) -> Manifest | None:
-    """Write the token maps of a folder of images, in its order; unreadable ones are skipped and named in the manifest.
+    """Write the token maps of a folder of images, in its order.
+
+    Unreadable images are skipped; the manifest lists them.
 
     Args:
-        folder: the dataset's; see :func:`.writer.write_token_maps` for runs that were killed and for ``torchrun``.
-        vae: encodes them.
-        images: see :meth:`.images.ImageFolder.open`.
-        resize: short side over the crop's side before the crop, at least 1; see :func:`.images.read_image`.
-        workers: threads that read images. Pillow lets go of Python's lock where it decodes and resizes.
-        batch_size: images at a time. It is part of the dataset: matrix products round differently at other sizes.
-        shard_size: images a shard, which is what a killed run makes again at most.
-        provenance: JSON values that the manifest keeps beside the settings, such as the checkpoint's checksum.
+        folder: the dataset's folder; :func:`.writer.write_token_maps` describes killed runs and ``torchrun``.
+        vae: the VQ-VAE that encodes the images.
+        images: the images; see :meth:`.images.ImageFolder.open`.
+        resize: short side of the resized image divided by the side of the crop; at least 1.
+        workers: threads that read images. Pillow releases the GIL while it decodes and resizes.
+        batch_size: images per batch. Another value gives slightly different tokens, because matrix products round
+            differently.
+        shard_size: images per shard. A killed run makes at most one shard again.
+        provenance: further JSON values for the manifest, such as the checkpoint's checksum.
 
     Returns:
-        the finished manifest; None if other processes have still shards to make.
+        the finished manifest, or None if other processes still have shards to make.
 
     Raises:
-        ValueError, OSError: naming what is wrong; an image that cannot even be opened is no broken image.
+        ValueError: if an argument is wrong, or no image is readable.
+        OSError: if a file cannot be opened or written; an image that cannot be opened is not skipped.
         ImportError: if pillow is missing.
     """
     require_pillow()
@@ -81,21 +85,21 @@ def encode_token_maps(
             return None
 
     def batches(wanted: Sequence[range]) -> Iterator[Batch]:
-        pictures = prefetch(read, chain(*wanted), workers, BATCHES_AHEAD * batch_size)
+        pixels = prefetch(read, chain(*wanted), workers, BATCHES_AHEAD * batch_size)
         for numbers in wanted:
-            found = {number: picture for number in numbers if (picture := next(pictures)) is not None}
+            found = {number: image for number in numbers if (image := next(pixels)) is not None}
             tokens = torch.zeros(0, manifest.length, dtype=torch.int64)
             if found:
-                tokens = vae.img_to_idxBl(as_input(torch.from_numpy(np.stack(list(found.values()))), weight))
+                tokens = vae.img_to_idxBl(to_input(torch.from_numpy(np.stack(list(found.values()))), weight))
             labels = torch.tensor([images.labels[number] for number in found], dtype=torch.int64)
             yield Batch(tokens, labels, [images.paths[number] for number in numbers if number not in found])
 
     finished = write_token_maps(Path(folder), manifest, batches, "encoding images")
     if finished is not None and finished.count == 0:
-        raise ValueError(f"none of the {len(images)} images below {images.root} is readable")
+        raise ValueError(f"images must hold a readable image, but all {len(images)} in {images.root} are unreadable")
     return finished
 
 
-def as_input(pixels: Tensor, like: Tensor) -> Tensor:
-    """Pixels uint8 to [-1, 1], with the device and dtype of ``like``."""
+def to_input(pixels: Tensor, like: Tensor) -> Tensor:
+    """Convert uint8 pixels to values in [-1, 1], with the device and dtype of ``like``."""
     return pixels.to(like.device).float().div_(255).mul_(2).sub_(1).to(like.dtype)

@@ -1,4 +1,4 @@
-"""A token-map dataset of what a model draws, without any search."""
+"""Token-map datasets of a model's own samples, drawn without a search."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .manifest import Manifest
 from .writer import Batch, write_token_maps
 
 DATASET_SEED = 1_000_000
-"""What dataset seeds are made from unless said otherwise; sampling and evaluation begin at 0. Image seeds are a hash
-of this and the image's number, so datasets of two seeds share no image."""
+"""The default seed of a dataset; sampling and evaluation use 0 by default. An image's seed is a hash of the dataset's
+seed and the image's number, so datasets with different seeds share no image."""
 
 
 def generate_token_maps(
@@ -42,33 +42,36 @@ def generate_token_maps(
     provenance: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Manifest | None:
-    """Write the token maps of ``per_class`` images of every class, one candidate a scale (LSRS, appendix A).
+    """Write the token maps of ``per_class`` images of every class, with one candidate per scale (LSRS, appendix A).
 
-    Image ``n`` is of class ``classes[n % len(classes)]`` and has the seed ``image_seeds(seed, total)[n]``, so that the
-    beginning of a dataset is balanced, and a smaller one of the same batch and shard size is the beginning of a larger.
+    Image ``n`` has the class ``classes[n % len(classes)]`` and the seed ``image_seeds(seed, total)[n]``. Classes
+    alternate, and a smaller dataset with the same batch and shard size equals the first part of a larger one.
 
     Args:
-        folder: the dataset's; see :func:`.writer.write_token_maps` for runs that were killed and for ``torchrun``.
-        model: of any family with classes; patched or not, its own distribution is drawn, and it is not changed.
-        per_class: images of a class.
-        classes: None: all that the model has.
-        seed: from which every image's seed is made; it must not be one that is used for evaluation.
-        cfg, top_k, top_p, options: as for :func:`varkern.generate`; the defaults are VAR's published sampling. Those
-            that are modules are left out of the manifest: name them in ``provenance``.
-        autocast: None, or the dtype to generate under ``torch.autocast`` with.
-        batch_size: images at a time. It is part of the dataset: matrix products round differently at other sizes.
-        shard_size: images a shard, which is what a killed run makes again at most.
-        provenance: JSON values that the manifest keeps beside the settings, such as the checkpoints' checksums.
+        folder: the dataset's folder; :func:`.writer.write_token_maps` describes killed runs and ``torchrun``.
+        model: a class-conditional model of any family. It is sampled without a search even if it is patched with one,
+            and it is not changed.
+        per_class: images per class.
+        classes: the classes to draw; None means all classes of the model.
+        seed: base seed; every image's seed is derived from it. Use another seed than for evaluation.
+        cfg, top_k, top_p, options: as for :func:`varkern.generate`; the defaults are VAR's published sampling. The
+            manifest does not record options that are modules: describe them in ``provenance``.
+        autocast: dtype for ``torch.autocast``; None means no autocast.
+        batch_size: images per batch. Another value gives slightly different tokens, because matrix products round
+            differently.
+        shard_size: images per shard. A killed run makes at most one shard again.
+        provenance: further JSON values for the manifest, such as the checkpoints' checksums.
 
     Returns:
-        the finished manifest; None if other processes have still shards to make.
+        the finished manifest, or None if other processes still have shards to make.
 
     Raises:
-        ValueError, TypeError, OSError, UnsupportedModelError: naming what is wrong, before any work.
+        ValueError, TypeError, UnsupportedModelError: if an argument is wrong, before any work.
+        OSError: if a file cannot be written.
     """
     family = recognise(model)
     if not family.has_classes:
-        raise UnsupportedModelError(f"token maps are kept of models of classes, {family.name} is one of texts")
+        raise UnsupportedModelError(f"model must be class-conditional, got {family.name}, which takes texts")
     sampling = {"cfg": cfg, "top_k": top_k, "top_p": top_p, **options}
     spec, device = check(model, seeds=image_seeds(seed, 1), **sampling), family.device(model)
     classes = check_classes(range(spec.num_classes) if classes is None else classes, spec.num_classes)
@@ -83,8 +86,8 @@ def generate_token_maps(
         "classes": classes,
         "per_class": per_class,
         **{name: value for name, value in sampling.items() if not isinstance(value, nn.Module)},
-        "dtype": name_of(next(model.parameters()).dtype),
-        "autocast": None if autocast is None else name_of(autocast),
+        "dtype": dtype_name(next(model.parameters()).dtype),
+        "autocast": None if autocast is None else dtype_name(autocast),
         "device": device.type,
     }
     manifest = Manifest(spec.sides, spec.vocabulary, spec.num_classes, total, source, batch_size, shard_size)
@@ -102,14 +105,14 @@ def generate_token_maps(
 
 
 def check_classes(classes: Sequence[int], num_classes: int) -> list[int]:
-    """``classes`` as a list.
+    """Return ``classes`` as a list.
 
     Raises:
-        ValueError: if there are none, one is unknown, or one comes twice.
+        ValueError: if it is empty, or a class is unknown or comes twice.
     """
     classes = list(classes)
     if not classes:
-        raise ValueError("classes must name at least one class")
+        raise ValueError("classes must hold at least one class, got none")
     for label in classes:
         if not is_int(label) or not 0 <= label < num_classes:
             raise ValueError(f"classes must be in 0..{num_classes - 1}, got {label}")
@@ -118,5 +121,5 @@ def check_classes(classes: Sequence[int], num_classes: int) -> list[int]:
     return classes
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What a token-map dataset says of itself: ``manifest.json``."""
+"""The description of a token-map dataset: ``manifest.json``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Shard:
     """Two files of a dataset: token ids ``[count, L]`` and labels ``[count]``.
 
     Args:
-        tokens, labels: their names.
-        count: images in them.
-        tokens_sha256, labels_sha256: checksums of the whole files.
-        skipped: what could not be read, by name; these are not counted.
+        tokens, labels: names of the files.
+        count: images in the shard.
+        tokens_sha256, labels_sha256: checksums of the files.
+        skipped: names of images that could not be read; ``count`` does not include them.
     """
 
     tokens: str
@@ -39,7 +39,7 @@ class Shard:
 
     @classmethod
     def from_json(cls, value: Any) -> Shard:
-        """Raises ``ValueError`` if ``value`` is no shard's description."""
+        """Make a shard from its JSON form; raises ``ValueError`` if ``value`` does not describe a shard."""
         try:
             shard = cls(**{**value, "skipped": tuple(value["skipped"])})
         except (TypeError, KeyError) as error:
@@ -48,26 +48,26 @@ class Shard:
         if not all(isinstance(text, str) for text in texts) or not is_int(shard.count) or shard.count < 0:
             raise ValueError(f"a shard's description is wrong: {value}")
         if any(name != Path(name).name for name in (shard.tokens, shard.labels)):
-            raise ValueError(f"a shard's files must stand beside the manifest, got {shard.tokens}, {shard.labels}")
+            raise ValueError(f"a shard's files must be in the manifest's folder, got {shard.tokens}, {shard.labels}")
         return shard
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """How a dataset is made, which says what is in it, byte for byte.
+    """The settings of a dataset, which determine its content byte for byte, and its files.
 
     Args:
         patch_nums: the side of each scale's token map.
         vocabulary: V, the number of codes, at most 65,536.
-        num_classes: labels are 0..num_classes-1.
-        total: images to make; some may turn out unreadable, see ``count``.
-        source: JSON values by name: where the images come from, checkpoints' checksums, settings, seeds.
-        batch_size: images made together; no batch crosses shards.
-        shard_size: images a shard.
+        num_classes: number of classes; labels are in 0..num_classes-1.
+        total: images to make, including images that turn out to be unreadable.
+        source: where the images come from, as JSON values by name: checksums of checkpoints, settings, seeds.
+        batch_size: images per batch; each batch lies within one shard.
+        shard_size: images per shard.
         shards: the files; None while the dataset is unfinished.
 
     Raises:
-        ValueError: naming what is wrong.
+        ValueError: if a value is wrong.
     """
 
     patch_nums: tuple[int, ...]
@@ -82,7 +82,7 @@ class Manifest:
     def __post_init__(self):
         sides = self.patch_nums
         if not isinstance(sides, list | tuple) or not sides or not all(is_int(s) and s >= 1 for s in sides):
-            raise ValueError(f"patch_nums must be sides >= 1, one a scale, got {sides!r}")
+            raise ValueError(f"patch_nums must be sides >= 1, one per scale, got {sides!r}")
         for name in ("vocabulary", "num_classes", "total", "batch_size", "shard_size"):
             value = getattr(self, name)
             if not is_int(value) or value < 1:
@@ -90,25 +90,25 @@ class Manifest:
             object.__setattr__(self, name, int(value))
         if self.vocabulary > LARGEST_VOCABULARY:
             raise ValueError(
-                f"vocabulary must be at most {LARGEST_VOCABULARY}, since token ids are kept as uint16, "
+                f"vocabulary must be at most {LARGEST_VOCABULARY}, because token ids are stored as uint16, "
                 f"got {self.vocabulary}"
             )
         if not isinstance(self.source, Mapping):
             raise ValueError(f"source must be a mapping of names to JSON values, got {self.source!r}")
         object.__setattr__(self, "patch_nums", tuple(int(side) for side in sides))
-        try:  # as it will be read back, so that a manifest equals its own file
+        try:  # in the form in which it is read back, which makes a manifest equal to its file
             object.__setattr__(self, "source", json.loads(json.dumps(self.source)))
         except TypeError as error:
             raise ValueError(f"source must hold JSON values: {error}") from error
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each scale."""
+        """Tokens per scale."""
         return [side * side for side in self.patch_nums]
 
     @property
     def length(self) -> int:
-        """L, the tokens of an image."""
+        """L, tokens per image."""
         return sum(self.lengths)
 
     @property
@@ -118,7 +118,7 @@ class Manifest:
 
     @property
     def skipped(self) -> list[str]:
-        """What could not be read, by name."""
+        """Names of images that could not be read."""
         return [name for shard in self.shards or () for name in shard.skipped]
 
     @property
@@ -126,7 +126,7 @@ class Manifest:
         return -(-self.total // self.shard_size)
 
     def batches(self, shard: int) -> list[range]:
-        """The images' numbers of one shard, in batches: a function of the shard alone."""
+        """The batches of one shard, as ranges of image numbers."""
         stop = min((shard + 1) * self.shard_size, self.total)
         return [
             range(start, min(start + self.batch_size, stop))
@@ -134,7 +134,7 @@ class Manifest:
         ]
 
     def settings(self) -> dict[str, Any]:
-        """All but the shards, as JSON values: what two runs must agree on to work on one dataset."""
+        """All fields except the shards, as JSON values. Two runs that make one dataset must have equal settings."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "shards"}
         return {"format": FORMAT, "version": VERSION, **values, "patch_nums": list(self.patch_nums)}
 
@@ -144,11 +144,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest:
-        """The manifest of a dataset, finished or not.
+        """Read the manifest of a dataset, finished or not.
 
         Raises:
-            FileNotFoundError: if ``folder`` has none.
-            ValueError: if it is not readable, of another format version, or holds impossible values.
+            FileNotFoundError: if ``folder`` has no manifest.
+            ValueError: if the manifest is not readable, has another format version, or holds impossible values.
         """
         path = Path(folder) / FILE
         if not path.is_file():
@@ -160,7 +160,7 @@ class Manifest:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"{path} is not the manifest of a token-map dataset")
         if values.get("version") != VERSION:
-            raise ValueError(f"{path} has format version {values.get('version')!r}, this varkern reads {VERSION}")
+            raise ValueError(f"{path} must have format version {VERSION}, got {values.get('version')!r}")
         try:
             fields = {name: value for name, value in values.items() if name not in ("format", "version", "shards")}
             shards = values["shards"]

@@ -1,7 +1,7 @@
-"""Token maps in the files of LSRS' own code: read into a dataset, and written from one.
+"""Conversion between token-map datasets and the files of LSRS' own code.
 
-Such a file (``gt_idx.pth``, ``samples_idx_d16_n1000.pth``) is a list with one integer tensor ``[n, L]`` per class, all
-scales behind one another. A class without images has an empty list or a tensor without rows.
+Such a file (``gt_idx.pth``, ``samples_idx_d16_n1000.pth``) holds a list with one integer tensor ``[n, L]`` per class.
+Its L columns are all scales in order. A class without images has an empty list or a tensor without rows.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .manifest import Manifest, file_sha256
 from .token_maps import TokenMaps
 from .writer import Batch, write_token_maps
 
-LARGEST_INT16 = 2**15  # ids below it are written as int16, as published
+LARGEST_INT16 = 2**15  # smaller ids are written as int16, as in the published files
 
 
 def read_published(path: str | os.PathLike, length: int) -> list[Tensor]:
-    """The token maps of every class, ``[n, length]`` each, mapped into memory where the file's format allows it.
+    """Read the token maps of every class, ``[n, length]`` each, memory-mapped if the file's format allows it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds anything else; it is read with ``weights_only=True`` and never unpickled.
+        ValueError: if it holds anything else. It is read with ``weights_only=True`` and never unpickled.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file of token maps at {path}")
+        raise FileNotFoundError(f"path must be a file of token maps, got {path}, which does not exist")
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # a file of PyTorch before 1.6, which cannot be mapped
+        except RuntimeError:  # a file in the format before PyTorch 1.6 cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a file of tensors: {error}") from error
@@ -73,19 +73,21 @@ def import_token_maps(
     """Write the token maps of a published file as a dataset, class by class in the file's order.
 
     Args:
-        folder: the dataset's; see :func:`.writer.write_token_maps` for runs that were killed and for ``torchrun``.
-        path: the file.
-        patch_nums: the side of each scale, which the file does not tell.
-        vocabulary: V, which it does not tell either.
-        batch_size: images at a time.
+        folder: the dataset's folder; :func:`.writer.write_token_maps` describes killed runs and ``torchrun``.
+        path: the published file.
+        patch_nums: the side of each scale, which the file does not contain.
+        vocabulary: V, the number of codes, which the file does not contain.
+        batch_size: images per batch.
         shard_size: images per shard.
-        provenance: JSON values that the manifest keeps, such as the checksum of the VQ-VAE.
+        provenance: further JSON values for the manifest, such as the checksum of the VQ-VAE.
 
     Returns:
-        the finished manifest; None if other processes have still shards to make.
+        the finished manifest, or None if other processes still have shards to make.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: naming what is wrong.
+        FileNotFoundError: if there is no such file.
+        ValueError: if an argument is wrong.
+        OSError: if a file cannot be written.
     """
     classes = read_published(path, sum(side * side for side in patch_nums))
     counts = [len(maps) for maps in classes]
@@ -117,18 +119,18 @@ def export_token_maps(maps: TokenMaps, path: str | os.PathLike) -> list[int]:
 
     Args:
         maps: the dataset.
-        path: the file, which must not be there yet. Ids are int16, or int32 if the vocabulary needs it.
+        path: the file, which must not exist yet. Ids are int16, or int32 if the vocabulary needs it.
 
     Returns:
-        the images of every class.
+        the number of images of each class.
 
     Raises:
-        ValueError: if ``path`` is there already.
+        ValueError: if ``path`` exists.
         OSError: if it cannot be written.
     """
     path = Path(path)
     if path.exists():
-        raise ValueError(f"out must be a new file, got {path}, which is there already")
+        raise ValueError(f"out must be a new file, got {path}, which exists")
     dtype = torch.int16 if maps.manifest.vocabulary <= LARGEST_INT16 else torch.int32
     places = [np.flatnonzero(maps.labels == label) for label in range(maps.manifest.num_classes)]
     classes = [maps.gather(found).to(dtype) for found in places]

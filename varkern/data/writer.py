@@ -1,11 +1,11 @@
-"""Writing a token-map dataset, over one or more runs and by one or more processes.
+"""Writing a token-map dataset, in one or more runs and by one or more processes.
 
-A shard is a function of the settings and its number alone, and so is every batch in it. A process writes its shards
-one by one: tokens, labels, then a note in ``progress/`` that both are done. A run that was killed keeps what is noted
-and makes the rest again; a file appears under its name only when it is whole.
+The content of a shard depends only on the settings and the shard's number. A process writes its shards one by one: the
+tokens, the labels, then a note in ``progress/``. The next run after a killed one keeps the shards that have a note and
+makes the others. Every file is written whole or not at all.
 
-Under ``torchrun`` rank r of W makes shards r, r+W, r+2W, ... and no process waits for another: whoever notes the last
-missing shard sees that all are there, and writes the finished manifest, whose bytes do not depend on who that is.
+Under ``torchrun`` rank r of W makes the shards r, r+W, r+2W, ... No process waits for another. The process that makes
+the last missing shard writes the finished manifest, whose content does not depend on which process that is.
 """
 
 from __future__ import annotations
@@ -38,74 +38,74 @@ class Batch(NamedTuple):
     labels: Tensor | Sequence[int]
     """``[n]``."""
     skipped: Sequence[str] = ()
-    """Names of the images that could not be read; n is smaller by their number."""
+    """Names of the images that could not be read; n does not count them."""
 
 
 BatchSource = Callable[[Sequence[range]], Iterable[Batch]]
-"""Takes the batches that are wanted, as ranges of images' numbers, and gives them one by one, in that order. What it
-gives for a range must depend on the range alone, not on what came before it."""
+"""Takes a list of ranges of image numbers, and yields one batch per range, in that order. A batch must depend only on
+its range, not on the batches before it."""
 
 
 def write_token_maps(
     folder: str | os.PathLike, manifest: Manifest, batch_source: BatchSource, name: str = "token maps"
 ) -> Manifest | None:
-    """Write a dataset, or what is missing of it.
+    """Write a dataset, or the missing part of it.
 
     Args:
-        folder: is made if it is not there.
-        manifest: without shards.
+        folder: the dataset's folder; it is made if it does not exist.
+        manifest: the settings, without shards.
         batch_source: makes the images, see :data:`BatchSource`; it is not called if nothing is missing.
-        name: what the progress bar says.
+        name: description of the progress bar.
 
     Returns:
-        the finished manifest; None if other processes have still shards to make.
+        the finished manifest, or None if other processes still have shards to make.
 
     Raises:
-        ValueError: if ``folder`` holds a dataset made with other settings, naming them, or if the source gives what
-            does not fit the manifest.
-        OSError: if a file cannot be written, naming it. What is whole stays.
+        ValueError: if ``folder`` holds other files or a dataset with other settings, or if a batch does not fit the
+            manifest.
+        OSError: if a file cannot be written; finished shards are kept.
     """
     folder, (rank, world) = Path(folder), find_rank()
     mine = range(rank, manifest.num_shards, world)
     if not mine:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    strangers = [path.name for path in folder.iterdir() if path.name != PROGRESS]
-    if strangers and FILE not in strangers:
-        raise ValueError(f"{folder} holds other files, such as {min(strangers)}: choose another folder")
-    done, finished = look(folder, manifest)
+    names = [path.name for path in folder.iterdir() if path.name != PROGRESS]
+    if names and FILE not in names:
+        raise ValueError(f"out must be an empty folder or a dataset, got {folder}, which holds {min(names)}")
+    done, finished = read_progress(folder, manifest)
     if finished is None and not done.keys() >= set(mine):
         with locked(folder, rank):
             if not (folder / FILE).exists():
                 write_manifest(folder, manifest, rank)
-            done, _ = look(folder, manifest)
+            done, _ = read_progress(folder, manifest)
             write_shards(folder, manifest, batch_source, mine, done, name, quiet=rank > 0)
     return finish(folder, manifest, rank)
 
 
 def finish(folder: Path, manifest: Manifest, rank: int) -> Manifest | None:
-    """Write the finished manifest if every shard is there and nobody has written it yet; returns it if it is there."""
-    done, finished = look(folder, manifest)
+    """Return the finished manifest, and write it if all shards are there; None if some are missing."""
+    done, finished = read_progress(folder, manifest)
     if finished is None and len(done) == manifest.num_shards:
         finished = replace(manifest, shards=tuple(done[number] for number in sorted(done)))
         try:
             write_manifest(folder, finished, rank)
-        except OSError:  # perhaps because another rank has finished it and tidied up
-            if look(folder, manifest)[1] is None:
+        except OSError:  # another rank may have written it and removed the notes
+            if read_progress(folder, manifest)[1] is None:
                 raise
     if finished is not None:
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     return finished
 
 
-def look(folder: Path, manifest: Manifest) -> tuple[dict[int, Shard], Manifest | None]:
-    """The shards that are noted as done, by number, and the finished manifest if there is one.
+def read_progress(folder: Path, manifest: Manifest) -> tuple[dict[int, Shard], Manifest | None]:
+    """Read the finished shards, by number, and the finished manifest if there is one.
 
     Raises:
-        ValueError: if the folder's dataset is made with other settings.
+        ValueError: if the folder's dataset was made with other settings.
     """
-    # In this order: notes are removed only after the manifest is finished, so a note that is gone cannot mislead.
-    done = {number: shard for number in range(manifest.num_shards) if (shard := note_of(folder, manifest, number))}
+    # Notes are read before the manifest. They are removed only after it is finished, so it is seen if they are gone.
+    done = {number: shard for number in range(manifest.num_shards) if (shard := read_note(folder, number))}
     if not (folder / FILE).exists():
         return done, None
     former = Manifest.read(folder)
@@ -113,8 +113,8 @@ def look(folder: Path, manifest: Manifest) -> tuple[dict[int, Shard], Manifest |
     return done, None if former.shards is None else former
 
 
-def note_of(folder: Path, manifest: Manifest, number: int) -> Shard | None:
-    """What is noted of a shard whose files are there; None: it is to be made."""
+def read_note(folder: Path, number: int) -> Shard | None:
+    """Read the note of a finished shard; None if the shard is still to be made."""
     try:
         note = json.loads((folder / PROGRESS / f"{number:05d}.json").read_text())
         sizes = [(folder / note["shard"][kind]).stat().st_size for kind in ("tokens", "labels")]
@@ -132,7 +132,7 @@ def write_shards(
     name: str,
     quiet: bool,
 ) -> None:
-    """Make the shards ``numbers`` that are not done, with a progress bar."""
+    """Make those of the shards ``numbers`` that are not done."""
     batches = {number: manifest.batches(number) for number in numbers}
     missing = {number: parts for number, parts in batches.items() if number not in done}
     if not missing:
@@ -146,19 +146,21 @@ def write_shards(
         for number, parts in missing.items():
             rows = []
             for part in parts:
-                rows.append(checked(next(made, None), part, manifest))
+                rows.append(check_batch(next(made, None), part, manifest))
                 progress.advance(task, len(part))
             write_shard(folder, number, manifest, rows)
 
 
-def checked(batch: Batch | None, numbers: range, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
-    """A batch as tokens ``[n, L]`` uint16, labels ``[n]`` int32, and names of what was skipped.
+def check_batch(
+    batch: Batch | None, numbers: range, manifest: Manifest
+) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+    """Check a batch and return tokens ``[n, L]`` uint16, labels ``[n]`` int32, and the names of skipped images.
 
     Raises:
         ValueError: if the batch does not fit the manifest.
     """
     if batch is None:
-        raise ValueError(f"batch_source ended before images {numbers.start}..{numbers.stop - 1}")
+        raise ValueError(f"batch_source must yield images {numbers.start}..{numbers.stop - 1}, got no further batch")
     tokens, labels, skipped = batch
     tokens = tokens if isinstance(tokens, Tensor) else torch.cat(list(tokens), dim=1)
     labels = torch.as_tensor(labels).cpu()
@@ -178,7 +180,7 @@ def checked(batch: Batch | None, numbers: range, manifest: Manifest) -> tuple[np
 
 
 def write_shard(folder: Path, number: int, manifest: Manifest, rows: Sequence[tuple]) -> None:
-    """Write one shard's files, then the note that they are whole."""
+    """Write one shard's files, then its note."""
     tokens, labels, skipped = zip(*rows, strict=True)
     files = {
         f"tokens-{number:05d}.npy": npy_bytes(np.concatenate(tokens)),
@@ -199,7 +201,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def write_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
-    # By way of a name of the rank's own, because two ranks may find at the same time that all is done.
-    own = folder / PROGRESS / f"{FILE}.{rank}"
-    write_bytes(own, manifest.to_json().encode())
-    os.replace(own, folder / FILE)
+    # Two ranks may write it at the same time, so each writes to a name with its rank and then renames the file.
+    unfinished = folder / PROGRESS / f"{FILE}.{rank}"
+    write_bytes(unfinished, manifest.to_json().encode())
+    os.replace(unfinished, folder / FILE)
