@@ -53,6 +53,8 @@ def references(rows: Mapping[str, list[dict]]) -> str:
     lines = []
     for name, title in REFERENCES.items():
         entry = Entry(Cell(), rows[name])
-        lines.append([title, *(report.text(report.summary(entry, n), report.FIGURES[n][1]) for n in REFERENCE_FIGURES)])
+        lines.append(
+            [title, *(report.format_summary(report.summary(entry, n), report.FIGURES[n][1]) for n in REFERENCE_FIGURES)]
+        )
     heading = {name: title for name, (title, _) in report.FIGURES.items()} | report.OTHER_FEATURES
     return markdown_table(["", *(heading[name] for name in REFERENCE_FIGURES)], lines)

@@ -153,7 +153,7 @@ class TestPresets:
         for preset in tables.presets().values():
             for cell in preset.cells:
                 assert cell.fits(5) and cell.most_candidates() <= 256 and cell.model == ""
-                assert cell.n == 1 or cell.strategy != "hybrid" or cell.wants_alpha
+                assert cell.n == 1 or cell.strategy != "hybrid" or cell.needs_alpha
                 assert cell.n == 1 or cell.min_distance in (0.0, tables.NEAR)
 
     def test_the_papers_figures_stay_with_their_cells(self):

@@ -113,7 +113,7 @@ class TestArray:
         assert found.files == ["arr_0"] and found["arr_0"].dtype == np.uint8
         assert np.array_equal(found["arr_0"], np.stack(list(pixels(tmp_path / "out").values())))
         error = capsys.readouterr().err
-        assert "varkern: warning:" in error and "6 images: published figures are of 50,000" in error
+        assert "varkern: warning:" in error and "6 images: published figures use 50,000" in error
 
     def test_batches_keep_their_order(self, command, tmp_path):
         assert command() == 0

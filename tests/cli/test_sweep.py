@@ -131,7 +131,7 @@ def test_scorers_by_name(sweep, weights, tmp_path, capsys):
     figures = {name: [row["fid"] for row in rows if row["scorer"] == name] for name in ("", "pointwise", "pairwise")}
     assert figures["pointwise"] == figures["pairwise"] != figures[""]
     assert sweep(**{**given, "scorer": path, "out": "other"}) == 2
-    assert "wants scorer 'pointwise', and there is none: given are ''" in capsys.readouterr().err.splitlines()[-1]
+    assert "needs scorer 'pointwise', the given scorers are ''" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_models_by_name(sweep, weights, tmp_path):
@@ -221,7 +221,7 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
         ({"out": None}, "out must be given"),
         ({"reference": None}, "reference must be given"),
         ({"reference": "nowhere"}, "there is no nowhere"),
-        ({"scorer": None}, "wants a scorer, and there is none"),
+        ({"scorer": None}, "needs a scorer, the given scorers are none"),
         ({"scorer": ["a=x", "a=y"]}, "scorer must have different names, got 'a' twice"),
         ({"var": "nowhere.pth"}, "nowhere.pth"),
         ({"features": "own:none"}, "own has no function 'none'"),

@@ -68,8 +68,8 @@ def test_wrong_settings_are_told_by_the_search(cell):
 
 
 def test_only_a_hybrid_without_alpha_wants_one():
-    assert Cell(n=5).wants_alpha and Cell(n=5, alpha=MEDIAN).wants_alpha
-    assert not any(cell.wants_alpha for cell in (Cell(), Cell(n=5, alpha=2.0), Cell(n=5, strategy="top")))
+    assert Cell(n=5).needs_alpha and Cell(n=5, alpha=MEDIAN).needs_alpha
+    assert not any(cell.needs_alpha for cell in (Cell(), Cell(n=5, alpha=2.0), Cell(n=5, strategy="top")))
 
 
 def test_grid():

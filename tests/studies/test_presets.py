@@ -20,7 +20,7 @@ def test_preset(preset):
         assert set(printed) <= set(FIGURES)
         assert all(isinstance(value, float) and value > 0 for value in printed.values())
         cell.search(scorer, 1.0)
-        assert not cell.wants_alpha and cell.fits(10) and cell.model in ("", *DEPTHS)
+        assert not cell.needs_alpha and cell.fits(10) and cell.model in ("", *DEPTHS)
     assert set(preset.shown) <= set(FIGURES) and preset.title and preset.claim.endswith(".")
 
 

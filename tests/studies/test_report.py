@@ -37,7 +37,7 @@ def lines(text):
 def test_summary():
     entry = Entry(Cell(), [{"fid": 3.0, "seconds": 0.25}, {"fid": 4.0, "seconds": 0.125}, {"fid": 8.0, "sfid": None}])
     assert summary(entry, "fid") == Summary(5.0, 2.5)
-    assert summary(entry, "seconds") == Summary(125.0, None)  # the least, in ms
+    assert summary(entry, "seconds") == Summary(125.0, None)  # the minimum, in ms
     assert summary(entry, "sfid") is None and summary(entry, "recall") is None
     assert summary(Entry(Cell(), [{"fid": 3.0}]), "fid") == Summary(3.0, None)
 
@@ -61,9 +61,9 @@ def test_density_searches_tell_what_they_found_dense():
     given.entries[1].repeats[0].update(alpha=1.5, dense=0.25)
     given.entries[1].repeats[1].update(alpha=1.5, dense=0.75)
     table = lines(markdown(given))
-    assert table[0][:4] == ["n", "strategy", "alpha", "found dense"]
+    assert table[0][:4] == ["n", "strategy", "alpha", "share of dense images"]
     row = dict(zip(table[0], table[3], strict=True))
-    assert (row["n"], row["strategy"], row["alpha"], row["found dense"]) == (
+    assert (row["n"], row["strategy"], row["alpha"], row["share of dense images"]) == (
         "20",
         "hybrid",
         "1.50",
@@ -75,9 +75,9 @@ def test_density_searches_tell_what_they_found_dense():
 
 def test_what_is_the_same_in_all_cells_that_have_it_is_no_column():
     cells = [Cell(), Cell(n=20, min_distance=0.0), Cell(n=50, min_distance=0.0), Cell(m=4, first_scale=0)]
-    assert sweep_report.varying(cells) == ["m", "n"]
-    assert sweep_report.varying([*cells, Cell(n=50)]) == ["m", "n", "min_distance"]
-    assert sweep_report.varying([Cell(), Cell(cfg=2.0)]) == ["cfg"]
+    assert sweep_report.list_varying(cells) == ["m", "n"]
+    assert sweep_report.list_varying([*cells, Cell(n=50)]) == ["m", "n", "min_distance"]
+    assert sweep_report.list_varying([Cell(), Cell(cfg=2.0)]) == ["cfg"]
 
 
 def test_page_says_what_it_is_of():
@@ -95,7 +95,7 @@ def test_page_says_what_is_missing(tmp_path):
         for repeat in entry.repeats:
             repeat.update(fid=None, missing={"fid": "too few images", "precision": "not asked for"})
     text = page(given)
-    assert "Not taken: Fréchet distance: too few images\n" in text and "not asked for" not in text
+    assert "Not measured: Fréchet distance: too few images\n" in text and "not asked for" not in text
     assert [path.suffix for path in write(given, tmp_path)] == [".md", ".csv", ".json"]
 
 

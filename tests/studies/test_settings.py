@@ -54,7 +54,7 @@ def test_printed_and_read_again(file, text):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("images = ", "is not readable as TOML: "),
+        ("images = ", "must be TOML: "),
         ("imagse = 3", "unknown setting imagse; did you mean images\\?"),
         ("qqq = 3", "unknown setting qqq; known are alpha, autocast, "),
         ('images = "3"', "images must be an integer, got '3'"),

@@ -340,16 +340,16 @@ class TestWrong:
     @pytest.mark.parametrize(
         "cells, changed, message",
         [
-            ([], {}, "cells must be at least one"),
+            ([], {}, "cells must have at least one cell"),
             (CELLS, {"images": 1}, "images must be >= 2, got 1"),
             (CELLS, {"repeats": 0}, "repeats must be >= 1, got 0"),
             (CELLS, {"batch_size": 0}, "batch_size must be >= 1, got 0"),
             (CELLS, {"neighbors": -1}, "neighbors must be >= 0, got -1"),
-            ([Cell(m=2, scorer="other")], {}, "wants scorer 'other', and there is none: given are ''"),
-            ([Cell(model="d16")], {}, "wants model 'd16'"),
+            ([Cell(m=2, scorer="other")], {}, "needs scorer 'other', the given scorers are ''"),
+            ([Cell(model="d16")], {}, "needs model 'd16'"),
         ],
     )
-    def test_told_at_once(self, sweep, tmp_path, cells, changed, message):
+    def test_raises_before_any_work(self, sweep, tmp_path, cells, changed, message):
         with pytest.raises(ValueError, match=message):
             sweep(tmp_path / "out", cells, replace(SETTINGS, **changed))
         assert not (tmp_path / "out").exists()

@@ -1,1 +1,1 @@
-"""What measures or explains a search."""
+"""Tools that measure or explain a search."""

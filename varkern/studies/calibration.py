@@ -1,4 +1,4 @@
-"""An alpha by rule: of a model's own samples, so that a hybrid density search finds every other image dense."""
+"""Finding alpha: the value at which a hybrid density search counts half of a model's images as dense."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from varkern.ops import image_seeds
 from .cells import Cell
 
 CALIBRATION_SEED, CALIBRATION_IMAGES = 4_000_000, 500
-"""An alpha by rule is found on these images, which no sweep of a lower seed measures."""
+"""The images from which alpha is found. No sweep with a lower seed measures them."""
 CALIBRATION_BATCH = 100
 
 
@@ -31,7 +31,10 @@ def density_ratios(
     images: int | None = None,
     seed: int = CALIBRATION_SEED,
 ) -> Tensor:
-    """max/mean of the densities of each image's samples, ``[images]`` float64: what a hybrid compares with alpha."""
+    """Per image, the highest density over the mean density of its samples, ``[images]`` float64.
+
+    A hybrid density search compares this ratio with alpha.
+    """
     search = replace(cell, m=1, strategy="top", min_distance=0.0).density()
     num_classes = check(model, search, labels=0, **options).num_classes
     images = CALIBRATION_IMAGES if images is None else images
@@ -39,7 +42,7 @@ def density_ratios(
     for batch in in_batches(range(images), CALIBRATION_BATCH):
         labels = torch.arange(batch.start, batch.stop) % num_classes
         chosen = seeds[batch.start : batch.stop]
-        told = generate(model, labels, search=search, seeds=chosen, decode=False, **options)
-        parts.append(told.scores[cell.scale].double().cpu())
+        generation = generate(model, labels, search=search, seeds=chosen, decode=False, **options)
+        parts.append(generation.scores[cell.scale].double().cpu())
     densities = torch.cat(parts)
     return densities.amax(1) / densities.mean(1)

@@ -1,4 +1,4 @@
-"""The cells of a sweep: one search each, with what it is sampled under."""
+"""The cells of a sweep: each is one search with the settings it is sampled under."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from typing import Any
 from varkern.search import BestOfM, Combined, DensitySearch, Search
 
 MEDIAN = "median"
-"""An alpha that is found: the median, over images, of the highest density over the mean, so that every other image
-counts as dense."""
+"""An alpha that is measured: the median, over images, of the highest density over the mean density. Half of the images
+count as dense then."""
 BEST_OF_M = {"first_scale", "last_scale", "pick", "temperature", "scorer"}
 DENSITY = {"scale", "representatives", "alpha", "strategy", "metric", "per", "bandwidth", "min_distance", "threshold"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a sweep; the defaults are the model alone. What does not matter to a cell takes its default.
+    """One cell of a sweep. The defaults are the model without a search.
+
+    A setting that has no effect in a cell is set to its default, so that equal cells compare equal.
 
     Args:
-        m: candidates of :class:`varkern.BestOfM`, or one number a scale; 1: no such search.
-        first_scale, last_scale, pick, temperature: its further arguments.
-        scorer: the name of its scorer among the sweep's.
-        n: candidates of :class:`varkern.DensitySearch`; 1: no such search. With ``m`` as well the density search goes
-            first.
-        scale: where it searches.
-        alpha: a number, or ``"median"``; of the hybrid strategy alone.
-        representatives, strategy, metric, per, bandwidth, min_distance, threshold: its further arguments.
-        cfg: strength of guidance; None: the sweep's.
-        model: the name of the model among the sweep's.
+        m: number of candidates of :class:`varkern.BestOfM`, or one number per scale; 1: no such search.
+        first_scale, last_scale, pick, temperature: further arguments of :class:`varkern.BestOfM`.
+        scorer: the name of its scorer, one of the sweep's scorers.
+        n: number of candidates of :class:`varkern.DensitySearch`; 1: no such search. If ``m`` is given too, the density
+            search has precedence.
+        scale: the scale at which the density search is used.
+        alpha: a number, or ``"median"``; only used by the hybrid strategy.
+        representatives, strategy, metric, per, bandwidth, min_distance, threshold: further arguments of
+            :class:`varkern.DensitySearch`.
+        cfg: strength of guidance; None: that of the sweep.
+        model: the name of the model, one of the sweep's models.
     """
 
     m: int | tuple[int, ...] = 1
@@ -53,7 +56,7 @@ class Cell:
     model: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "alpha", "bandwidth", "min_distance", "cfg"):  # 0 and 0.0 are one name
+        for name in ("temperature", "alpha", "bandwidth", "min_distance", "cfg"):  # 0 and 0.0 must give one name
             if isinstance(value := getattr(self, name), int):
                 self._set(name, float(value))
         if not isinstance(self.m, int):
@@ -74,24 +77,24 @@ class Cell:
                 self._set(field.name, field.default)
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # frozen for everyone else
+        object.__setattr__(self, name, value)  # the class is frozen
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is not at its default, by name."""
+        """The settings that differ from their defaults, by name."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
     @property
     def name(self) -> str:
-        """All that makes this cell another than the model alone, fit for a file's name."""
-        return ",".join(f"{name}={written(value)}" for name, value in self.settings.items()) or "alone"
+        """:attr:`settings` as one text that can be a file's name; ``"alone"`` if there are none."""
+        return ",".join(f"{name}={format_value(value)}" for name, value in self.settings.items()) or "alone"
 
     def search(self, scorer: Callable | None, alpha: float | None = None) -> Search | None:
-        """The search, or None.
+        """The cell's search; None if it has none.
 
         Args:
-            scorer: of that name.
-            alpha: in place of ``"median"``.
+            scorer: the scorer that :attr:`scorer` names.
+            alpha: the number to use for ``"median"``.
 
         Raises:
             ValueError, TypeError: if a setting is out of its range.
@@ -105,12 +108,12 @@ class Cell:
         return Combined(*searches) if len(searches) > 1 else searches[0] if searches else None
 
     def density(self, alpha: float | None = None) -> DensitySearch:
-        """The density search of a cell that has one."""
+        """The density search of a cell with n > 1; ``alpha``: the number to use for ``"median"``."""
         chosen = alpha if self.alpha == MEDIAN else self.alpha
         return DensitySearch(
             self.n,
             self.representatives,
-            1.0 if chosen is None else chosen,  # other strategies look at none
+            1.0 if chosen is None else chosen,  # not used by other strategies
             self.scale,
             self.strategy,
             self.metric,
@@ -121,29 +124,29 @@ class Cell:
         )
 
     @property
-    def wants_alpha(self) -> bool:
-        """True for a hybrid whose alpha is the median."""
+    def needs_alpha(self) -> bool:
+        """True for a hybrid density search whose alpha must be measured."""
         return self.n != 1 and self.strategy == "hybrid" and self.alpha == MEDIAN
 
     def most_candidates(self) -> int:
         return max(self.n, *((self.m,) if isinstance(self.m, int) else self.m))
 
     def fits(self, num_scales: int) -> bool:
-        """True if a model of so many scales has all the scales that the cell names."""
-        named = [self.first_scale] if self.m != 1 else []
-        named += [self.scale] if self.n != 1 else []
-        named += [] if self.last_scale is None else [self.last_scale]
-        return max(named, default=0) < num_scales and (isinstance(self.m, int) or len(self.m) == num_scales)
+        """True if a model with ``num_scales`` scales has all the scales that the cell uses."""
+        scales = [self.first_scale] if self.m != 1 else []
+        scales += [self.scale] if self.n != 1 else []
+        scales += [] if self.last_scale is None else [self.last_scale]
+        return max(scales, default=0) < num_scales and (isinstance(self.m, int) or len(self.m) == num_scales)
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def grid(**settings: Sequence[Any]) -> list[Cell]:
-    """All combinations of settings, the last varying fastest; those that are one cell stand once.
+    """All combinations of the settings, the last one varying fastest. Equal cells are listed once.
 
-    ``grid(m=(1, 2, 4), first_scale=(0, 1))`` has five cells: with one candidate there is no first scale.
+    ``grid(m=(1, 2, 4), first_scale=(0, 1))`` has five cells, because ``first_scale`` has no effect for ``m=1``.
 
     Raises:
         ValueError: if a setting has no values.
@@ -155,10 +158,10 @@ def grid(**settings: Sequence[Any]) -> list[Cell]:
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Each cell once, where it first stands."""
+    """Each cell once, at its first position."""
     return list(dict.fromkeys(cells))
 
 
 def from_json(settings: dict[str, Any]) -> Cell:
-    """A cell from its :attr:`Cell.settings` as JSON keeps them."""
+    """A cell from its :attr:`Cell.settings`, which were read from JSON."""
     return Cell(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})

@@ -1,4 +1,4 @@
-"""What a search did in one generation: every scale's candidates as the images they lead to."""
+"""What a search did in one generation: the candidates of every scale, shown as images."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .pictures import Row, Tile, draw_rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_SHOWN = 8  # candidates a row; more would be no use to the eye
+MOST_SHOWN = 8  # candidates per row; with more, the images would be too small to compare
 DECODED_AT_ONCE = 16
 
 
 class RecordingSearch:
-    """A search that keeps what another one does, and decodes what it saw; the other one decides as ever.
+    """A search that chooses as another search does, and stores the decoded candidates of every scale.
 
     Args:
-        search: the one that is watched.
-        decode: fused features ``[N, C, H, W]`` to images ``[N, 3, H', W']`` in [0, 1].
+        search: the search that chooses.
+        decode: a function of fused features ``[N, C, H, W]`` that returns images ``[N, 3, H', W']`` in [0, 1].
     """
 
     def __init__(self, search: Search, decode: Any):
         self.search, self.decode = search, decode
-        self.images: dict[int, Tensor] = {}  # scale: [M, 3, H, W], of the first image of the batch
+        self.images: dict[int, Tensor] = {}  # by scale: [M, 3, H, W], the candidates of the first image of the batch
 
     def check(self, spec: ModelSpec) -> None:
         check_model(self.search, spec)
@@ -59,13 +59,12 @@ class Explained:
     """One scale of an explained generation.
 
     Args:
-        scale: k, from 0.
-        side: of its token map.
-        images: what decoding gives with each candidate fused in, ``[M, 3, H, W]`` in [0, 1]; of a scale that was not
-            searched the one map that was drawn.
-        scores: ``[M]``; None where there was no choice.
-        kept: the place of the candidate that was kept.
-        alone: the same of the model without a search, from the same seed, ``[3, H, W]``.
+        scale: k, counted from 0.
+        side: side of its token map.
+        images: the decoded image for each candidate, ``[M, 3, H, W]`` in [0, 1]. M is 1 if the scale is not searched.
+        scores: scores of the candidates, ``[M]``; None if the scale is not searched.
+        kept: index of the candidate that was kept.
+        alone: the image of the model without a search, from the same seed, ``[3, H, W]`` in [0, 1].
     """
 
     scale: int
@@ -77,10 +76,10 @@ class Explained:
 
 
 def decoder(model: Any):
-    """``decode(f_hat [N, C, H, W]) -> images [N, 3, H', W'] in [0, 1]`` of a model whose scales add up.
+    """A function ``decode(f_hat [N, C, H, W]) -> images [N, 3, H', W'] in [0, 1]`` for a VAR model.
 
     Raises:
-        ValueError: if the model is of a family without such a sum.
+        ValueError: if the model is of another family.
     """
     if recognise(model).name != "VAR":
         raise ValueError(f"explaining needs a VAR model, whose scales add up to the image, got {type(model).__name__}")
@@ -93,7 +92,7 @@ def decoder(model: Any):
 
 
 def partial_images(model: Any, tokens: Sequence[Tensor]) -> Tensor:
-    """The images after every scale, ``[K, B, 3, H, W]`` in [0, 1], of token maps ``[B, l]`` of all scales."""
+    """The images after every scale, ``[K, B, 3, H, W]`` in [0, 1]; ``tokens``: per scale, a token map ``[B, l]``."""
     images = model.vae_proxy[0].idxBl_to_img(list(tokens), same_shape=True, last_one=False)
     return torch.stack([image.float().add(1).mul(0.5).cpu() for image in images])
 
@@ -102,13 +101,13 @@ def partial_images(model: Any, tokens: Sequence[Tensor]) -> Tensor:
 def explain(
     model: Any, search: Search, label: int, seed: Tensor, options: Mapping[str, Any] | None = None
 ) -> list[Explained]:
-    """Generate one image with a search and the same without, and tell what every scale had to choose from.
+    """Generate one image with a search and one without it from the same seed; return the candidates of every scale.
 
     Args:
         model: a VAR model.
-        search: which candidate is kept.
+        search: the search to explain.
         label: the image's class.
-        seed: the image's own seed, ``[1]`` int64.
+        seed: the image's seed, ``[1]`` int64.
         options: further arguments of :func:`varkern.generate`.
 
     Raises:
@@ -134,7 +133,7 @@ def _explained(
 
 
 def shown_ranks(count: int, kept: int, most: int = MOST_SHOWN) -> list[int]:
-    """Which ranks of ``count`` candidates are drawn: all, or the first, the last, some between, and the kept one."""
+    """The ranks to draw, at most ``most`` of ``count``: always the first, the last and the kept one."""
     if count <= most:
         return list(range(count))
     ranks = {round(step * (count - 1) / (most - 1)) for step in range(most)}
@@ -145,7 +144,7 @@ def shown_ranks(count: int, kept: int, most: int = MOST_SHOWN) -> list[int]:
 
 
 def draw(scales: Sequence[Explained], title: str) -> Figure:
-    """A row per scale: its candidates from the best score down, the kept one framed, the model alone at the right."""
+    """A row per scale: candidates from the highest score down, the kept one framed; at the right the model alone."""
     most = max(min(len(scale.images), MOST_SHOWN) for scale in scales)
     rows = []
     for scale in scales:
@@ -153,7 +152,7 @@ def draw(scales: Sequence[Explained], title: str) -> Figure:
         if scale.scores is None:
             tiles = [Tile(scale.images[0], "not searched")]
         else:
-            # A stable order, so that of equal scores the earlier candidate stands first.
+            # A stable sort: among equal scores, the earlier candidate comes first.
             order = scale.scores.argsort(descending=True, stable=True).tolist()
             ranks = shown_ranks(len(order), order.index(scale.kept))
             if len(ranks) < len(order):
@@ -174,7 +173,7 @@ def draw(scales: Sequence[Explained], title: str) -> Figure:
 
 
 def as_json(scales: Sequence[Explained], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores behind the picture, by scale, in the order in which candidates were drawn."""
+    """Per scale, the scores of the candidates in the order in which they were sampled, as JSON values."""
     return {
         "settings": dict(settings),
         "scales": [

@@ -1,4 +1,4 @@
-"""The models and scorers that a sweep's cells name."""
+"""The models and scorers that the cells of a sweep use, by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .cells import Cell
 
 
 class Models:
-    """The models and scorers that cells name; they are loaded when they are wanted, one of each at a time.
+    """The models and scorers of a sweep. One model and one scorer are in memory at a time, loaded on first use.
 
     Args:
-        models: what loads a model, by name.
-        scorers: what loads a scorer, by name.
-        scorer_facts: JSON values that tell one scorer from another, by name, such as its file's checksum. Figures made
-            with others are never joined.
-        model_facts: the same of models.
+        models: functions that load a model, by name.
+        scorers: functions that load a scorer, by name.
+        scorer_facts: JSON values that identify a scorer, by name, such as the checksum of its file. Results that were
+            made with other facts are refused.
+        model_facts: the same for the models.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Models:
 
     def model(self, name: str) -> Any:
         if self._model is None or self._model[0] != name:
-            self._model = None  # before the next one is loaded
+            self._model = None  # frees the memory before the next model is loaded
             self._model = name, self.models[name]()
         return self._model[1]
 
     def num_scales(self, name: str) -> int:
-        """K of a model."""
+        """The number of scales of a model."""
         model = self.model(name)
         return recognise(model).spec(model).num_scales
 
@@ -53,17 +53,17 @@ class Models:
         return self._scorer[1]
 
     def facts(self, cell: Cell) -> dict[str, Any]:
-        """What a cell's figures are made with, beside the sweep's settings."""
+        """JSON values that identify the model and the scorer of a cell."""
         return {
             "scorer": None if cell.m == 1 else self.scorer_facts.get(cell.scorer),
             "model": self.model_facts.get(cell.model),
         }
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Raise ``ValueError`` for a name that is not known."""
+        """Raise ``ValueError`` if a cell uses an unknown name."""
         for cell in cells:
             for what, name, known in (("model", cell.model, self.models), ("scorer", cell.scorer, self.scorers)):
                 if name not in known and (what == "model" or cell.m != 1):
-                    wanted = f"a {what}" if name == "" else f"{what} {name!r}"
+                    needed = f"a {what}" if name == "" else f"{what} {name!r}"
                     given = ", ".join(map(repr, known)) or "none"
-                    raise ValueError(f"cell {cell.name} wants {wanted}, and there is none: given are {given}")
+                    raise ValueError(f"cell {cell.name} needs {needed}, the given {what}s are {given}")

@@ -1,7 +1,7 @@
-"""Which scales decide an image: each in turn is replaced by random tokens, and the change is measured (LSRS, Fig. 1).
+"""Which scales decide an image: one scale is replaced by random tokens and the change is measured (LSRS, Fig. 1).
 
-As in the paper, the image is generated first; then the token map of one scale is replaced, all others stay as they
-were drawn, and the whole is decoded again. The model does not answer the disturbance.
+As in the paper, the image is generated first. Then the token map of one scale is replaced and all maps are decoded
+again. The maps of the other scales stay the same: the model does not generate them again.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perturbed:
-    """Images and what became of them.
+    """Images, and how far they move when a scale is replaced.
 
     Args:
-        sides: of every scale's token map.
+        sides: side of the token map per scale.
         labels: classes, ``[B]``.
-        images: undisturbed, ``[B, 3, H, W]`` in [0, 1].
-        examples: of the first replacement, ``[K, B, 3, H, W]``.
-        changes: root mean square difference over pixels and colours between an image and the same with scale k
-            replaced, by replacement, scale and image, ``[R, K, B]`` float64, in units of the full range.
+        images: the images as generated, ``[B, 3, H, W]`` in [0, 1].
+        examples: the images after the first replacement of each scale, ``[K, B, 3, H, W]`` in [0, 1].
+        changes: root mean square difference, over pixels and colours, between an image and the same image with scale k
+            replaced, ``[R, K, B]`` float64: by replacement, scale and image. 1 is the full range of a colour.
     """
 
     sides: tuple[int, ...]
@@ -57,9 +57,9 @@ def perturb(
     Args:
         model: a VAR model.
         labels: classes ``[B]`` int64.
-        seeds: the images' own seeds, ``[B]`` int64.
-        replacements: R, random token maps a scale and image, >= 1.
-        seed: of the random tokens.
+        seeds: the images' seeds, ``[B]`` int64.
+        replacements: R, number of random token maps per scale and image, >= 1.
+        seed: seed of the random tokens.
         options: further arguments of :func:`varkern.generate`.
 
     Raises:
@@ -96,7 +96,7 @@ def perturb(
 
 
 def draw(found: Perturbed, title: str, most: int = 4) -> Figure:
-    """A row per image, of the first ``most``: undisturbed, then with each scale replaced, over the change it made."""
+    """A row for each of the first ``most`` images: as generated, then with each scale replaced and the change below."""
     rows = []
     for number, label in enumerate(found.labels[:most]):
         changes = 100 * found.changes[0, :, number]
@@ -108,9 +108,9 @@ def draw(found: Perturbed, title: str, most: int = 4) -> Figure:
 
 
 def as_json(found: Perturbed, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The measured changes: by scale the mean over images and replacements, and how far images differ.
+    """The changes as JSON values: per scale, the mean over images and replacements, and the mean of each image.
 
-    ``standard_error`` is that of the mean, from the spread of the images' own means; None with one image.
+    ``standard_error`` is the standard error of the mean over images; None if there is one image.
     """
     by_image = found.changes.mean(0)  # [K, B]
     count = by_image.shape[1]

@@ -1,4 +1,4 @@
-"""Pictures: PNG files, and images side by side with words. They need pillow and matplotlib (extra ``demo``)."""
+"""PNG files, and figures of images with captions. They need pillow and matplotlib (extra ``demo``)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 DPI = 150
 POINT = DPI / 72  # pixels
-FRAME = "#d55e00"  # vermilion of the palette by Okabe and Ito, which colour-blind people tell from black and grey
-FRAME_WIDTH = 6  # all sizes below in pixels
+FRAME = "#d55e00"  # vermilion of Okabe and Ito's palette, which colour-blind people can distinguish from black and grey
+FRAME_WIDTH = 6  # this and all sizes below are in pixels
 GAP = 8
-LINE = 12 * POINT  # from line to line of words
-CHARACTER = 5.2 * POINT  # width of a character at 8 points, on average
+LINE = 12 * POINT  # distance between two lines of text
+CHARACTER = 5.2 * POINT  # average width of a character at 8 points
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """Images ``[..., 3, H, W]`` in [0, 1], any float dtype and device, to ``[..., H, W, 3]`` uint8, rounded.
+    """Convert images ``[..., 3, H, W]`` in [0, 1], any float dtype and device, to ``[..., H, W, 3]`` uint8, rounded.
 
-    Values outside are clamped; NaN becomes 0.
+    Values outside [0, 1] are clamped; NaN becomes 0.
     """
     pixels = images.detach().float().nan_to_num(nan=0.0).clamp(0, 1).mul(255).round()
     return np.ascontiguousarray(pixels.byte().movedim(-3, -1).cpu().numpy())
 
 
 def save_png(picture: Figure | np.ndarray, path: str | os.PathLike) -> None:
-    """Write a figure, or pixels ``[H, W, 3]`` uint8, as PNG; a crash leaves no half-written file under ``path``."""
+    """Write a figure, or pixels ``[H, W, 3]`` uint8, as PNG. A crash leaves no incomplete file at ``path``."""
     with atomically(path) as unfinished:
         if isinstance(picture, np.ndarray):
             from PIL import Image
@@ -42,14 +42,14 @@ def save_png(picture: Figure | np.ndarray, path: str | os.PathLike) -> None:
         else:
             from matplotlib.transforms import Bbox
 
-            # Cut at whole pixels, so that every pixel of an enlarged image stays a square of one size.
+            # The box begins and ends at whole pixels: all pixels of an enlarged image are drawn at the same size.
             box = picture.get_tightbbox().get_points() * DPI
             box = np.array([np.floor(box[0]) - GAP, np.ceil(box[1]) + GAP]) / DPI
             picture.savefig(unfinished, format="png", bbox_inches=Bbox(box))
 
 
 class Tile(NamedTuple):
-    """One image of a :class:`Row` with the words under it."""
+    """One image of a :class:`Row`, with the caption below it."""
 
     image: Tensor | np.ndarray
     """``[3, H, W]`` in [0, 1], or pixels ``[H, W, 3]`` uint8."""
@@ -58,28 +58,28 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a picture: words at its left, then tiles; None leaves a place empty."""
+    """One row of a figure: a label at its left, then tiles; None leaves a place empty."""
 
     label: str
     tiles: Sequence[Tile | None]
     title: str = ""
-    """Stands above the row."""
+    """Text above the row."""
 
 
 def draw_rows(
     rows: Sequence[Row], columns: Sequence[str] = (), title: str = "", tile: int = 144, rules: int = 0
 ) -> Figure:
-    """Rows of captioned images, one below the other, under column headings; a framed image stands out.
+    """A figure with rows of captioned images under column headings.
 
     Args:
-        rows: at least one; all images of one size.
-        columns: a heading per tile of a row; none: no headings.
-        title: above all.
-        tile: the most pixels that an image's longer side takes; smaller images are enlarged by a whole number.
-        rules: a vertical rule sets off the last so many columns; 0: none.
+        rows: at least one; all images must have one size.
+        columns: one heading per column; empty: no headings.
+        title: text above the whole figure.
+        tile: longer side of a drawn image in pixels, at most; smaller images are enlarged by a whole number.
+        rules: number of columns at the right that a vertical line separates from the others; 0: no line.
 
     Raises:
-        ValueError: if a row has another number of tiles than there are headings, or there is no image at all.
+        ValueError: if a row has another number of tiles than there are headings, or if there is no image.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -91,14 +91,14 @@ def draw_rows(
     if not tiles:
         raise ValueError("rows must have at least one tile, got none")
     shape = pixels_of(tiles[0]).shape[:2]
-    height, width = displayed(shape, tile)
+    height, width = displayed_size(shape, tile)
     smooth = "nearest" if height >= shape[0] else "antialiased"
     words = max(map(len, [*columns, *(entry.caption for entry in tiles)]), default=0) * CHARACTER
     edge = FRAME_WIDTH if any(entry.framed for entry in tiles) else 0
     step = round(max(width + 2 * edge, words)) + GAP
     under = LINE if any(entry.caption for entry in tiles) else 0
     figure = Figure(dpi=DPI)
-    axis = figure.add_axes((0, 0, 1, 1))  # in pixels; what stands outside it widens the saved picture
+    axis = figure.add_axes((0, 0, 1, 1))  # in pixels; text outside of it makes the saved picture larger
     axis.set_axis_off()
     small = {"fontsize": 8, "linespacing": 1.4}
     top = 0
@@ -136,7 +136,7 @@ def pixels_of(tile: Tile) -> np.ndarray:
     return tile.image if isinstance(tile.image, np.ndarray) else to_pixels(tile.image)
 
 
-def displayed(shape: tuple[int, int], longest: int) -> tuple[int, int]:
+def displayed_size(shape: tuple[int, int], longest: int) -> tuple[int, int]:
     """Height and width at which an image of ``shape`` is drawn: enlarged by a whole number, or shrunk."""
     factor = longest / max(shape)
     factor = int(factor) if factor >= 1 else factor
@@ -146,20 +146,19 @@ def displayed(shape: tuple[int, int], longest: int) -> tuple[int, int]:
 def contact_sheet(
     paths: Sequence[str | os.PathLike], captions: Sequence[str], columns: int, thumbnail: int = 144
 ) -> Figure:
-    """Image files side by side, each over its caption.
+    """A figure of image files with captions below them.
 
     Args:
-        paths: at least one image file; all of one size.
+        paths: at least one image file; all images must have one size.
         captions: one per image.
         columns: images per row, >= 1.
-        thumbnail: the most pixels that an image's longer side has on the sheet; smaller images are enlarged by a
-            whole number.
+        thumbnail: longer side of a drawn image in pixels, at most; smaller images are enlarged by a whole number.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if ``paths`` is empty, ``captions`` has another length, or ``columns`` is below 1.
     """
     if not paths or len(paths) != len(captions):
-        raise ValueError(f"paths and captions must be as many, at least 1, got {len(paths)} and {len(captions)}")
+        raise ValueError(f"paths and captions must be equally many, >= 1, got {len(paths)} and {len(captions)}")
     if columns < 1:
         raise ValueError(f"columns must be >= 1, got {columns}")
     tiles = [Tile(read_thumbnail(path, thumbnail), caption) for path, caption in zip(paths, captions, strict=True)]
@@ -167,7 +166,7 @@ def contact_sheet(
 
 
 def read_thumbnail(path: str | os.PathLike, longest: int) -> np.ndarray:
-    """An image file's pixels ``[H, W, 3]``, shrunk until no side is above ``longest``."""
+    """Pixels of an image file, ``[H, W, 3]`` uint8, shrunk so that no side is longer than ``longest``."""
     from PIL import Image
 
     with Image.open(path) as file:

@@ -1,8 +1,8 @@
 """The tables of the two papers as sweeps: ``varkern sweep --preset lsrs-table5``.
 
-Each preset has the cells of one table or figure, in the paper's order, and the figures that the paper prints beside
-them, so that what is found stands beside what is claimed. Figures: LSRS (``lsrs``) and VAR-Scaling (``var-scaling``),
-both on ImageNet at 256 px, 50,000 images. Scales count from 0 here: the paper's ST=2 is ``first_scale=1``.
+Each preset has the cells of one table or figure of a paper, in the paper's order, and the figures that the paper
+prints for them. A report shows both. The papers are LSRS (``lsrs``) and VAR-Scaling (``var-scaling``); both measure
+50,000 images of ImageNet at 256 px. Scales are counted from 0: the paper's ST=2 is ``first_scale=1``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ DEPTHS = ("d16", "d20", "d24", "d30")
 
 @dataclass(frozen=True)
 class Preset:
-    """One table or figure.
+    """One table or figure of a paper.
 
     Args:
-        name: as ``--preset`` takes it.
-        title: what it is.
-        claim: what the paper concludes from it, in short.
-        rows: the cells with the paper's figures, by the names of :data:`QUALITY`.
-        shown: which figures the table shows.
+        name: the name that ``--preset`` takes.
+        title: title of the report.
+        claim: a short form of the paper's conclusion.
+        rows: the cells, each with the paper's figures by name (:data:`QUALITY`, :data:`PARTS`).
+        shown: the figures that the report shows.
         cfg: the paper's strength of guidance.
         top_k, top_p: the paper's filters.
-        timing: True if only time and memory are wanted, of one batch a repeat.
+        timing: True: measure only time and memory, of one batch per repeat.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Preset:
 
 
 def figures(names: str, *rows: tuple) -> list[dict[str, float]]:
-    """Rows of numbers as figures by name; None where the paper has none."""
+    """Figures by name for each row of numbers; None: the paper has no figure."""
     return [{n: v for n, v in zip(names.split(), row, strict=True) if v is not None} for row in rows]
 
 
@@ -162,7 +162,7 @@ def density(n: int, alpha: float, **settings: Any) -> Cell:
 
 
 D30_ALONE = (ALONE, {"fid": 2.25, "inception_score": 274.7})
-# alpha of n = 20, 50, 100, and the figures: scale 1 of VAR-d30 with 10 representatives, the paper's default.
+# alpha and the figures for n = 20, 50, 100 under the paper's default: scale 1 of VAR-d30 with 10 representatives.
 DEFAULT_ALPHA = (2.3, 2.4, 2.4)
 DEFAULT_FIGURES = ((2.16, 279.3), (2.25, 298.7), (2.19, 295.2))
 
@@ -170,7 +170,7 @@ DEFAULT_FIGURES = ((2.16, 279.3), (2.25, 298.7), (2.19, 295.2))
 def by_n(
     alphas: tuple[float, float, float], printed: tuple[tuple[float, float], ...], **settings: Any
 ) -> tuple[tuple[Cell, dict[str, float]], ...]:
-    """Three rows, n = 20, 50, 100."""
+    """Three rows, for n = 20, 50, 100."""
     cells = [density(n, alpha, **settings) for n, alpha in zip((20, 50, 100), alphas, strict=True)]
     return table(cells, figures(FID_IS, *printed))
 
@@ -226,64 +226,65 @@ PRESETS = {
     for preset in (
         Preset(
             "lsrs-table2",
-            "LSRS, Table 2: scorers trained by either loss",
-            "The two losses do alike, pairwise slightly ahead in FID.",
+            "LSRS, Table 2: scorers trained with the pointwise or pairwise loss",
+            "Both losses give similar results; pairwise is slightly better in FID.",
             LOSSES,
         ),
         Preset(
             "lsrs-table3",
-            "LSRS, Table 3: M from the first scale",
-            "Searched from the first scale, quality turns early: best at M=4, worse than the model alone from M=16 on.",
+            "LSRS, Table 3: M, searching from the first scale",
+            "Quality is best at M=4 and worse than the model alone from M=16 on.",
             FROM_FIRST_SCALE,
         ),
         Preset(
             "lsrs-table4",
-            "LSRS, Table 4: M by depth of the model",
-            "Best of M helps at every depth, and M=128 more than M=4.",
+            "LSRS, Table 4: M and depth of the model",
+            "Best of M helps at every depth, and M=128 helps more than M=4.",
             BY_DEPTH,
         ),
         Preset(
             "lsrs-table5",
-            "LSRS, Table 5: M from the second scale",
-            "FID falls with M up to 128 and rises slowly after.",
+            "LSRS, Table 5: M, searching from the second scale",
+            "FID falls up to M=128 and then rises slowly.",
             BY_M,
         ),
         Preset(
             "lsrs-table6",
             "LSRS, Table 6: the first searched scale, M=32",
-            "The second scale is the best to begin at; the first is worse than the model alone; later ones help less "
-            "and less.",
+            "The second scale is the best first scale. The first one is worse than the model alone. The later a search "
+            "begins, the less it helps.",
             BY_FIRST_SCALE,
         ),
         Preset(
             "lsrs-table7",
-            "LSRS, Table 7: FID taken apart, by M",
-            "Both the means' distance and the covariances' fall up to M=128; the generated spread grows with M.",
+            "LSRS, Table 7: the parts of FID by M",
+            "The parts of the means and of the covariances both fall up to M=128; the variance of the generated images "
+            "grows with M.",
             FID_PARTS,
             PARTS,
         ),
         Preset(
             "lsrs-table8",
-            "LSRS, Table 8: drawing among the k best of 128",
-            "Top-k is at times slightly better than greedy; the gain is small and unsteady.",
+            "LSRS, Table 8: drawing one of the k best of 128",
+            "Top-k is sometimes slightly better than greedy; the gain is small and varies with k.",
             top_k_of(128, (1.66, 298.9), (1.63, 299.0), (1.66, 297.5), (1.65, 297.4), (1.68, 301.0)),
         ),
         Preset(
             "lsrs-table9",
-            "LSRS, Table 9: drawing among the k best of 256",
-            "At every k worse than of 128: the decline at large M is not greed's doing.",
+            "LSRS, Table 9: drawing one of the k best of 256",
+            "Every k is worse than with M=128: greedy choice is not the cause of the decline at large M.",
             top_k_of(256, (1.70, 297.1), (1.71, 299.4), (1.68, 299.4), (1.71, 296.8), (1.70, 298.1)),
         ),
         Preset(
             "lsrs-fig3",
-            "LSRS, Fig. 3: M from the second scale, and the first searched scale at M=32",
-            "As Tables 5 and 6.",
+            "LSRS, Fig. 3: M, searching from the second scale, and the first searched scale at M=32",
+            "The same as Tables 5 and 6.",
             tuple(dict((*BY_M, *BY_FIRST_SCALE)).items()),
         ),
         Preset(
             "lsrs-fig6",
             "LSRS, Fig. 6: time and memory by M, one batch",
-            "Time grows linearly with M and little: 1% for M=4, 15% for M=128 on VAR-d30 with 24 images.",
+            "Time grows slowly and linearly with M: by 1% for M=4 and 15% for M=128 on VAR-d30 with 24 images.",
             tuple((cell, {}) for cell, _ in BY_M),
             COST,
             timing=True,
@@ -291,51 +292,52 @@ PRESETS = {
         Preset(
             "var-scaling-table2",
             "VAR-Scaling, Table 2: the searched scale",
-            "The first scale spoils FID; from the second on FID holds and the Inception score rises; scale 1 is chosen "
-            "for its cost.",
+            "Searching the first scale makes FID worse. From the second on, FID stays about the same and the Inception "
+            "score rises. The paper uses scale 1 because it is cheap.",
             (D30_ALONE, *SCALES),
             cfg=1.0,
         ),
         Preset(
             "var-scaling-table3a",
             "VAR-Scaling, Table 3a: depth of the model",
-            "The search helps at every depth, with an alpha and n of its own.",
+            "The search helps at every depth; each depth has other best values of alpha and n.",
             SIZES,
             cfg=1.0,
         ),
         Preset(
             "var-scaling-table3b",
             "VAR-Scaling, Table 3b: strategies",
-            "The densest candidates raise the Inception score and spoil FID, random ones change little, the hybrid has "
-            "the good of both.",
+            "The densest candidates raise the Inception score and make FID worse. Random ones change little. The "
+            "hybrid raises the Inception score and keeps FID.",
             STRATEGIES,
             cfg=1.0,
         ),
         Preset(
             "var-scaling-table3c",
             "VAR-Scaling, Table 3c: number of representatives",
-            "The search is insensitive to it.",
+            "It has little effect.",
             CORE_SETS,
             cfg=1.0,
         ),
         Preset(
             "var-scaling-table3d",
             "VAR-Scaling, Table 3d: strength of guidance",
-            "The search helps with guidance too.",
+            "The search also helps with guidance.",
             GUIDANCE,
             cfg=1.0,
         ),
         Preset(
             "var-scaling-table3e",
             "VAR-Scaling, Table 3e: metric",
-            "Euclidean distance and cosine do nearly alike.",
+            "Euclidean distance and cosine give nearly the same results.",
             METRICS,
             cfg=1.0,
         ),
         Preset(
             "resampling",
-            "Importance resampling by M, which neither paper has",
-            "None. By its derivation (BestOfM) it tends to the real conditional as M grows, and so should not turn.",
+            "Importance resampling by M, which is in neither paper",
+            "None. By its derivation (see BestOfM), images tend to the real distribution as M grows, so quality should "
+            "not get worse again.",
             tuple((Cell(m=m, pick="resample"), {}) for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)),
         ),
     )
@@ -344,4 +346,4 @@ PRESETS = {
 
 WITH_FIRST_SCALE = (0.523, 0.763, 0.786, 0.772, 0.799, 0.824, 0.797, 0.910, 0.918, 0.843)
 WITHOUT_FIRST_SCALE = (None, 0.762, 0.785, 0.772, 0.799, 0.823, 0.798, 0.909, 0.917, 0.844)
-"""LSRS, Table 10: accuracy by scale of scorers trained with the first scale and without."""
+"""LSRS, Table 10: accuracy per scale of scorers trained with and without the first scale."""

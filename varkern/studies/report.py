@@ -1,4 +1,4 @@
-"""What a sweep found, as Markdown, CSV, JSON and a picture."""
+"""The results of a sweep as Markdown, CSV, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from varkern.runs import atomically, write_text
 from varkern.tables import markdown_table
 
-from .cells import BEST_OF_M, DENSITY, Cell, from_json, written
+from .cells import BEST_OF_M, DENSITY, Cell, format_value, from_json
 from .presets import Preset
 from .sweep import Entry
 
-FIGURES = {  # title, digits after the point
+FIGURES = {  # title, digits after the decimal point
     "fid": ("FID", 2),
     "sfid": ("sFID", 2),
     "inception_score": ("Inception score", 2),
@@ -29,30 +29,30 @@ FIGURES = {  # title, digits after the point
     "trace_term": ("trace term", 3),
     "trace_generated": ("Tr Σ_g", 2),
     "cross_term": ("2 Tr (Σ_r Σ_g)^½", 2),
-    "dense": ("found dense", 2),
+    "dense": ("share of dense images", 2),
     "alpha": ("alpha", 2),
     "seconds": ("ms per image", 2),
     "peak_bytes": ("peak memory, GiB", 2),
 }
 UNITS = {"seconds": 1e3, "peak_bytes": 2**-30}
 COSTS = tuple(UNITS)
-# Okabe and Ito's palette, which colour-blind people tell apart, without its yellow; and a marker for each.
+# Okabe and Ito's palette without yellow; colour-blind people can distinguish these colours. One marker per colour.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-WIDE = 4  # a distance that spans more has a logarithmic axis
-# Inception's own words for figures of other features would promise what they do not hold.
+WIDE = 4  # the axis of FID is logarithmic if its largest value is more than WIDE times its smallest
+# FID, sFID and Inception score are defined for Inception's features only; with others, the tables use these titles.
 OTHER_FEATURES = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "inception_score": "class score"}
 
 
 class Summary(NamedTuple):
-    """A figure over the seeds: its mean and half its range; of costs the least, and no range."""
+    """A figure over the seeds: its mean and half its range. For costs: the minimum, without a range."""
 
     value: float
     spread: float | None
 
 
 class Found(NamedTuple):
-    """All that a report is made from; ``times`` says how they were taken."""
+    """The contents of a report; ``times`` says in words how times were measured."""
 
     preset: Preset
     entries: list[Entry]
@@ -67,35 +67,35 @@ class Found(NamedTuple):
 
 
 def from_file(path: Path, preset: Preset) -> Found:
-    """What :func:`write` wrote as JSON."""
+    """Read the JSON file that :func:`write` wrote."""
     report = json.loads(path.read_text())
     entries = [Entry(from_json(cell["settings"]), cell["repeats"]) for cell in report["cells"]]
     return Found(preset, entries, report["settings"], report["command"], report["times"])
 
 
 def summary(entry: Entry, name: str) -> Summary | None:
-    """One figure of a cell; None if it was not taken."""
+    """One figure of a cell; None if it was not measured."""
     values = [repeat[name] * UNITS.get(name, 1) for repeat in entry.repeats if repeat.get(name) is not None]
     if not values:
         return None
-    if name in COSTS:  # whatever else the machine does only adds to these
+    if name in COSTS:  # other work of the machine can only increase these
         return Summary(min(values), None)
     spread = (max(values) - min(values)) / 2 if len(values) > 1 and name != "alpha" else None
-    return Summary(fmean(values), spread)  # sum() rounds otherwise since Python 3.12
+    return Summary(fmean(values), spread)  # the rounding of sum() depends on the Python version, that of fmean() not
 
 
 def titles(found: Found) -> dict[str, str]:
-    """The figures' names in a heading."""
-    own = {} if inception(found) else OTHER_FEATURES
-    return {name: own.get(name, title) for name, (title, _) in FIGURES.items()}
+    """The title of every figure, by name."""
+    changed = {} if uses_inception(found) else OTHER_FEATURES
+    return {name: changed.get(name, title) for name, (title, _) in FIGURES.items()}
 
 
-def inception(found: Found) -> bool:
+def uses_inception(found: Found) -> bool:
     return found.settings.get("features", "inception") == "inception"
 
 
 def matters(cell: Cell, name: str) -> bool:
-    """True if a setting means something to a cell."""
+    """True if a setting has an effect in a cell."""
     if name in ("first_scale", "last_scale"):
         return cell.m != 1 and isinstance(cell.m, int)
     if name in BEST_OF_M:
@@ -105,60 +105,60 @@ def matters(cell: Cell, name: str) -> bool:
     return True
 
 
-def varying(cells: Sequence[Cell]) -> list[str]:
-    """The settings in which the cells differ that have them."""
+def list_varying(cells: Sequence[Cell]) -> list[str]:
+    """The settings that have more than one value, over the cells in which they have an effect."""
     names = [field.name for field in fields(Cell)]
     return [n for n in names if len({getattr(cell, n) for cell in cells if matters(cell, n)}) > 1]
 
 
-def shown(found: Found) -> list[str]:
-    """The figures that the table shows: those of the preset that were taken, and what a hybrid found."""
+def list_columns(found: Found) -> list[str]:
+    """The figures in the table: those of the preset that were measured, and alpha and "dense" of a hybrid search."""
     names = list(found.preset.shown)
     if any(cell.n != 1 and cell.strategy == "hybrid" for cell in found.preset.cells):
         names = ["alpha", "dense", *names]
     return [name for name in names if any(summary(entry, name) for entry in found.entries)]
 
 
-def setting(cell: Cell, name: str) -> str:
-    """A setting as the table has it; empty where it means nothing to the cell."""
+def format_setting(cell: Cell, name: str) -> str:
+    """A setting as the table shows it; empty if it has no effect in the cell."""
     value = getattr(cell, name)
     if not matters(cell, name) or value is None or value == "":
         return ""
     if (name == "m" and cell.n != 1 and value == 1) or (name == "n" and value == 1):
         return ""
-    return "greedy" if value == "best" else written(value)
+    return "greedy" if value == "best" else format_value(value)
 
 
 def markdown(found: Found) -> str:
-    """The table: a row a cell, mean ± half the range over the seeds, and the paper's figures beside them."""
-    columns, names, heading = varying(found.preset.cells), shown(found), titles(found)
+    """The table: one row per cell, mean ± half the range over the seeds, followed by the paper's figures."""
+    columns, names, heading = list_varying(found.preset.cells), list_columns(found), titles(found)
     columns = [name for name in columns if name != "alpha" or "alpha" not in names] or ["m"]
     printed = [name for name in FIGURES if any(name in row for row in found.preset.paper.values())]
     head = [*columns, *(heading[name] for name in names), *(f"paper: {FIGURES[name][0]}" for name in printed)]
     lines = []
     for entry in found.entries:
         paper = found.preset.paper.get(entry.cell, {})
-        chosen = [setting(entry.cell, name) for name in columns]
+        chosen = [format_setting(entry.cell, name) for name in columns]
         if entry.cell.m == entry.cell.n == 1 and not chosen[0]:
             chosen[0] = "alone"
         lines.append(
             [
                 *chosen,
-                *(text(summary(entry, name), FIGURES[name][1]) for name in names),
+                *(format_summary(summary(entry, name), FIGURES[name][1]) for name in names),
                 *(f"{paper[name]:g}" if name in paper else "" for name in printed),
             ]
         )
     return markdown_table(head, lines)
 
 
-def text(value: Summary | None, digits: int) -> str:
+def format_summary(value: Summary | None, digits: int) -> str:
     if value is None:
         return ""
     return f"{value.value:.{digits}f}" + ("" if value.spread is None else f" ± {value.spread:.{digits}f}")
 
 
 def page(found: Found) -> str:
-    """The table with what it is of, what the paper says and the command."""
+    """The table under its title, the paper's claim and the command that made it."""
     settings, repeats = found.settings, max(len(entry.repeats) for entry in found.entries)
     seeds = (
         f"seed {settings['seed']}" if repeats == 1 else f"seeds {settings['seed']} to {settings['seed'] + repeats - 1}"
@@ -169,15 +169,15 @@ def page(found: Found) -> str:
     sampling = ", ".join(f"{name}={settings[name]}" for name in ("cfg", "top_k", "top_p") if name in settings)
     lines += [
         f"`{found.command}`: {settings['images']:,} images per cell and seed, {seeds}; {sampling}. "
-        f"Mean ± half the range over the seeds; of times ({found.times}) the least.",
+        f"Figures are the mean ± half the range over the seeds; times ({found.times}) are the minimum over the seeds.",
         "",
-        *(f"Not taken: {reason}\n" for reason in missing(found)),
+        *(f"Not measured: {reason}\n" for reason in list_missing(found)),
     ]
     return "\n".join(lines) + "\n" + markdown(found)
 
 
-def missing(found: Found) -> list[str]:
-    """Figures that the table should show and that could not be taken, each with its reason."""
+def list_missing(found: Found) -> list[str]:
+    """The figures of the preset that could not be measured, each with its reason."""
     reasons: dict[str, str] = {}
     for entry in found.entries:
         for repeat in entry.repeats:
@@ -186,20 +186,24 @@ def missing(found: Found) -> list[str]:
 
 
 def as_csv(found: Found) -> str:
-    """One line a cell and seed, every setting and every figure."""
+    """One line per cell and seed, with every setting and every figure."""
     settings = [field.name for field in fields(Cell)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*settings, "seed", *({"alpha": "alpha_found"}.get(name, name) for name in FIGURES)])
     for entry in found.entries:
         for repeat in entry.repeats:
-            chosen = [written(getattr(entry.cell, name)) for name in settings]
+            chosen = [format_value(getattr(entry.cell, name)) for name in settings]
             writer.writerow([*chosen, repeat["seed"], *(repeat.get(name) for name in FIGURES)])
     return buffer.getvalue()
 
 
 def write(found: Found, folder: Path) -> list[Path]:
-    """``NAME.md``, ``NAME.csv``, ``NAME.json`` and, if there is anything to draw, ``NAME.png``; returns their paths."""
+    """Write ``NAME.md``, ``NAME.csv``, ``NAME.json`` and, if there are figures to draw, ``NAME.png``.
+
+    Returns:
+        the paths of the written files.
+    """
     stem = folder / found.preset.name
     contents = {
         ".md": page(found),
@@ -210,14 +214,14 @@ def write(found: Found, folder: Path) -> list[Path]:
     for suffix, content in contents.items():
         paths.append(stem.with_name(stem.name + suffix))
         write_text(paths[-1], content)
-    if drawn(found):
+    if list_panels(found):
         paths.append(stem.with_name(stem.name + ".png"))
         draw(found, paths[-1])
     return paths
 
 
 class Axis(NamedTuple):
-    """What a picture's panel stands on."""
+    """A horizontal axis of the picture. ``value`` returns None for an entry that has no point on it."""
 
     name: str
     title: str
@@ -226,7 +230,7 @@ class Axis(NamedTuple):
 
 
 def axes_of(found: Found) -> list[Axis]:
-    """A panel for each of M, n, the first scale, the density search's scale and the time, where they vary."""
+    """An axis for each of M, n, the first scale and the density search's scale that varies, and one for the time."""
     cells = found.preset.cells
 
     def numbers(name: str, wanted: Callable[[Cell], bool]) -> set[int]:
@@ -264,13 +268,13 @@ def seconds_of(entry: Entry) -> float | None:
     return None if found is None else found.value
 
 
-def drawn(found: Found) -> list[str]:
-    """The figures that the picture shows: costs, FID's parts, or FID and what tells quality from diversity."""
+def list_panels(found: Found) -> list[str]:
+    """The figures in the picture: costs; FID and its parts; or FID, a figure of quality and one of diversity."""
     if found.settings["timing"]:
         wanted: tuple[str, ...] = COSTS
     elif "trace_term" in found.preset.shown:
         wanted = ("fid", "mean_difference", "trace_term")
-    elif inception(found):
+    elif uses_inception(found):
         wanted = ("fid", "inception_score", "recall")
     else:
         wanted = ("fid", "precision", "recall")
@@ -278,12 +282,12 @@ def drawn(found: Found) -> list[str]:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Quality against M, first scale and seconds, a line for every other setting, the model alone dashed; as PNG."""
+    """Draw every figure over every axis, with one line per setting and a dashed line for the model alone, as PNG."""
     from matplotlib.figure import Figure
 
-    names, axes = drawn(found), axes_of(found)
+    names, axes = list_panels(found), axes_of(found)
     figure = Figure(figsize=(0.6 + 3.9 * len(axes), 1.2 + 2.4 * len(names)), layout="constrained")
-    # What the lines are differs from axis to axis: a setting that one of them shows is no other line there.
+    # Each axis has its own legend, because its lines differ only in the settings that the axis does not show.
     for column, axis in zip(figure.subfigures(1, len(axes), squeeze=False)[0], axes, strict=True):
         panels = column.subplots(len(names), 1, squeeze=False)[:, 0]
         for panel, name in zip(panels, names, strict=True):
@@ -297,7 +301,7 @@ def draw(found: Found, path: Path) -> None:
 
 
 def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
-    """One figure over one axis."""
+    """Draw one figure over one axis."""
     panel.set_prop_cycle(color=COLOURS, marker=MARKERS)
     lines: dict[str, list[Entry]] = {}
     for entry in found.entries:
@@ -308,7 +312,7 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
                 panel.axhline(value.value, color="grey", linestyle="--", linewidth=1, label=label)
         elif axis.value(entry) is not None:
             lines.setdefault(line_of(found, entry.cell, axis.name), []).append(entry)
-    if axis.name != "seconds":  # one point is no line
+    if axis.name != "seconds":  # leaves out lines with a single point, unless there are no others
         lines = {k: v for k, v in lines.items() if len({axis.value(entry) for entry in v}) > 1} or lines
     for label, entries in lines.items():
         points = [(axis.value(entry), found_value) for entry in entries if (found_value := summary(entry, name))]
@@ -343,17 +347,17 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
 
 
 def line_of(found: Found, cell: Cell, axis: str) -> str:
-    """What tells a cell's line from others: its kind, and the settings that vary and that the axis does not show."""
+    """The label of a cell's line: its kind of search, and the varying settings that the axis does not show."""
     searched = [other for other in found.preset.cells if kind(other)]
     hidden = {"seconds": {"m", "n"}}.get(axis, {axis})
-    names = [name for name in varying(found.preset.cells) if name not in hidden | {"alpha"}]
-    parts = [f"{name}={setting(cell, name)}" for name in names if setting(cell, name)]
+    names = [name for name in list_varying(found.preset.cells) if name not in hidden | {"alpha"}]
+    parts = [f"{name}={value}" for name in names if (value := format_setting(cell, name))]
     kinds = [kind(cell)] if len({kind(other) for other in searched}) > 1 else []
     return ", ".join(kinds + parts) or "searched"
 
 
 def kind(cell: Cell) -> str:
-    """What searches a cell has, in words; none of the model alone."""
+    """The kind of a cell's search in words; empty if it has none."""
     kinds = ["density"] if cell.n != 1 else []
     if cell.m != 1:
         kinds.append("best of M" if isinstance(cell.m, int) else "M by scale")

@@ -1,7 +1,7 @@
-"""A folder of sampled images, filled over one or more runs: ``varkern sample`` runs it.
+"""Sampling images into a folder, as ``varkern sample`` does.
 
-An image is a function of the settings and its number alone: its seed is entry ``number`` of
-``image_seeds(seed, total)``. So a run that was killed goes on where it stopped, and the batch size changes no image.
+An image depends only on the settings and its number: its seed is entry ``number`` of ``image_seeds(seed, total)``.
+Therefore a killed run continues where it stopped, and the batch size changes no image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from varkern.search import Search
 
 from .pictures import contact_sheet, save_png, to_pixels
 
-SHEET_IMAGES = 200  # a sheet shows no more; a larger one would be no use to the eye
+SHEET_IMAGES = 200  # the most images on a contact sheet
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Order:
 
     Args:
         labels: the class of every image, in the order of their numbers.
-        seed: from which every image's seed is made.
-        sampler: ``"philox"`` or ``"multinomial"``; the latter has one generator a batch, so that there the batch size
-            does change images, and a killed run makes whole batches again.
+        seed: base seed; every image gets its own seed derived from it.
+        sampler: ``"philox"`` or ``"multinomial"``. The latter has one generator per batch: the batch size changes
+            images then, and a run that continues repeats whole batches.
         options: further arguments of :func:`varkern.generate`, such as ``cfg`` and ``top_k``.
-        autocast: None, or the dtype to generate under ``torch.autocast`` with.
+        autocast: dtype of ``torch.autocast`` during generation; None: no autocast.
     """
 
     labels: Sequence[int]
@@ -51,21 +51,21 @@ class Order:
 
 
 def image_path(folder: Path, number: int, label: int, seed: int) -> Path:
-    """Where image ``number`` of a folder stands."""
+    """The path of image ``number`` in a folder."""
     return folder / f"{number:06d}-class{label:04d}-seed{seed}.png"
 
 
 def check_order(model: Any, search: Search | None, order: Order, batch_size: int) -> None:
-    """Raise for anything wrong with an order, before any work.
+    """Check an order before any work.
 
     Raises:
-        ImportError, ValueError, TypeError, UnsupportedModelError: naming what is wrong.
+        ImportError, ValueError, TypeError, UnsupportedModelError: if something is missing or out of its range.
     """
-    require_matplotlib()  # which brings pillow
+    require_matplotlib()  # pillow is one of its requirements
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if not order.labels:
-        raise ValueError("classes must name at least one class")
+        raise ValueError("classes must have at least one class, got none")
     seeds = image_seeds(order.seed, 1) if order.sampler == "philox" else 0
     spec = check(model, search, labels=order.labels[:1], seeds=seeds, sampler=order.sampler, **order.options)
     for label in order.labels:
@@ -74,10 +74,10 @@ def check_order(model: Any, search: Search | None, order: Order, batch_size: int
 
 
 def fill(folder: Path, model: Any, search: Search | None, order: Order, batch_size: int) -> list[Path]:
-    """Generate the images of ``order`` that ``folder`` lacks, with a progress bar.
+    """Generate the images of ``order`` that are missing in ``folder``, with a progress bar.
 
     Returns:
-        the paths of all its images, in the order of their numbers.
+        the paths of all images, in the order of their numbers.
     """
     labels, seeds = torch.tensor(order.labels), image_seeds(order.seed, len(order.labels))
     paths = [image_path(folder, number, label, order.seed) for number, label in enumerate(order.labels)]
@@ -102,7 +102,7 @@ def fill(folder: Path, model: Any, search: Search | None, order: Order, batch_si
 
 
 def batches(missing: Sequence[int], total: int, batch_size: int, whole: bool) -> Iterator[list[int]]:
-    """The missing numbers in batches; ``whole``: the whole batches, of an unbroken run, that miss one."""
+    """The missing numbers in batches; ``whole``: the complete batches that contain a missing number."""
     if not whole:
         for start in range(0, len(missing), batch_size):
             yield list(missing[start : start + batch_size])
@@ -111,14 +111,14 @@ def batches(missing: Sequence[int], total: int, batch_size: int, whole: bool) ->
         yield list(range(start, min(start + batch_size, total)))
 
 
-def autocasting(model: Any, dtype: torch.dtype | None):
+def autocasting(model: Any, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(recognise(model).device(model).type, dtype)
 
 
 def write_sheet(folder: Path, paths: Sequence[Path], order: Order, per_class: int) -> Path:
-    """The folder's contact sheet, of its first 200 images at most; returns its path."""
+    """Write the contact sheet of the first :data:`SHEET_IMAGES` images, and return its path."""
     shown = list(paths[:SHEET_IMAGES])
     captions = [f"{label}" if per_class == 1 else f"{label} · {n % per_class}" for n, label in enumerate(order.labels)]
     columns = per_class if 1 < per_class <= 16 else 10
@@ -129,15 +129,15 @@ def write_sheet(folder: Path, paths: Sequence[Path], order: Order, per_class: in
 def pack(paths: Sequence[Path], out: Path, batch_size: int = 64) -> list[str]:
     """Write finished images, in the order of their numbers, to one ``.npz`` for the published evaluation suite.
 
-    The images are read back from their files, so that a run killed meanwhile loses nothing but the packing.
+    The images are read back from their files.
 
     Args:
-        paths: what :func:`fill` returned.
-        out: a ``.npz`` file; a former one is replaced when the new one is whole.
-        batch_size: images in memory.
+        paths: the paths that :func:`fill` returned.
+        out: the ``.npz`` file. An existing file is replaced when the new one is complete.
+        batch_size: number of images in memory.
 
     Returns:
-        what is wrong with such a set of images, each with its consequence; empty: nothing.
+        warnings, each with what is wrong with the images and its consequence.
     """
     images, facts = ImageFiles(paths), PixelFacts()
     with progress_bar() as progress:
@@ -153,7 +153,7 @@ def pack(paths: Sequence[Path], out: Path, batch_size: int = 64) -> list[str]:
     warnings = facts.warnings(images)
     if len(images) < PUBLISHED_IMAGES:
         warnings.append(
-            f"{out} holds {len(images)} images: published figures are of {PUBLISHED_IMAGES:,} (50 of each of 1,000 "
-            "classes), and FID of fewer is biased upwards"
+            f"{out} has {len(images)} images: published figures use {PUBLISHED_IMAGES:,} (50 per class), and FID is "
+            "biased upwards with fewer"
         )
     return warnings

@@ -1,11 +1,11 @@
-"""The settings of a sweep as a small TOML file: read, checked, and printed so that they can be read again.
+"""The settings of a sweep in a TOML file: reading, checking and printing them.
 
 .. code-block:: toml
 
     images = 2000
     seeds = 3
 
-    [[grid]]            # every combination: four cells, and the model alone before them
+    [[grid]]            # every combination: four cells; the model alone is always measured too
     m = [4, 16]
     pick = ["best", "resample"]
 
@@ -44,23 +44,23 @@ GRID = {
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What a sweep measures, of what, and how. None: what suits the model and the preset.
+    """The settings of a sweep. None: the default of the model and the preset.
 
     Args:
         preset: the name of a table of the papers; instead of ``grid``.
-        grid: tables of values for the arguments of :class:`.cells.Cell`, one value or a list of them.
-        var, scorer: a file or short name, or several by the names that the cells give them.
+        grid: tables of values for the arguments of :class:`.cells.Cell`, each one value or a list of values.
+        var, scorer: a file or short name, or several of them by the names that the cells use.
         vae: the VQ-VAE's checkpoint.
-        reference: real images or their statistics, as ``varkern evaluate`` takes them.
+        reference: real images or their statistics, as for ``varkern evaluate``.
         features: the feature extractor.
-        images: per cell and seed.
-        seeds: repeats of every cell.
-        seed: the first one.
-        batch_size: images at a time.
-        neighbors: images of either set that precision and recall look at; 0: neither is taken.
+        images: images per cell and seed.
+        seeds: number of seeds, each with all cells.
+        seed: the first seed.
+        batch_size: images generated at a time.
+        neighbors: number of real and of generated images that precision and recall use; 0: leave both out.
         cfg, top_k, top_p: as for :func:`varkern.generate`.
-        alpha, min_distance: of all density searches, in place of the preset's.
-        max_m: cells of more candidates are left out.
+        alpha, min_distance: replace those of all density searches.
+        max_m: leaves out cells with more candidates.
         dtype, autocast: data types of the weights and of ``torch.autocast``.
         real, generated: folders of token maps, for the table of scorers' accuracies.
     """
@@ -95,14 +95,14 @@ class SweepSettings:
             ValueError: if there is no grid, or a value is out of its range.
         """
         if not self.grid:
-            raise ValueError("preset or grid must be given: they say what to sweep")
+            raise ValueError("preset or grid must be given, got neither")
         cells = [Cell()]
         for table in self.grid:
             cells += grid(**{name: value if isinstance(value, list) else [value] for name, value in table.items()})
         return Preset("sweep", "Sweep", "", tuple((cell, {}) for cell in unique(cells)))
 
     def as_toml(self) -> str:
-        """All settings that have a value, as a file that :func:`read` takes."""
+        """All settings that have a value, as text that :func:`read` can read."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "grid"}
         lines = [f"{name} = {toml(value)}" for name, value in values.items() if value is not None]
         for table in self.grid:
@@ -119,16 +119,16 @@ SETTINGS = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings of a file by name, arguments of :class:`SweepSettings`.
+    """Read a settings file; returns arguments of :class:`SweepSettings` by name.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is no TOML, has an unknown setting, or one of the wrong kind; naming file and setting.
+        ValueError: if it is not TOML, has an unknown setting, or a setting has a wrong type or value.
     """
     try:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as TOML: {error}") from error
+        raise ValueError(f"{path} must be TOML: {error}") from error
     check_names(path, values, [*SETTINGS, "grid", "var", "scorer"])
     for name in SETTINGS.keys() & values.keys():
         check_kind(f"{path}: {name}", values[name], SETTINGS[name])
@@ -179,7 +179,7 @@ def check_kind(where: str, value: Any, kinds: tuple[type, ...]) -> None:
 
 
 def toml(value: Any) -> str:
-    """A text, number, list or mapping as TOML writes it."""
+    """A string, number, list or mapping in TOML's syntax."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{json.dumps(name)} = {toml(part)}" for name, part in value.items()) + " }"
     if isinstance(value, (list, tuple)):

@@ -1,12 +1,13 @@
 """Generating, measuring and timing every cell of a sweep, over one or more runs and by one or more processes.
 
-The work is cut into units: one part (5,000 images at most) of one cell under one seed. A unit is a function of the
-settings alone. What is gathered of it, the features' moments and sums but no images, is written to a file; when all
-parts of a cell and seed are there they are merged into its figures. A run that was killed keeps what is written. Under
-``torchrun`` rank r of W makes units r, r+W, r+2W, ... and no process waits for another: whoever writes the last part
-merges, and whoever sees the last cell done has the whole sweep.
+A unit of work is one part (5,000 images at most) of one cell and seed. It depends only on the settings. Its result,
+the moments and sums of the features without the images, is written to a file. When all parts of a cell and seed exist,
+they are merged into figures. A killed run continues after the last finished unit.
 
-All cells see the same seeds, so that a cell differs from another by its search alone.
+Under ``torchrun``, rank r of W makes units r, r+W, r+2W, ... No process waits for another: the process that writes the
+last part merges the parts, and a process that finds all cells finished returns all figures.
+
+All cells use the same seeds, so they differ only in their settings.
 """
 
 from __future__ import annotations
@@ -43,19 +44,18 @@ RESULTS = "results"
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a sweep share.
+    """The settings that all cells of a sweep share.
 
     Args:
-        images: of every cell and seed; the classes take turns.
-        repeats: seeds; repeat r takes its image seeds from ``seed + r``.
-        seed: the first.
-        batch_size: images at a time.
+        images: images per cell and seed. Image i has class ``i % num_classes``.
+        repeats: number of seeds; repeat r uses base seed ``seed + r``.
+        seed: the first base seed.
+        batch_size: images generated at a time.
         options: further arguments of :func:`varkern.generate`: ``cfg``, ``top_k``, ``top_p``.
-        autocast: None, or the dtype to generate under ``torch.autocast`` with.
-        neighbors: precision and recall look at the first so many images of either set; 0: not taken.
-        timing: True: no figures of quality; every cell generates one batch to warm up and ``images`` timed ones.
-        facts: JSON values that belong to the sweep, such as which model's file it is of: a folder made with others is
-            refused.
+        autocast: dtype of ``torch.autocast`` during generation; None: no autocast.
+        neighbors: number of real and of generated images that precision and recall use; 0: leave both out.
+        timing: True: measure only time and memory, after one batch to warm up.
+        facts: further JSON values that identify the sweep, such as the device. A folder with other values is refused.
     """
 
     images: int = 50_000
@@ -69,7 +69,7 @@ class Settings:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """What must be equal for a folder to be taken up again; the number of seeds may grow."""
+        """The values that must be equal to continue in a folder. ``repeats`` is not one of them and may grow."""
         return {
             **self.facts,
             "images": self.images,
@@ -82,12 +82,12 @@ class Settings:
         }
 
     def parts(self) -> list[range]:
-        """The images of one cell and seed in parts; whole splits of the Inception score."""
+        """The images of one cell and seed in parts, each one split of the Inception score."""
         return [range(start, min(start + SPLIT, self.images)) for start in range(0, self.images, SPLIT)]
 
 
 class Unit(NamedTuple):
-    """One part of one cell under one seed."""
+    """One part of one cell and seed."""
 
     repeat: int
     cell: Cell
@@ -95,26 +95,26 @@ class Unit(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A cell and its figures, one dictionary a seed, as far as they are there."""
+    """A cell and its figures, one dictionary per finished seed."""
 
     cell: Cell
     repeats: list[dict[str, Any]]
 
 
 class Sweep:
-    """A sweep in its folder.
+    """A sweep and its folder.
 
     Args:
-        folder: is made if it is not there. Sweeps of the same settings share it: a cell is made once.
+        folder: is made if it does not exist. Sweeps with the same settings can share it; each cell is made once.
         cells: at least one.
-        settings: of all cells.
-        models: that the cells name.
-        extractor: of features; None if only time is wanted.
-        reference: of the real images; None likewise.
-        share: this process' number and that of all; None: as ``torchrun`` tells them.
+        settings: the settings of all cells.
+        models: the models and scorers that the cells use.
+        extractor: the feature extractor; may be None if ``settings.timing``.
+        reference: the measured real images; may be None if ``settings.timing``.
+        share: this process' rank and the number of processes; None: those of ``torchrun``.
 
     Raises:
-        ValueError, TypeError, UnsupportedModelError: if something is wrong, before any image is made.
+        ValueError, TypeError, UnsupportedModelError: if an argument is wrong, before any image is made.
     """
 
     def __init__(
@@ -130,18 +130,18 @@ class Sweep:
         self.folder, self.cells, self.settings, self.models = Path(folder), list(cells), settings, models
         self.extractor, self.reference = extractor, reference
         self.rank, self.world = find_rank() if share is None else share
-        self.place = self.rank if share is None else -1  # of its lock: no rank's
+        self.place = self.rank if share is None else -1  # number of the lock; -1 is not the number of any rank
         for name, least in (("images", 2), ("repeats", 1), ("batch_size", 1), ("neighbors", 0)):
             if getattr(settings, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(settings, name)}")
         if not self.cells:
-            raise ValueError("cells must be at least one, got none")
+            raise ValueError("cells must have at least one cell, got none")
         if not settings.timing and (extractor is None or reference is None):
-            raise ValueError("extractor and reference must be given, unless only time is wanted")
+            raise ValueError("extractor and reference must be given unless settings.timing is True, got None")
         models.check(self.cells)
 
     def run(self) -> list[Entry] | None:
-        """Make what is missing; returns all figures, or None if other processes have still some to make."""
+        """Make the missing figures; returns all figures, or None if other processes have not finished theirs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, self.place):
             if (self.folder / SETTINGS).exists():
@@ -154,7 +154,7 @@ class Sweep:
                 task = progress.add_task("images", total=total, note="")
                 for unit in mine:
                     progress.update(task, note=f"seed {self.seed_of(unit)}: {unit.cell.name}"[:60])
-                    # In this order: a part is removed only after its result is written.
+                    # The part is checked before the result, because it is removed only after the result is written.
                     if not self.has_part(unit) and self.result(unit.cell, unit.repeat) is None:
                         self.make(unit, lambda count: progress.advance(task, count))
                     else:
@@ -163,7 +163,7 @@ class Sweep:
         return self.complete()
 
     def check(self) -> None:
-        """Raise for a cell still to be made that does not fit its model."""
+        """Raise if an unfinished cell does not fit its model."""
         repeats = range(self.settings.repeats)
         missing = [cell for cell in self.cells if any(self.result(cell, repeat) is None for repeat in repeats)]
         for name in dict.fromkeys(cell.model for cell in missing):
@@ -171,17 +171,17 @@ class Sweep:
                 check(self.models.model(name), cell.search(self.models.scorer(cell), 1.0), **self.options(cell))
 
     def units(self) -> list[Unit]:
-        """All units; seeds go around the cells, so that a sweep cut short is whole in the seeds that it has."""
+        """All units, seed by seed: a sweep that is stopped early has all cells for its first seeds."""
         parts = range(len(self.settings.parts()))
         return [Unit(r, cell, part) for r in range(self.settings.repeats) for cell in self.cells for part in parts]
 
     def complete(self) -> list[Entry] | None:
-        """All figures, or None if some are missing."""
+        """All figures; None if some are missing."""
         entries = self.entries()
         return entries if all(len(entry.repeats) == self.settings.repeats for entry in entries) else None
 
     def entries(self) -> list[Entry]:
-        """The figures that are there."""
+        """The figures that exist so far."""
         found = []
         for cell in self.cells:
             results = [self.result(cell, repeat) for repeat in range(self.settings.repeats)]
@@ -199,10 +199,10 @@ class Sweep:
         return self.folder / PROGRESS / unit.cell.name / name
 
     def has_part(self, unit: Unit) -> bool:
-        """True if a part waits to be merged.
+        """True if the file of a part exists, because the part is not merged yet.
 
         Raises:
-            ValueError: if it was made with another model or scorer of that name.
+            ValueError: if it was made with another model or scorer of the same name.
         """
         try:
             notes = Gathering.load(self.part_path(unit))[1]
@@ -212,10 +212,10 @@ class Sweep:
         return True
 
     def result(self, cell: Cell, repeat: int) -> dict[str, Any] | None:
-        """The figures of one cell and seed; None if they are not there.
+        """The figures of one cell and seed; None if they do not exist yet.
 
         Raises:
-            ValueError: if they were made with another model or scorer of that name.
+            ValueError: if they were made with another model or scorer of the same name.
         """
         try:
             result = json.loads(self.result_path(cell, repeat).read_text())
@@ -225,16 +225,16 @@ class Sweep:
         return result
 
     def compare(self, cell: Cell, made: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` unless what was made of a cell was made with its model and scorer."""
+        """Raise ``ValueError`` if a part or result was made with another model or scorer than the cell's."""
         facts = self.models.facts(cell)
         check_settings(f"cell {cell.name} in {self.folder}", {name: made.get(name) for name in facts}, facts)
 
     def make(self, unit: Unit, advance: Callable[[int], None]) -> None:
-        """Generate one part, batch by batch, and write what is gathered of it."""
+        """Generate and measure one part, batch by batch, and write its file."""
         settings, cell = self.settings, unit.cell
         model = self.models.model(cell.model)
         device, options = recognise(model).device(model), self.options(cell)
-        alpha = self.alpha(model, cell) if cell.wants_alpha else None
+        alpha = self.alpha(model, cell) if cell.needs_alpha else None
         search = cell.search(self.models.scorer(cell), alpha)
         num_classes = check(model, search, **options).num_classes
         seeds = image_seeds(self.seed_of(unit), settings.images)
@@ -251,7 +251,7 @@ class Sweep:
                 notes.dense += int(cell.density(alpha).dense(made.scores[cell.scale]).sum())
                 notes.searched += len(batch)
             if not settings.timing:
-                # As they are when read back from files: 8 bits a colour.
+                # 8 bits per colour, as if the images were read from files.
                 extracted = self.extractor(torch.from_numpy(to_pixels(made.images)).movedim(-1, 1))
                 check_finite(extracted, self.extractor, Unstored(cell.name), batch.start)
                 if gathering.count == 0 and self.reference.moments is not None:
@@ -263,7 +263,7 @@ class Sweep:
                     notes.judged += len(batch)
             advance(0 if settings.timing and len(notes.seconds) == 1 else len(batch))
         if settings.timing:
-            del notes.seconds[0]  # the batch that warmed up
+            del notes.seconds[0]  # the warm-up batch
         path = self.part_path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
         gathering.save(path, {"notes": asdict(notes), **self.models.facts(cell)})
@@ -272,14 +272,14 @@ class Sweep:
         return dict(self.settings.options) | ({} if cell.cfg is None else {"cfg": cell.cfg})
 
     def merge(self, cell: Cell, repeat: int) -> None:
-        """Make the figures of a cell and seed if all its parts are there."""
+        """Merge the parts of a cell and seed into its figures, if all parts exist."""
         parts = [self.part_path(Unit(repeat, cell, part)) for part in range(len(self.settings.parts()))]
         path = self.result_path(cell, repeat)
         if path.exists() or not all(part.exists() for part in parts):
             return
         try:
             loaded = [Gathering.load(part) for part in parts]
-        except FileNotFoundError:  # another rank has merged them meanwhile
+        except FileNotFoundError:  # another rank has merged them in the meantime
             return
         whole, notes = Gathering(self.settings.neighbors), Notes(alpha=loaded[0][1]["notes"]["alpha"])
         for part, stored in loaded:
@@ -300,7 +300,7 @@ class Sweep:
     def figures(self, gathering: Gathering) -> dict[str, Any]:
         """FID and its parts, sFID, Inception score, precision and recall."""
         measured = gathering.measured()
-        if measured.features is not None:  # stored on the CPU, too slow a place for their distances
+        if measured.features is not None:  # stored on the CPU, where computing their distances is slow
             measured.features = measured.features.to(self.extractor.device)
         report = compare(measured, self.reference, self.extractor.name).as_json()
         parts = {name: value for name, value in (report["fid_parts"] or {}).items() if name != "distance"}
@@ -308,7 +308,7 @@ class Sweep:
         return {**taken, **parts, "missing": report["missing"]}
 
     def alpha(self, model: Any, cell: Cell) -> float:
-        """The median alpha of a cell's samples, found once a folder, without best-of-M at the scales before."""
+        """The median alpha of a cell, measured once per folder and without best-of-M at other scales."""
         names = ("n", "scale", "metric", "per", "bandwidth", "cfg", "model")
         path = self.folder / "alpha" / f"{','.join(f'{name}={getattr(cell, name)}' for name in names)}.json"
         if not path.exists():
@@ -321,14 +321,14 @@ class Sweep:
 
 @dataclass
 class Notes:
-    """What is noted of a part beside its features.
+    """Further measurements of a part.
 
     Args:
-        alpha: of the density search, where it was found by rule.
-        seconds: an image, of every batch.
-        peak_bytes: the most memory that a batch took; 0 where nobody counts, on a CPU.
-        dense, searched: images that the hybrid found dense, of how many.
-        hits, judged: images whose most probable class is the wanted one, of how many.
+        alpha: alpha of the density search if it was measured, else None.
+        seconds: seconds per image of every batch.
+        peak_bytes: peak memory over the batches; 0 on a CPU, where it is not measured.
+        dense, searched: number of images that the hybrid density search counted as dense, and of all it searched.
+        hits, judged: number of images whose most probable class is their label, and of all that were classified.
     """
 
     alpha: float | None = None
@@ -346,7 +346,7 @@ class Notes:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def figures(self) -> dict[str, float | None]:
-        """JSON values by name; None where there is nothing to tell."""
+        """JSON values by name; None if not measured."""
         return {
             "alpha": self.alpha,
             "seconds": statistics.median(self.seconds),
@@ -357,7 +357,7 @@ class Notes:
 
 
 class Unstored:
-    """How an error names an image that has no file."""
+    """Describes an image that has no file, for error messages."""
 
     def __init__(self, name: str):
         self.name = f"cell {name}"
