@@ -80,7 +80,7 @@ class TestEvaluate:
         assert evaluate(reference=tmp_path / "s.npz", out=tmp_path / "b.json") == 0
         a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
         assert a["fid"] == b["fid"] and b["precision"] is None
-        assert "statistics, not images" in capsys.readouterr().out
+        assert "statistics but no images" in capsys.readouterr().out
 
     def test_reference_of_images_and_statistics(self, evaluate, tmp_path):
         """The published suite's form."""
@@ -110,10 +110,10 @@ class TestEvaluate:
 WRONG = {
     "no_generated": ({"generated": "/nowhere"}, "there is no /nowhere"),
     "no_reference": ({"reference": "nowhere.npz"}, "there is no nowhere.npz"),
-    "reference_is_no_npz": ({"reference": "own.py"}, "neither a folder nor an .npz"),
+    "reference_is_no_npz": ({"reference": "own.py"}, "must be a folder of images or an .npz"),
     "features_unknown": ({"features": "vgg"}, "inception, demo or module:function, got 'vgg'"),
     "features_no_function": ({"features": "own:nothing"}, "own has no function 'nothing'"),
-    "features_nan": ({"features": "own:spoiled"}, "NaN or infinite"),
+    "features_nan": ({"features": "own:spoiled"}, "must be finite, got NaN or infinity"),
     "weights_without_inception": ({"inception_weights": "w.pth"}, "for features inception, not demo"),
     "batch_size": ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
     "neighbors": ({"neighbors": -1}, "neighbors must be >= 0, got -1"),
@@ -133,12 +133,12 @@ class TestWrongInput:
     def test_statistics_of_other_features(self, evaluate, tmp_path, one_line):
         np.savez(tmp_path / "s.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         assert evaluate(reference=tmp_path / "s.npz") == 2
-        assert "statistics have 2048 features, but demo gives 64" in one_line()
+        assert "must have 64 features, as extractor demo gives, got 2048" in one_line()
 
     def test_npz_of_something_else(self, evaluate, tmp_path, one_line):
         np.savez(tmp_path / "s.npz", images=np.zeros(3))
         assert evaluate(reference=tmp_path / "s.npz") == 2
-        assert "has no arr_0" in one_line()
+        assert "must have arr_0" in one_line()
 
     def test_digits_of_another_size(self, evaluate, tmp_path, one_line):
         np.savez(tmp_path / "s.npz", np.zeros((70, 32, 32, 3), np.uint8))

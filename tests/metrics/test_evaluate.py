@@ -90,7 +90,7 @@ class TestFigures:
     def test_nothing_is_kept_if_not_asked_for(self, sets):
         assert measure(sets[0], EXTRACTOR, 8).features is None
         report = evaluate(*sets, None, EXTRACTOR, keep=0)
-        assert report.precision is None and report.recall is None and report.missing["recall"] == "not asked for"
+        assert report.precision is None and report.recall is None and report.missing["recall"] == "not requested"
 
 
 class TestStatistics:
@@ -100,7 +100,7 @@ class TestStatistics:
         assert stored.count == 70 and stored.features == "own"
         report = evaluate(sets[0], None, stored, EXTRACTOR)
         assert (report.fid, report.sfid) == (whole.fid, whole.sfid) and report.reference == 70
-        assert report.precision is None and "statistics, not images" in report.missing["precision"]
+        assert report.precision is None and "statistics but no images" in report.missing["precision"]
 
     def test_published_file_with_images_and_statistics(self, sets, array):
         """FID is taken against the statistics, precision and recall against the images."""
@@ -118,24 +118,24 @@ class TestStatistics:
         seen = measure(sets[1], shorter, 8)
         stored = StoredStatistics(seen.moments, None, None, None)
         images = sets[1] if order == "images" else None
-        with pytest.raises(ValueError, match=r"statistics have 5 features, but own gives 6"):
+        with pytest.raises(ValueError, match=r"statistics must have 6 features, as extractor own gives, got 5"):
             evaluate(sets[0], images, stored, EXTRACTOR)
 
     def test_another_dimension_of_spatial_features(self, sets):
         seen = measure(sets[1], EXTRACTOR, 8)
         stored = StoredStatistics(seen.moments, seen.moments, None, None)
-        with pytest.raises(ValueError, match=r"have 6 spatial features, but own gives 4"):
+        with pytest.raises(ValueError, match=r"have 4 spatial features, as extractor own gives, got 6"):
             evaluate(sets[0], None, stored, EXTRACTOR)
 
     def test_of_another_extractor(self, sets):
         seen = measure(sets[1], EXTRACTOR, 8)
-        with pytest.raises(ValueError, match=r"of features 'inception', not 'own'"):
+        with pytest.raises(ValueError, match=r"of features 'own', got those of 'inception'"):
             evaluate(sets[0], None, StoredStatistics(seen.moments, None, 70, "inception"), EXTRACTOR)
 
     def test_without_spatial_statistics(self, sets):
         seen = measure(sets[1], EXTRACTOR, 8)
         report = evaluate(sets[0], None, StoredStatistics(seen.moments, None, None, None), EXTRACTOR)
-        assert report.sfid is None and report.missing["sfid"] == "the reference's statistics hold no spatial features"
+        assert report.sfid is None and report.missing["sfid"] == "the reference's statistics have no spatial features"
 
     def test_no_reference(self, sets):
         with pytest.raises(ValueError, match="reference must have images or statistics"):
@@ -150,7 +150,7 @@ class TestLeftOut:
         report = evaluate(*(array(name, random_pixels(n, n)) for name, n in counts.items()), None, EXTRACTOR)
         assert report.fid is None and report.fid_parts is None
         assert f"6 {few} images but 6 features" in report.missing["fid"]
-        assert "at most 5 of 6 directions" in report.missing["fid"]
+        assert "reflects the number of images; more than 6 are needed" in report.missing["fid"]
         assert report.sfid is not None and report.precision is not None and report.inception_score is not None
 
     @pytest.mark.parametrize("count", [1, 3])
@@ -159,15 +159,15 @@ class TestLeftOut:
             array("generated", random_pixels(count, 0)), array("reference", random_pixels(50, 1)), None, EXTRACTOR
         )
         assert report.fid is None and report.sfid is None and report.precision is None
-        assert "more than 3 images" in report.missing["recall"]
+        assert "more than 3 generated" in report.missing["recall"]
         assert ("fewer than 2" in report.missing["fid"]) == (count == 1)
 
     def test_no_logits(self, sets):
         report = evaluate(*sets, None, Extractor("own", lambda images: extract(images)[:1] + (None,), CPU))
         assert report.inception_score is None and report.sfid is None
         assert report.missing == {
-            "inception_score": "features own come without logits",
-            "sfid": "features own come without spatial features",
+            "inception_score": "features own have no logits",
+            "sfid": "features own have no spatial features",
         }
 
     @pytest.mark.parametrize("part", [0, 1, 2], ids=Extracted._fields)
@@ -181,7 +181,10 @@ class TestLeftOut:
         reds = torch.cat(list(sets[0].batches(100)))[:, 0, 0, 0]
         first = int((reds == 33).nonzero()[0, 0]) if (reds == 33).any() else None
         assert first is not None
-        with pytest.raises(ValueError, match=rf"{Extracted._fields[part]} of .* the first of arr_0\[{first}\]"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{Extracted._fields[part]} of extractor own must be finite, .* the first is arr_0\[{first}\]",
+        ):
             evaluate(*reversed(sets), None, Extractor("own", spoiled, CPU), batch_size=1000)
 
     def test_batch_size(self, sets):

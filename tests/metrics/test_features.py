@@ -126,13 +126,13 @@ class TestInceptionPath:
                 return ran.touch, ()
 
         torch.save({"weight": Trap()}, tmp_path / "weights.pth")
-        with pytest.raises(ValueError, match="holds no Inception weights"):
+        with pytest.raises(ValueError, match="must have the Inception weights"):
             features.inception(CPU, tmp_path / "weights.pth")
         assert not ran.exists()
 
     def test_other_weights(self, fake_fidelity, tmp_path):
         torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
-        with pytest.raises(ValueError, match="holds no Inception weights"):
+        with pytest.raises(ValueError, match="must have the Inception weights"):
             features.inception(CPU, tmp_path / "weights.pth")
 
     def test_no_such_weights(self, fake_fidelity, tmp_path):

@@ -82,5 +82,5 @@ def test_frechet_parts_add_up_and_tell_the_sides_apart():
 
 def test_frechet_parts_refuse_other_features():
     a, b = (moments(torch.randn(8, d)) for d in (3, 4))
-    with pytest.raises(ValueError, match="as many features, got 3 and 4"):
+    with pytest.raises(ValueError, match="same number of features, got 3 and 4"):
         frechet_parts(a, b)

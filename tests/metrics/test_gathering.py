@@ -65,7 +65,7 @@ def test_nothing(tmp_path):
 def test_another_number_of_features():
     one, other = gathered(0, 20), Gathering()
     other.add(Extracted(FEATURES[:, :6], None), 20)
-    with pytest.raises(ValueError, match="features must be 7 an image"):
+    with pytest.raises(ValueError, match="features must be 7 per image"):
         one.merge(other)
 
 

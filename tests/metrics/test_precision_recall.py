@@ -80,7 +80,7 @@ def test_equal_features_are_at_distance_zero_and_others_are_not(block):
     [
         (torch.zeros(3, 2), torch.zeros(9, 2), {}, "reference must have more than k=3 images, got 3"),
         (torch.zeros(9, 2), torch.zeros(0, 2), {}, "generated must have more than k=3 images, got 0"),
-        (torch.zeros(9, 2), torch.zeros(9, 3), {}, "as many features, got 2 and 3"),
+        (torch.zeros(9, 2), torch.zeros(9, 3), {}, "same number of features, got 2 and 3"),
         (torch.zeros(9), torch.zeros(9, 3), {}, r"reference must have shape \[N, D\], got \[9\]"),
         (torch.zeros(9, 2), torch.zeros(9, 2), {"k": 0}, "k must be >= 1, got 0"),
         (torch.zeros(9, 2), torch.zeros(9, 2), {"block": 0}, "block must be >= 1, got 0"),

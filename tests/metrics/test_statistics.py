@@ -81,7 +81,7 @@ class TestMoments:
         running = in_batches(FEATURES, 50)
         with pytest.raises(ValueError, match=r"must have shape \[N, D\], got \[3\]"):
             running.add(torch.zeros(3))
-        with pytest.raises(ValueError, match="7 an image, as before, got 6"):
+        with pytest.raises(ValueError, match="7 per image as before, got 6"):
             running.add(torch.zeros(3, 6))
 
 
@@ -150,7 +150,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         "arrays, named",
         [
-            ({"arr_0": np.zeros(3)}, "mu and sigma are wanted, it has arr_0"),
+            ({"arr_0": np.zeros(3)}, "must have the statistics mu and sigma, got arr_0"),
             ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"got \[3\] and \[4, 4\]"),
             ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, r"got \[3, 1\]"),
             ({"mu": np.zeros(3, int), "sigma": np.eye(3)}, "must be floats, got int64"),

@@ -93,9 +93,9 @@ def test_page_says_what_is_missing(tmp_path):
     given = found([Cell(), Cell(m=2)], shown=("fid", "trace_term"))
     for entry in given.entries:
         for repeat in entry.repeats:
-            repeat.update(fid=None, missing={"fid": "too few images", "precision": "not asked for"})
+            repeat.update(fid=None, missing={"fid": "too few images", "precision": "not requested"})
     text = page(given)
-    assert "Not measured: Fréchet distance: too few images\n" in text and "not asked for" not in text
+    assert "Not measured: Fréchet distance: too few images\n" in text and "not requested" not in text
     assert [path.suffix for path in write(given, tmp_path)] == [".md", ".csv", ".json"]
 
 

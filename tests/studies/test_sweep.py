@@ -13,7 +13,7 @@ import torch
 import varkern
 from tests.helpers import NUM_CLASSES, on, small_scorer, small_var
 from varkern.metrics.arrays import ImageArray
-from varkern.metrics.evaluate import evaluate, measured_reference
+from varkern.metrics.evaluate import evaluate, measure_reference
 from varkern.metrics.features import Extracted, Extractor
 from varkern.studies import calibration
 from varkern.studies import sweep as sweeping
@@ -53,7 +53,7 @@ def real(tmp_path_factory):
 
 @pytest.fixture
 def reference(real, extractor):
-    return measured_reference(real, None, extractor, keep=20)
+    return measure_reference(real, None, extractor, keep=20)
 
 
 @pytest.fixture
@@ -379,14 +379,14 @@ class TestWrong:
             features[2, 1] = float("nan")
             return features, None
 
-        with pytest.raises(ValueError, match=r"features of 1 images are NaN or infinite, the first of image 2 in cell"):
+        with pytest.raises(ValueError, match=r"NaN or infinity for 1 images, the first is image 2 in cell"):
             sweep(tmp_path, CELLS[:1], extractor=Extractor("own", spoiled, device)).run()
         assert not list(tmp_path.rglob("*.safetensors"))
         assert sweep(tmp_path, CELLS[:1]).run() is not None
 
     def test_a_reference_of_another_extractor(self, sweep, tmp_path, device):
         shorter = Extractor("own", lambda images: (extract(images).features[:, :4], None), device)
-        with pytest.raises(ValueError, match="statistics have 5 features, but own gives 4"):
+        with pytest.raises(ValueError, match="must have 4 features, as extractor own gives, got 5"):
             sweep(tmp_path, CELLS[:1], extractor=shorter).run()
 
 

@@ -16,7 +16,7 @@ import typer
 from varkern.data import file_sha256
 from varkern.demo import run as demo_run
 from varkern.extras import require_matplotlib
-from varkern.metrics.evaluate import PUBLISHED_IMAGES, measured_reference
+from varkern.metrics.evaluate import PUBLISHED_IMAGES, measure_reference
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Measured
 from varkern.models import load_var
@@ -302,7 +302,7 @@ def find_reference(reference: str | None, demo: bool, extractor: Extractor, sett
     images, stored = open_reference(Path(reference))
     if stored is not None and stored.features not in (None, extractor.name):
         raise ValueError(f"reference holds statistics of features {stored.features!r}, not {extractor.name!r}")
-    return measured_reference(images, stored, extractor, settings.batch_size, settings.neighbors)
+    return measure_reference(images, stored, extractor, settings.batch_size, settings.neighbors)
 
 
 def accuracies(out: Path, chosen: SweepSettings, device: str) -> None:

@@ -1,1 +1,1 @@
-"""What measures a set of images."""
+"""Tools that measure a set of images."""

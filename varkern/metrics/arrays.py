@@ -1,6 +1,6 @@
-"""The published suite's form of a set of images: ``arr_0``, ``[N, H, W, 3]`` uint8, in an ``.npz``.
+"""Images in the format of the published evaluation suite: an ``.npz`` with ``arr_0``, ``[N, H, W, 3]`` uint8.
 
-Read and written batch by batch: 50,000 images of 256 pixels are 9.8 GB.
+They are read and written batch by batch, because 50,000 images of 256x256 pixels take 9.8 GB.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ARRAY = "arr_0"
 
 
 class ImageArray:
-    """The published suite's form: ``arr_0``, ``[N, H, W, 3]`` uint8, in an ``.npz``, read without holding it whole.
+    """Images in an ``.npz`` of the published suite's format; only one batch is in memory at a time.
 
     Raises:
-        ValueError: if the file is none such.
+        ValueError: if the file has another format.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -47,7 +47,7 @@ class ImageArray:
                 except (zipfile.BadZipFile, EOFError) as error:
                     raise ValueError(f"{self.name} is damaged: {error}") from error
                 if len(data) < count * height * width * 3:
-                    raise ValueError(f"{self.name} is cut short: {ARRAY} has fewer than {self.count} images")
+                    raise ValueError(f"{self.name} is truncated: {ARRAY} must have {self.count} images, got fewer")
                 pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, height, width, 3)
                 yield torch.from_numpy(pixels).movedim(-1, 1).contiguous()
 
@@ -59,7 +59,7 @@ class ImageArray:
 
 
 class _Member:
-    """``arr_0`` of an ``.npz``, opened behind its header; a context manager that gives its shape and the open file."""
+    """A context manager that opens ``arr_0`` of an ``.npz`` and gives its shape and the file, after the header."""
 
     def __init__(self, path: str):
         self.path = path
@@ -68,7 +68,7 @@ class _Member:
         try:
             self.archive = zipfile.ZipFile(self.path)
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.path} is damaged or no .npz file: {error}") from error
+            raise ValueError(f"{self.path} is damaged or not an .npz file: {error}") from error
         try:
             return self._read_header()
         except BaseException:
@@ -79,7 +79,7 @@ class _Member:
         names = self.archive.namelist()
         if f"{ARRAY}.npy" not in names:
             found = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
-            raise ValueError(f"{self.path} has no {ARRAY}, the images [N, H, W, 3] uint8; it has {found}")
+            raise ValueError(f"{self.path} must have {ARRAY}, the images [N, H, W, 3] uint8, got {found}")
         file = self.archive.open(f"{ARRAY}.npy")
         try:
             version = np.lib.format.read_magic(file)
@@ -89,8 +89,8 @@ class _Member:
             raise ValueError(f"{self.path}: {ARRAY} is damaged: {error}") from error
         if dtype != np.uint8:
             raise ValueError(
-                f"{self.path}: {ARRAY} must be uint8 in 0..255, got {dtype}: images in [0, 1] are to be multiplied by "
-                "255 and rounded first"
+                f"{self.path}: {ARRAY} must be uint8 in 0..255, got {dtype}: first multiply images in [0, 1] by 255 "
+                "and round them"
             )
         if len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] == 0:
             raise ValueError(f"{self.path}: {ARRAY} must have shape [N, H, W, 3] in C order, got {list(shape)}")
@@ -101,19 +101,19 @@ class _Member:
 
 
 def write_array(path: str | os.PathLike, count: int, size: tuple[int, int], batches: Iterable[Tensor]) -> None:
-    """Write images as the published suite wants them: an ``.npz`` with ``arr_0``, ``[N, H, W, 3]`` uint8.
+    """Write images in the format of the published suite: an ``.npz`` with ``arr_0``, ``[N, H, W, 3]`` uint8.
 
-    Memory holds one batch alone, and the file has a temporary name until it is whole.
+    Only one batch is in memory at a time. The file has a temporary name until it is complete.
 
     Args:
-        path: where to.
-        count: N.
+        path: the file to write.
+        count: N, number of images.
         size: H and W.
-        batches: ``[n, 3, H, W]`` uint8 each, N in all.
+        batches: batches ``[n, 3, H, W]`` uint8 with N images in total.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
     with atomically(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-        # The suite's reader goes through the member from front to end, so it is stored as np.savez stores it.
+        # Stored without compression, as np.savez does.
         with file.open(f"{ARRAY}.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for batch in batches:

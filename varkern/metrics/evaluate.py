@@ -1,9 +1,9 @@
-"""What ``varkern evaluate`` measures: a set of generated images against a reference."""
+"""Measuring a set of generated images against a reference, as ``varkern evaluate`` does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from varkern.progress import progress_bar
@@ -15,14 +15,14 @@ from .images import ImageSet, PixelFacts, sides
 from .precision_recall import precision_recall
 from .statistics import StoredStatistics
 
-PUBLISHED_IMAGES = 50_000  # as published figures are taken
+PUBLISHED_IMAGES = 50_000  # published figures use this number of generated images
 KINDS = {"fid": "features", "sfid": "spatial features"}
-BRIGHTNESS_APART = 40.0  # of 255; no two halves of one data set differ so much
+BRIGHTNESS_APART = 40.0  # of 255; two halves of one data set never differ by this much
 
 
 @dataclass
 class Report:
-    """The figures of one set against another; None where one could not be taken, with the reason in ``missing``."""
+    """The figures of generated images. A figure that cannot be measured is None, with the reason in ``missing``."""
 
     features: str
     generated: int
@@ -44,16 +44,16 @@ class Report:
 def measure(
     images: ImageSet, extractor: Extractor, batch_size: int, keep: int = 0, wanted: StoredStatistics | None = None
 ) -> Measured:
-    """Run the extractor over a set of images, once, in memory that does not grow with their number.
+    """Measure a set of images in one pass.
 
-    Memory holds one batch and what :class:`.gathering.Gathering` keeps.
+    Memory holds one batch and the contents of :class:`.gathering.Gathering`, whatever the number of images.
 
     Args:
-        images: the set.
-        extractor: of features.
+        images: the images.
+        extractor: the feature extractor.
         batch_size: images at a time, >= 1.
-        keep: how many images' features are kept for precision and recall.
-        wanted: statistics that these are to be compared with, so that a misfit is told at the first batch.
+        keep: number of images whose features are kept for precision and recall.
+        wanted: the statistics to compare with; the first batch is checked against them.
 
     Raises:
         ValueError: if features are not finite, or do not fit ``wanted``.
@@ -84,23 +84,25 @@ def check_finite(extracted: Extracted, extractor: Extractor, images: ImageSet, s
         if bad.any():
             image = images.describe(start + int(bad.nonzero()[0, 0]))
             raise ValueError(
-                f"{name} of {int(bad.sum())} images are NaN or infinite, the first of {image} in {images.name}: "
-                f"extractor {extractor.name} cannot be measured with"
+                f"{name} of extractor {extractor.name} must be finite, got NaN or infinity for {int(bad.sum())} "
+                f"images, the first is {image} in {images.name}"
             )
 
 
 def check_fit(extracted: Extracted, wanted: StoredStatistics, extractor: Extractor) -> None:
     """Raise ``ValueError`` if features cannot be compared with stored statistics."""
     if wanted.features not in (None, extractor.name):
-        raise ValueError(f"the reference's statistics are of features {wanted.features!r}, not {extractor.name!r}")
+        raise ValueError(
+            f"the reference's statistics must be of features {extractor.name!r}, got those of {wanted.features!r}"
+        )
     for name, moments, part in (
         ("features", wanted.moments, extracted.features),
         ("spatial features", wanted.spatial, extracted.spatial),
     ):
         if moments is not None and part is not None and len(moments.mean) != part.shape[1]:
             raise ValueError(
-                f"the reference's statistics have {len(moments.mean)} {name}, but {extractor.name} gives "
-                f"{part.shape[1]}: they are of another extractor"
+                f"the reference's statistics must have {part.shape[1]} {name}, as extractor {extractor.name} gives, "
+                f"got {len(moments.mean)}: they are of another extractor"
             )
 
 
@@ -108,42 +110,46 @@ def from_stored(stored: StoredStatistics) -> Measured:
     return Measured(stored.moments, stored.spatial, stored.count)
 
 
-def measured_reference(
+def measure_reference(
     reference: ImageSet | None,
     stored: StoredStatistics | None,
     extractor: Extractor,
     batch_size: int = 64,
     keep: int = PUBLISHED_IMAGES,
 ) -> Measured:
-    """What the reference measures; the arguments are those of :func:`evaluate`.
+    """The statistics of the reference; the arguments are those of :func:`evaluate`.
 
     Raises:
-        ValueError: if there are neither images nor statistics, or they do not fit.
+        ValueError: if ``reference`` and ``stored`` are both None, or do not fit the extractor.
     """
     if reference is None and stored is None:
-        raise ValueError("reference must have images or statistics")
-    to = from_stored(stored) if stored is not None else None
-    if reference is None or (to is not None and keep == 0):
-        return to
-    seen = measure(reference, extractor, batch_size, keep, stored)
-    return seen if to is None else Measured(to.moments, to.spatial, to.count, None, seen.features, seen.facts)
+        raise ValueError("reference must have images or statistics, got neither")
+    if stored is None:
+        return measure(reference, extractor, batch_size, keep)
+    loaded = from_stored(stored)
+    if reference is None or keep == 0:
+        return loaded
+    images = measure(reference, extractor, batch_size, keep, stored)
+    return replace(loaded, features=images.features, facts=images.facts)
 
 
 def compare(generated: Measured, reference: Measured, extractor: str, k: int = 3) -> Report:
     """All figures of ``generated`` against ``reference``.
 
-    FID is left out where a set has no more images than there are features: the covariance of N images has at most
-    N - 1 directions, so that the distance is then mostly made of the directions that are missing, whatever the images
-    show.
+    FID is left out if a set does not have more images than there are features. The covariance of N images has rank
+    N - 1 at most, so the distance would mainly reflect the number of images.
 
     Args:
-        generated: of images.
-        reference: of images or of stored statistics.
-        extractor: its name.
-        k: of precision and recall.
+        generated: the measured generated images.
+        reference: the measured or stored reference.
+        extractor: name of the feature extractor.
+        k: number of neighbours for precision and recall.
+
+    Raises:
+        ValueError: if ``generated`` has no count.
     """
     if generated.count is None:
-        raise ValueError("generated must be measured from images")
+        raise ValueError("generated must be measured from images, got statistics without a count")
     report = Report(extractor, generated.count, reference.count)
     parts = _frechet(report, "fid", generated.moments, reference.moments, generated, reference)
     if parts is not None:
@@ -153,72 +159,81 @@ def compare(generated: Measured, reference: Measured, extractor: str, k: int = 3
         report.sfid = parts.distance
     report.inception_score = generated.score
     if generated.score is None:
-        report.missing["inception_score"] = f"features {extractor} come without logits"
-    _near(report, generated, reference, k)
+        report.missing["inception_score"] = f"features {extractor} have no logits"
+    _add_precision_recall(report, generated, reference, k)
     return report
 
 
 def _frechet(
-    report: Report, name: str, of: Moments | None, to: Moments | None, generated: Measured, reference: Measured
+    report: Report,
+    name: str,
+    generated_moments: Moments | None,
+    reference_moments: Moments | None,
+    generated: Measured,
+    reference: Measured,
 ) -> FrechetParts | None:
-    if of is None or to is None:
-        report.missing[name] = _why_none(report, name, generated if of is None else reference, of is None)
+    if generated_moments is None:
+        report.missing[name] = _explain_missing(report, name, generated, True)
         return None
-    dimension = len(of.mean)
+    if reference_moments is None:
+        report.missing[name] = _explain_missing(report, name, reference, False)
+        return None
+    dimension = len(generated_moments.mean)
     for side, count in (("generated", generated.count), ("reference", reference.count)):
         if count is not None and count <= dimension:
             report.missing[name] = (
-                f"{count} {side} images but {dimension} features: the covariance of so few images has at most "
-                f"{count - 1} of {dimension} directions, so that the distance would tell their number, not their "
-                f"quality; more than {dimension} are needed, {PUBLISHED_IMAGES:,} are usual"
+                f"{count} {side} images but {dimension} features: with so few images the distance mainly reflects "
+                f"the number of images; more than {dimension} are needed, {PUBLISHED_IMAGES:,} are usual"
             )
             return None
-    return frechet_parts(to, of)
+    return frechet_parts(reference_moments, generated_moments)
 
 
-def _why_none(report: Report, name: str, side: Measured, generated: bool) -> str:
+def _explain_missing(report: Report, name: str, side: Measured, generated: bool) -> str:
     if side.count is not None and side.count < 2:
         return f"the {'generated set' if generated else 'reference'} has fewer than 2 images"
     if generated or side.facts is not None:
-        return f"features {report.features} come without {KINDS[name]}"
-    return f"the reference's statistics hold no {KINDS[name]}"
+        return f"features {report.features} have no {KINDS[name]}"
+    return f"the reference's statistics have no {KINDS[name]}"
 
 
-def _near(report: Report, generated: Measured, reference: Measured, k: int) -> None:
+def _add_precision_recall(report: Report, generated: Measured, reference: Measured, k: int) -> None:
     reason = None
     if generated.features is None:
-        reason = "not asked for"
+        reason = "not requested"
     elif reference.features is None:
-        reason = "the reference holds statistics, not images"
+        reason = "the reference has statistics but no images"
     elif min(len(generated.features), len(reference.features)) <= k:
-        reason = f"more than {k} images are needed on either side"
+        reason = f"more than {k} generated and {k} reference images are needed"
     if reason is not None:
         report.missing |= {"precision": reason, "recall": reason}
         return
     report.precision, report.recall = precision_recall(reference.features, generated.features, k)
 
 
-def warnings(generated: ImageSet, of: Measured, reference: ImageSet | None, to: Measured) -> list[str]:
-    """What users get wrong in such comparisons, as far as the images tell; each with its consequence."""
-    found = generated.warnings() + of.facts.warnings(generated)
+def warnings(
+    generated: ImageSet, generated_facts: PixelFacts, reference: ImageSet | None, reference_facts: PixelFacts | None
+) -> list[str]:
+    """Common mistakes that the images show, each with its consequence."""
+    found = generated.warnings() + generated_facts.warnings(generated)
     if len(generated) < PUBLISHED_IMAGES:
         found.append(
-            f"{len(generated)} generated images: FID is biased upwards the fewer there are, so that it compares with "
-            f"published figures, which are of {PUBLISHED_IMAGES:,}, and with other runs only at equal number"
+            f"{len(generated)} generated images: FID is biased upwards with fewer images; compare it only with figures "
+            f"of the same number of images (published figures: {PUBLISHED_IMAGES:,})"
         )
-    if reference is None or to.facts is None:
+    if reference is None or reference_facts is None:
         return found
     found += reference.warnings()
     if generated.size != reference.size:
         found.append(
-            f"generated images have {sides(generated.size)} pixels, the reference {sides(reference.size)}: the "
-            "features see the difference in sharpness, and FID is not that of the images as published"
+            f"generated images have {sides(generated.size)} pixels, the reference {sides(reference.size)}: FID also "
+            "measures the difference in sharpness and cannot be compared with published figures"
         )
-    apart = abs(of.facts.brightness - to.facts.brightness)
-    if apart > BRIGHTNESS_APART and of.facts.highest > 1:
+    brightness = generated_facts.brightness, reference_facts.brightness
+    if abs(brightness[0] - brightness[1]) > BRIGHTNESS_APART and generated_facts.highest > 1:
         found.append(
-            f"the mean pixel is {of.facts.brightness:.0f} in the generated images and {to.facts.brightness:.0f} in the "
-            "reference: if they show the same things, one was stored in a wrong colour range, and FID measures that"
+            f"the mean pixel is {brightness[0]:.0f} in the generated images and {brightness[1]:.0f} in the reference: "
+            "if both show the same objects, one set was stored in a wrong colour range, and FID measures that"
         )
     return found
 
@@ -236,23 +251,23 @@ def evaluate(
 
     Args:
         generated: the generated images.
-        reference: the reference's images; None: there are statistics alone.
-        stored: the reference's statistics; they go before what its images give, as in the published suite, whose
-            reference statistics are of more images than it holds; None: measured from ``reference``.
-        extractor: of features.
+        reference: the reference's images; None: only statistics are given.
+        stored: the reference's statistics; None: they are measured from ``reference``. If both are given, ``stored`` is
+            used for FID and sFID: the statistics of the published suite are of more images than it includes.
+        extractor: the feature extractor.
         batch_size: images at a time.
-        keep: precision and recall look at the first so many images of either set; 0: not taken. Memory for them is
-            ``2 * keep * D`` float32 numbers.
-        keep_statistics: given what was measured of the reference.
+        keep: number of generated and of reference images that precision and recall use, the first ones; 0: leave both
+            out. Their features take ``2 * keep * D`` float32 numbers of memory.
+        keep_statistics: a function that is called with the reference's statistics.
 
     Raises:
-        ValueError: if neither reference is given, or something does not fit.
+        ValueError: if ``reference`` and ``stored`` are both None, or features are not finite or do not fit.
     """
-    to = measured_reference(reference, stored, extractor, batch_size, keep)
+    to = measure_reference(reference, stored, extractor, batch_size, keep)
     if keep_statistics is not None and to.moments is not None:
         keep_statistics(StoredStatistics(to.moments, to.spatial, to.count, extractor.name))
     wanted = StoredStatistics(to.moments, to.spatial, None, None if stored is None else stored.features)
-    of = measure(generated, extractor, batch_size, keep, wanted if to.moments is not None else None)
-    report = compare(of, to, extractor.name)
-    report.warnings += warnings(generated, of, reference, to)
+    measured = measure(generated, extractor, batch_size, keep, wanted if to.moments is not None else None)
+    report = compare(measured, to, extractor.name)
+    report.warnings += warnings(generated, measured.facts, reference, to.facts)
     return report

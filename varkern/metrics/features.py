@@ -1,4 +1,4 @@
-"""Feature extractors: Inception of the published suite, or a user's own function."""
+"""Feature extractors: the published suite's Inception network, or a user's function."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-SPATIAL_CHANNELS = 7  # of the layer that the published suite takes sFID from
+SPATIAL_CHANNELS = 7  # the published suite computes sFID from the first 7 channels of a layer
 
 
 class Extracted(NamedTuple):
-    """What an extractor says of N images."""
+    """An extractor's result for N images."""
 
     features: Tensor
-    """``[N, D]``: FID, precision and recall are taken in them."""
+    """``[N, D]`` float, for FID, precision and recall."""
     logits: Tensor | None
-    """``[N, classes]`` before the softmax, for the Inception score; None: there is none."""
+    """``[N, classes]`` float, before the softmax, for the Inception score; None: the extractor has none."""
     spatial: Tensor | None = None
-    """``[N, S]``, where in the image matters: sFID is taken in them; None: there is none."""
+    """``[N, S]`` float, features that depend on position, for sFID; None: the extractor has none."""
 
 
 class Extractor(NamedTuple):
-    """A function of images ``[N, 3, H, W]`` uint8 on ``device``, with the name that its statistics carry."""
+    """A function of images ``[N, 3, H, W]`` uint8 on ``device``; ``name`` is stored with its statistics."""
 
     name: str
     function: Callable[[Tensor], Extracted | tuple[Tensor, Tensor | None]]
@@ -38,7 +38,7 @@ class Extractor(NamedTuple):
         """Features of images ``[N, 3, H, W]`` uint8.
 
         Raises:
-            ValueError: if the function returns something else than :class:`Extracted` or ``(features, logits)``.
+            ValueError: if the function does not return :class:`Extracted` or ``(features, logits)``.
         """
         returned = self.function(images.to(self.device))
         if not isinstance(returned, tuple) or not 2 <= len(returned) <= 3:
@@ -56,13 +56,13 @@ class Extractor(NamedTuple):
 
 
 def from_name(name: str, device: torch.device) -> Extractor:
-    """A user's function by ``module:function``, the module found as in a Python started here.
+    """A user's function by ``module:function``. Modules in the working directory are found too.
 
     The function takes images ``[N, 3, H, W]`` uint8 on ``device`` and returns ``(features [N, D], logits [N, classes]
     or None)``; an :class:`Extracted` may add spatial features.
 
     Raises:
-        ValueError: if there is no such module or function.
+        ValueError: if the module or function does not exist.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -82,20 +82,21 @@ def from_name(name: str, device: torch.device) -> Extractor:
 
 
 def inception(device: torch.device, weights: Path | None = None) -> Extractor:
-    """The Inception network of the published suites (2015-12-05), as torch-fidelity converted it.
+    """The Inception network of the published suites (2015-12-05), as converted by torch-fidelity.
 
-    Features are the 2,048 of ``pool_3``; logits the 1,008 without their bias, as the published score takes them;
-    spatial features the first 7 channels of ``mixed_6/conv``, 17x17, in the order rows, columns, channels. Images of
-    any size are resized to 299x299 inside, as the published network resizes them.
+    The features are the 2,048 of ``pool_3``. The logits are the 1,008 without their bias, as in the published score.
+    The spatial features are the first 7 channels of ``mixed_6/conv``, 17x17, in the order rows, columns, channels.
+    Images of any size are resized to 299x299 as in the published network.
 
     Args:
-        device: where it runs.
-        weights: torch-fidelity's file of weights (``weights-inception-2015-12-05-6726825d.pth``); None: downloaded.
+        device: the network's device.
+        weights: torch-fidelity's file of weights (``weights-inception-2015-12-05-6726825d.pth``); None: it is
+            downloaded.
 
     Raises:
-        ImportError: without torch-fidelity, or if it does not import.
-        ValueError: if ``weights`` are none.
-        OSError: if they can neither be found nor downloaded.
+        ImportError: if torch-fidelity is missing or cannot be imported.
+        ValueError: if ``weights`` is not a file of Inception weights.
+        OSError: if ``weights`` cannot be read or downloaded.
 
     Source:
         Layers: ``evaluations/evaluator.py`` of openai/guided-diffusion.
@@ -104,17 +105,19 @@ def inception(device: torch.device, weights: Path | None = None) -> Extractor:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except ImportError as error:
         raise ImportError(f"Inception features need torch-fidelity ({error}): pip install 'varkern[eval]'") from error
-    except RuntimeError as error:  # what torchvision, which torch-fidelity imports, raises beside another torch
-        raise ImportError(f"torch-fidelity does not import, torchvision must be of torch's build: {error}") from error
+    except RuntimeError as error:  # torch-fidelity imports torchvision, which raises this if it does not fit torch
+        raise ImportError(
+            f"torch-fidelity cannot be imported; install the torchvision that belongs to this torch: {error}"
+        ) from error
     path = weights or download(URL_INCEPTION_V3)
-    # torch-fidelity unpickles the file; one that loads without unpickling holds nothing but numbers.
+    # torch-fidelity unpickles the file. If it loads with weights_only=True first, unpickling it runs no code.
     try:
         torch.load(path, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} holds no Inception weights: {error}") from error
+        raise ValueError(f"{path} must have the Inception weights: {error}") from error
     network = network.to(device).eval()
     spatial: list[Tensor] = []
     # mixed_6 is torchvision's Mixed_6d; its conv is the 1x1 branch, after the ReLU.
@@ -130,10 +133,10 @@ def inception(device: torch.device, weights: Path | None = None) -> Extractor:
 
 
 def download(url: str) -> Path:
-    """The file at ``url``, in PyTorch's hub folder; its name's hash is checked.
+    """The path of the file at ``url`` in PyTorch's hub folder. It is downloaded if missing, and its hash is checked.
 
     Raises:
-        OSError: if it is not there and cannot be downloaded.
+        OSError: if it cannot be downloaded.
     """
     name = url.rsplit("/", 1)[-1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -144,6 +147,7 @@ def download(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=Path(name).stem.rsplit("-", 1)[-1])
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"the Inception weights could not be downloaded ({error}): fetch {url} and give it as --inception-weights"
+            f"the Inception weights could not be downloaded ({error}): download {url} and pass its path as "
+            "--inception-weights"
         ) from error
     return path

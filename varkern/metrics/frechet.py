@@ -1,4 +1,4 @@
-"""The Fréchet distance of two sets of features, in float64."""
+"""The Fréchet distance between two sets of features, in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Moments(NamedTuple):
 
 
 class FrechetParts(NamedTuple):
-    """A Fréchet distance taken apart, in the words of LSRS, appendix F (its Table 7).
+    """A Fréchet distance and its parts, named as in LSRS, appendix F (Table 7).
 
     ``distance = mean_difference + trace_term`` and ``trace_term = trace_reference + trace_generated - cross_term``.
     """
@@ -28,7 +28,7 @@ class FrechetParts(NamedTuple):
     trace_reference: float
     """``Tr(cov_r)``."""
     trace_generated: float
-    """``Tr(cov_g)``: how far the generated features spread."""
+    """``Tr(cov_g)``, the total variance of the generated features."""
     cross_term: float
     """``2 Tr((cov_r cov_g)^(1/2))``."""
 
@@ -36,7 +36,8 @@ class FrechetParts(NamedTuple):
 def _square_root(matrix: Tensor) -> Tensor:
     """The square root of a symmetric positive semi-definite matrix.
 
-    Eigenvalues within rounding of zero count as zero: the square roots of a thousand roundings are no small number.
+    Eigenvalues within rounding of zero count as zero, because the square roots of a thousand rounding errors are not
+    small together.
     """
     values, vectors = torch.linalg.eigh(matrix)
     rounding = values.abs().amax() * len(values) * torch.finfo(values.dtype).eps if len(values) else 0.0
@@ -44,20 +45,21 @@ def _square_root(matrix: Tensor) -> Tensor:
 
 
 def frechet_parts(reference: Moments, generated: Moments) -> FrechetParts:
-    """Squared Fréchet distance of two normal distributions, and what it is made of.
+    """Squared Fréchet distance between two normal distributions, and its parts.
 
-    ``|mean_r - mean_g|^2 + Tr(cov_r) + Tr(cov_g) - 2 Tr((cov_r cov_g)^(1/2))``; the last trace is the sum of the
-    singular values of ``cov_r^(1/2) cov_g^(1/2)``, so that singular covariances do no harm.
+    ``|mean_r - mean_g|^2 + Tr(cov_r) + Tr(cov_g) - 2 Tr((cov_r cov_g)^(1/2))``. The last trace is computed as the sum
+    of the singular values of ``cov_r^(1/2) cov_g^(1/2)``, which also works for singular covariances.
 
     Raises:
-        ValueError: if the two have different numbers of features.
+        ValueError: if the numbers of features differ.
 
     Source:
         Heusel et al. 2017; with Inception features it is called FID. The parts: LSRS, appendix F.
     """
     if reference.mean.shape != generated.mean.shape:
         raise ValueError(
-            f"reference and generated must have as many features, got {len(reference.mean)} and {len(generated.mean)}"
+            "reference and generated must have the same number of features, "
+            f"got {len(reference.mean)} and {len(generated.mean)}"
         )
     mean_difference = (reference.mean - generated.mean).square().sum()
     roots = [_square_root(side.covariance) for side in (reference, generated)]

@@ -1,4 +1,4 @@
-"""What is kept of a set of images in one pass over their features; shares of a set are stored and merged."""
+"""Measuring a set of images in one pass over their features. Parts of a set can be stored and merged."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .statistics import RunningMoments, RunningScore
 
 @dataclass
 class Measured:
-    """The statistics of one set of images, or of a file of statistics.
+    """The statistics of one set of images, measured or read from a file.
 
     Args:
-        moments: of the features; None if there are fewer than two images.
-        spatial: of the spatial features, if the extractor has them.
-        count: images; None if a file does not tell.
-        score: the Inception score, if the extractor has logits.
-        features: ``[N, D]`` float32 of the first images, for precision and recall; None if there are no images.
-        facts: what the pixels tell; None if nobody looked at them.
+        moments: moments of the features; None if there are fewer than two images.
+        spatial: moments of the spatial features; None if the extractor has none.
+        count: number of images; None if unknown.
+        score: the Inception score; None if the extractor has no logits.
+        features: features ``[N, D]`` float32 of the first images, for precision and recall; None if there are none.
+        facts: facts about the pixels; None if they were not collected.
     """
 
     moments: Moments | None
@@ -42,21 +42,21 @@ class Measured:
 
 
 class Gathering:
-    """Moments, the Inception score's sums and the first features, in memory that does not grow with the images.
+    """The moments, the sums of the Inception score and the first images' features, collected batch by batch.
 
-    Memory holds ``3 * D²`` float64 numbers a feature space and ``keep * D`` float32 numbers.
+    Memory holds ``3 * D²`` float64 numbers per kind of features and ``keep * D`` float32 numbers.
 
     Args:
-        keep: of how many images, the first by number, the features are kept.
+        keep: the features of images 0 to ``keep - 1`` are kept.
     """
 
     def __init__(self, keep: int = 0):
         self.keep, self.count = keep, 0
         self.moments, self.spatial, self.score = RunningMoments(), RunningMoments(), RunningScore()
-        self.kept: dict[int, Tensor] = {}  # number of its first image: features [n, D]
+        self.kept: dict[int, Tensor] = {}  # number of the first image of a batch: its features [n, D]
 
     def add(self, extracted: Extracted, start: int) -> None:
-        """Take in the features of the images ``start``, ``start + 1``, ... of the set."""
+        """Add the features of the images ``start``, ``start + 1``, ... of the set."""
         self.count += len(extracted.features)
         self.moments.add(extracted.features)
         if start < self.keep and len(extracted.features):
@@ -67,10 +67,10 @@ class Gathering:
             self.score.add(extracted.logits.double().softmax(1), start)
 
     def merge(self, other: Gathering) -> None:
-        """Take in what ``other`` has gathered of other images of the same set.
+        """Add the data of ``other``, which was collected from other images of the same set.
 
         Raises:
-            ValueError: if it has another number of features.
+            ValueError: if the numbers of features differ.
         """
         self.count += other.count
         self.moments.merge(other.moments)
@@ -79,7 +79,7 @@ class Gathering:
         self.kept |= other.kept
 
     def measured(self, facts: PixelFacts | None = None) -> Measured:
-        """The statistics of all that was gathered."""
+        """The statistics of all images so far."""
         kept = [self.kept[start] for start in sorted(self.kept)]
         return Measured(
             self.moments.moments() if self.moments.count > 1 else None,
@@ -91,7 +91,7 @@ class Gathering:
         )
 
     def save(self, path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -> None:
-        """Write it to one safetensors file, whole or not at all, with ``notes``, JSON values by name."""
+        """Write the data and ``notes``, JSON values by name, to one safetensors file, completely or not at all."""
         tensors = {f"kept.{start}": features for start, features in self.kept.items()}
         for name, running in (("moments", self.moments), ("spatial", self.spatial)):
             if running.mean is not None and running.scatter is not None:
@@ -110,7 +110,7 @@ class Gathering:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple[Gathering, dict[str, Any]]:
-        """What :meth:`save` wrote: the gathering and its notes."""
+        """Read a file that :meth:`save` wrote; returns the gathering and its notes."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}

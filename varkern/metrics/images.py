@@ -1,4 +1,4 @@
-"""Sets of images to be measured, read batch by batch, and what their pixels tell about mistakes in making them."""
+"""Sets of images, read batch by batch, and the mistakes in making them that their pixels show."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from varkern.runs import SETTINGS
 
 from .arrays import ImageArray
 
-SHEET = "sheet.png"  # beside the images of `varkern sample`
+SHEET = "sheet.png"  # the contact sheet in a folder of `varkern sample`
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg", ".webp")
 READERS = 4  # threads that decode image files
 
 
 class ImageSet(Protocol):
-    """Images of one size, in an order that stays."""
+    """Images of one size in a fixed order."""
 
     name: str
     size: tuple[int, int]  # H, W
@@ -38,11 +38,11 @@ class ImageSet(Protocol):
         ...
 
     def describe(self, number: int) -> str:
-        """Which image ``number`` is, in a user's words."""
+        """A name of image ``number`` that a user understands."""
         ...
 
     def warnings(self) -> list[str]:
-        """What in the way the set is stored harms the figures."""
+        """Problems in how the images are stored that change the figures."""
         ...
 
 
@@ -50,12 +50,12 @@ class ImageFiles:
     """Image files of one size.
 
     Args:
-        paths: at least one, in the order that the images shall have.
-        name: of the set.
+        paths: at least one path, in the order of the images.
+        name: name of the set; None: the folder of the first image.
 
     Raises:
-        ImportError: without pillow.
-        ValueError: if they differ in size, or one is no RGB image: by file.
+        ImportError: if pillow is missing.
+        ValueError: if the sizes differ, or a file is not an RGB image.
     """
 
     def __init__(self, paths: Sequence[Path], name: str | None = None):
@@ -65,8 +65,8 @@ class ImageFiles:
         for path in self.paths[1:]:
             if (size := read_size(path)) != self.size:
                 raise ValueError(
-                    f"{self.name} holds images of several sizes: {self.paths[0].name} has {sides(self.size)} pixels, "
-                    f"{path.name} {sides(size)}; features of resized images are not comparable"
+                    f"{self.name} must have images of one size, got {sides(self.size)} pixels for "
+                    f"{self.paths[0].name} and {sides(size)} for {path.name}"
                 )
 
     def __len__(self) -> int:
@@ -85,22 +85,23 @@ class ImageFiles:
         if not lossy:
             return []
         return [
-            f"{lossy} of the {len(self)} images in {self.name} are JPEG or WebP: compression changes their features "
-            "and so FID; write PNG"
+            f"{lossy} of the {len(self)} images in {self.name} are JPEG or WebP: compression changes the features and "
+            "FID; write PNG"
         ]
 
 
 def in_folder(folder: Path) -> ImageFiles:
-    """The image files in a folder and below, in the order of their paths; the contact sheet of ``varkern sample`` is
-    left out.
+    """The image files in a folder and its subfolders, in the order of their paths.
+
+    The contact sheet of ``varkern sample`` is left out.
 
     Raises:
-        ValueError: if there are none, or :class:`ImageFiles` refuses them.
+        ValueError: if there are none, the sizes differ, or a file is not an RGB image.
     """
     sheet = {folder / SHEET} if (folder / SETTINGS).exists() else set()
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path not in sheet)
     if not paths:
-        raise ValueError(f"{folder} holds no images: files ending in {', '.join(SUFFIXES)} are wanted")
+        raise ValueError(f"{folder} must have images (files ending in {', '.join(SUFFIXES)}), got none")
     return ImageFiles(paths, str(folder))
 
 
@@ -108,23 +109,23 @@ def open_images(path: str | os.PathLike) -> ImageFiles | ImageArray:
     """The images at ``path``, a folder or an ``.npz``.
 
     Raises:
-        ValueError: if there is nothing there, or no such images.
+        ValueError: if ``path`` does not exist, or has no images of this kind.
     """
     path = Path(path)
     if path.is_dir():
         return in_folder(path)
     if not path.exists():
-        raise ValueError(f"there is no {path}: a folder of images or an .npz file is wanted")
+        raise ValueError(f"there is no {path}: give a folder of images or an .npz file")
     if path.suffix.lower() != ".npz":
-        raise ValueError(f"{path} is neither a folder nor an .npz file")
+        raise ValueError(f"{path} must be a folder of images or an .npz file")
     return ImageArray(path)
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file, by its header.
+    """Height and width of an image file, read from its header.
 
     Raises:
-        ValueError: if it is no image, or none of three colours.
+        ValueError: if it is not an RGB image.
     """
     from PIL import Image
 
@@ -132,11 +133,10 @@ def read_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             mode, size = image.mode, (image.height, image.width)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged or no image: {error}") from error
-    if mode in ("1", "L", "LA", "I", "F") or mode.startswith("I;"):
-        raise ValueError(f"{path} is greyscale (mode {mode}): the features are those of RGB images, convert it first")
+        raise ValueError(f"{path} is damaged or not an image: {error}") from error
     if mode != "RGB":
-        raise ValueError(f"{path} has mode {mode}, wanted RGB: convert it first")
+        kind = " (greyscale)" if mode in ("1", "L", "LA", "I", "F") or mode.startswith("I;") else ""
+        raise ValueError(f"{path} must have mode RGB, got {mode}{kind}: convert it first")
     return size
 
 
@@ -144,7 +144,7 @@ def read_pixels(path: Path) -> np.ndarray:
     """The pixels of an RGB image file, ``[H, W, 3]`` uint8.
 
     Raises:
-        ValueError: if it is cut short or damaged.
+        ValueError: if it is truncated or damaged.
     """
     from PIL import Image
 
@@ -152,11 +152,11 @@ def read_pixels(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.array(image)
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is cut short or damaged: {error}") from error
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
 
 
 def as_batch(pixels: Sequence[np.ndarray]) -> Tensor:
-    """Images ``[H, W, 3]`` to a batch ``[N, 3, H, W]``, uint8."""
+    """Stack images ``[H, W, 3]`` uint8 to a batch ``[N, 3, H, W]``."""
     return torch.from_numpy(np.stack(pixels)).movedim(-1, 1).contiguous()
 
 
@@ -165,15 +165,15 @@ def sides(size: tuple[int, int]) -> str:
 
 
 class PixelFacts:
-    """What the pixels of a set tell about mistakes in making it: repeated images, and their range."""
+    """Facts about the pixels of a set that show mistakes in making it: repeated images and the range of values."""
 
     def __init__(self) -> None:
         self.seen: dict[bytes, int] = {}
-        self.repeats: list[tuple[int, int]] = []  # an image, and the first one that it equals
+        self.repeats: list[tuple[int, int]] = []  # an image and the first image that is equal to it
         self.count, self.highest, self.total, self.pixels = 0, 0, 0, 0
 
     def add(self, batch: Tensor) -> None:
-        """Look at the next images, ``[N, 3, H, W]`` uint8."""
+        """Add the next images, ``[N, 3, H, W]`` uint8."""
         for image in batch.numpy():
             digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
             first = self.seen.setdefault(digest, self.count)
@@ -196,12 +196,12 @@ class PixelFacts:
             again, first = self.repeats[0]
             found.append(
                 f"{len(self.repeats)} of the {self.count} images in {images.name} are exact copies of others (first: "
-                f"{images.describe(again)} of {images.describe(first)}), most often because a seed was used for more "
-                "than one batch: the set is smaller than it looks, FID too high, Inception score and recall too low"
+                f"{images.describe(again)} of {images.describe(first)}), usually because a seed was used for more than "
+                "one batch: FID is too high, Inception score and recall are too low"
             )
         if self.highest <= 1:
             found.append(
-                f"no pixel in {images.name} is above {self.highest} of 255: images in [0, 1] were stored without being "
-                "multiplied by 255, and all features are those of black"
+                f"no pixel in {images.name} is above {self.highest} of 255: images in [0, 1] were not multiplied by "
+                "255, so all images are black"
             )
         return found

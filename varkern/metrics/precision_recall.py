@@ -1,4 +1,4 @@
-"""Improved precision and recall: which share of one feature set lies on the other's manifold."""
+"""Improved precision and recall: the share of one feature set that lies on the other's manifold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 2048
-# A squared distance below this share of the two squared norms is rounding of equal features.
+# A squared distance below this share of the sum of both squared norms counts as 0: it is a rounding error.
 ROUNDING = 1e-13
 
 
@@ -17,30 +17,29 @@ class PrecisionRecall(NamedTuple):
     """Shares in [0, 1]."""
 
     precision: float
-    """Of the generated images, those near a reference image."""
+    """The share of generated images that are near a reference image."""
     recall: float
-    """Of the reference images, those near a generated image."""
+    """The share of reference images that are near a generated image."""
 
 
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, block: int = BLOCK) -> PrecisionRecall:
     """Precision and recall by k-nearest-neighbour balls.
 
-    Around every feature of a set lies a ball that reaches to its k-th nearest neighbour in the set (itself not
-    counted). Precision is the share of generated features inside at least one ball of the reference, recall the share
-    of reference features inside at least one ball of the generated. Both need sets of about equal size to be compared
-    between runs.
+    The ball around a feature reaches to its k-th nearest neighbour in the same set. Precision is the share of
+    generated features inside at least one ball of the reference. Recall is the share of reference features inside at
+    least one ball of the generated set. Compare two runs only if their sets have about the same sizes.
 
-    Distances are taken in float64, ``block`` by ``block``: beside the features themselves memory stays below
-    ``3 * block * (block + D)`` float64 numbers. The published suite takes them in float16 where that does not overflow.
+    Distances are computed in float64, ``block`` by ``block``, and take less than ``3 * block * (block + D)`` float64
+    numbers of memory. The published suite computes them in float16 unless they overflow.
 
     Args:
         reference: ``[N, D]`` float.
         generated: ``[M, D]`` float, on the same device.
-        k: neighbours, >= 1; the paper and the published suite take 3.
-        block: rows of distances that exist at a time, >= 1.
+        k: number of neighbours, >= 1; the paper and the published suite use 3.
+        block: rows and columns of distances that exist at a time, >= 1.
 
     Raises:
-        ValueError: if an argument does not fit, or a set has not more than ``k`` features.
+        ValueError: if an argument has a wrong shape or range, or a set does not have more than ``k`` features.
 
     Source:
         Kynkäänniemi et al. 2019, eq. 1 and 2.
@@ -56,7 +55,8 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, block: in
         raise ValueError(f"block must be >= 1, got {block}")
     if reference.shape[1] != generated.shape[1]:
         raise ValueError(
-            f"reference and generated must have as many features, got {reference.shape[1]} and {generated.shape[1]}"
+            "reference and generated must have the same number of features, "
+            f"got {reference.shape[1]} and {generated.shape[1]}"
         )
     return PrecisionRecall(
         share_inside(reference, radii(reference, k, block), generated, block),
@@ -65,7 +65,7 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3, block: in
 
 
 def radii(features: Tensor, k: int, block: int) -> Tensor:
-    """Squared distance of every feature ``[N, D]`` to its k-th nearest other one, ``[N]`` float64."""
+    """Squared distance from every feature ``[N, D]`` to its k-th nearest neighbour, ``[N]`` float64."""
     found = []
     for start in range(0, len(features), block):
         rows = features[start : start + block]
@@ -91,12 +91,12 @@ def share_inside(centres: Tensor, squared_radii: Tensor, features: Tensor, block
 
 
 def blocks(rows: Tensor, columns: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
-    """Squared distances of ``rows`` to ``columns``, block by block: where a block starts, and ``[rows, block]``."""
+    """Yield the first column of each block and the squared distances, ``[rows, block]`` float64."""
     rows = rows.double()
     norms = rows.square().sum(1, keepdim=True)
     for first in range(0, len(columns), block):
         part = columns[first : first + block].double()
         both = norms + part.square().sum(1)
         distances = torch.addmm(both, rows, part.T, alpha=-2)
-        # Equal features must be at distance 0, or a ball of radius 0 would not hold its own centre's double.
+        # Equal features must have distance 0: a copy of a centre must lie in its ball even if the radius is 0.
         yield first, distances.where(distances > ROUNDING * both, 0)

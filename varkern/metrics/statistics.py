@@ -1,4 +1,4 @@
-"""Statistics of feature sets in one pass and bounded memory, and the files that hold them."""
+"""Statistics of features in one pass and bounded memory, and files of statistics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from varkern.runs import atomically
 
 from .frechet import Moments
 
-SPLIT = 5000  # images a split of the Inception score, as the published suite takes it
+SPLIT = 5000  # images per split of the Inception score in the published suite
 
 
 class RunningMoments:
-    """Count, mean and scatter of features seen batch by batch, float64; memory D² numbers, whatever N is.
+    """Count, mean and scatter of features, added batch by batch, in float64. Memory is D² numbers for any N.
 
-    Batches, and statistics that several processes made of their own shares, are merged by the pairwise update of Chan,
-    Golub and LeVeque (1979), which loses no digits to large means as sums of squares would.
+    Batches, and the statistics of several processes, are merged by the pairwise update of Chan, Golub and LeVeque
+    (1979). Unlike sums of squares, it loses no precision if means are large.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class RunningMoments:
         self.scatter: Tensor | None = None  # [D, D], the sum of (x - mean)(x - mean)^T
 
     def add(self, features: Tensor) -> None:
-        """Take in features ``[N, D]``, any float dtype; N may be 0. They stay on the device of the first batch.
+        """Add features ``[N, D]``, any float dtype; N may be 0. The sums are on the device of the first batch.
 
         Raises:
-            ValueError: if their shape does not fit.
+            ValueError: if the shape is wrong, or D differs from earlier batches.
         """
         if features.dim() != 2:
             raise ValueError(f"features must have shape [N, D], got {list(features.shape)}")
@@ -47,10 +47,10 @@ class RunningMoments:
             self.merge(part)
 
     def merge(self, other: RunningMoments) -> None:
-        """Take in what ``other`` has seen.
+        """Add the statistics of ``other``.
 
         Raises:
-            ValueError: if it has another number of features.
+            ValueError: if the numbers of features differ.
         """
         if other.mean is None or other.scatter is None:
             return
@@ -58,7 +58,7 @@ class RunningMoments:
             self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
             return
         if other.mean.shape != self.mean.shape:
-            raise ValueError(f"features must be {len(self.mean)} an image, as before, got {len(other.mean)}")
+            raise ValueError(f"features must be {len(self.mean)} per image as before, got {len(other.mean)}")
         difference = other.mean.to(self.mean.device) - self.mean
         total = self.count + other.count
         self.scatter += other.scatter.to(self.scatter.device)
@@ -67,10 +67,10 @@ class RunningMoments:
         self.count = total
 
     def moments(self) -> Moments:
-        """Mean and unbiased covariance of all that was seen, on the CPU.
+        """Mean and unbiased covariance of all features so far, on the CPU.
 
         Raises:
-            ValueError: if that was fewer than two.
+            ValueError: if there are fewer than two images.
         """
         if self.mean is None or self.scatter is None or self.count < 2:
             raise ValueError(f"moments need at least 2 images, got {self.count}")
@@ -78,24 +78,24 @@ class RunningMoments:
 
 
 class RunningScore:
-    """The Inception score in one pass: a split of 5,000 images needs the sums of p and of p log p alone.
+    """The Inception score in one pass, from the sums of p and of p log p per split.
 
-    The published suite takes the score of every run of 5,000 images and averages them. An image's split follows from
-    its number, so that shares made by several processes merge into the same splits.
+    The published suite computes the score of each 5,000 consecutive images (a split) and averages these scores. An
+    image's split depends only on its number, so parts made by several processes merge into the same splits.
     """
 
     def __init__(self, split: int = SPLIT):
         self.split = split
-        self.sums: dict[int, tuple[int, Tensor, Tensor]] = {}  # split: images, sum of p [classes], sum of p log p []
+        self.sums: dict[int, tuple[int, Tensor, Tensor]] = {}  # per split: images, sum of p [classes], sum of p log p
 
     def add(self, probabilities: Tensor, start: int) -> None:
-        """Take in class probabilities ``[N, classes]`` of the images ``start``, ``start + 1``, ..."""
+        """Add the class probabilities ``[N, classes]`` of the images ``start``, ``start + 1``, ..."""
         for first in range(start - start % self.split, start + len(probabilities), self.split):
             part = probabilities[max(first - start, 0) : first + self.split - start].double()
             self._add(first // self.split, (len(part), part.sum(0), torch.special.xlogy(part, part).sum()))
 
     def merge(self, other: RunningScore) -> None:
-        """Take in what ``other``, of the same ``split``, has seen of other images."""
+        """Add the sums of ``other``, which has other images and the same ``split``."""
         for number, sums in other.sums.items():
             self._add(number, sums)
 
@@ -108,7 +108,7 @@ class RunningScore:
         """The mean over the splits of ``exp(mean KL(p(y|x) || p(y)))``.
 
         Raises:
-            ValueError: if no image was seen.
+            ValueError: if there are no images.
         """
         if not self.sums:
             raise ValueError("the Inception score needs at least 1 image, got 0")
@@ -121,7 +121,7 @@ class RunningScore:
 
 
 class StoredStatistics(NamedTuple):
-    """What a statistics file holds; ``count`` and ``features`` are None in files of other programs."""
+    """The contents of a statistics file; ``count`` and ``features`` are None in files of other programs."""
 
     moments: Moments
     spatial: Moments | None
@@ -130,8 +130,8 @@ class StoredStatistics(NamedTuple):
 
 
 def save_statistics(path: str | os.PathLike, stored: StoredStatistics) -> None:
-    """Write statistics in the published suite's form: ``mu``, ``sigma`` and, of spatial features, ``mu_s``,
-    ``sigma_s``; beside them ``count`` and ``features`` (the extractor's name)."""
+    """Write statistics in the format of the published suite: ``mu``, ``sigma`` and, for spatial features, ``mu_s``,
+    ``sigma_s``. The number of images and the extractor's name are added as ``count`` and ``features``."""
     arrays = {"mu": stored.moments.mean.numpy(), "sigma": stored.moments.covariance.numpy()}
     if stored.spatial is not None:
         arrays |= {"mu_s": stored.spatial.mean.numpy(), "sigma_s": stored.spatial.covariance.numpy()}
@@ -144,28 +144,28 @@ def save_statistics(path: str | os.PathLike, stored: StoredStatistics) -> None:
 
 
 def load_statistics(path: str | os.PathLike) -> StoredStatistics:
-    """Read a statistics file: ours, or the reference ``.npz`` of the published suite. Nothing is unpickled.
+    """Read a statistics file of :func:`save_statistics` or the published suite. Nothing is unpickled.
 
     Raises:
-        ValueError: if it is none, or holds no finite mean and covariance that fit one another.
+        ValueError: if the file has another format, or its means and covariances are not finite or do not fit.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             if "mu" not in file or "sigma" not in file:
-                raise ValueError(f"{path} holds no statistics: mu and sigma are wanted, it has {', '.join(file.files)}")
+                raise ValueError(f"{path} must have the statistics mu and sigma, got {', '.join(file.files)}")
             moments = _moments(path, file, "mu", "sigma")
             spatial = _moments(path, file, "mu_s", "sigma_s") if "mu_s" in file and "sigma_s" in file else None
             count = int(file["count"]) if "count" in file else None
             features = str(file["features"]) if "features" in file else None
     except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no .npz file: {error}") from error
+        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
     return StoredStatistics(moments, spatial, count, features)
 
 
 def _moments(path: str | os.PathLike, file: np.lib.npyio.NpzFile, mu: str, sigma: str) -> Moments:
     try:
         mean, covariance = file[mu], file[sigma]
-    except ValueError as error:  # numpy's refusal to unpickle
+    except ValueError as error:  # numpy refuses to unpickle
         raise ValueError(f"{path}: {mu} and {sigma} must be plain numbers: {error}") from error
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
         raise ValueError(
