@@ -148,7 +148,7 @@ class TestReport:
 
     def test_a_scorer_made_elsewhere(self, command, weights, tmp_path, capsys):
         assert command("report", scorer=weights / "scorer.safetensors", out=tmp_path / "report") == 0
-        assert "60 pairs, all pairs of other maps" in capsys.readouterr().out
+        assert "60 pairs, of other maps" in capsys.readouterr().out
 
 
 class TestRefused:

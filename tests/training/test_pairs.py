@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from varkern.training.pairs import fingerprint, held_out, make_pairs, random_order, random_words
+from varkern.training.pairs import fingerprint, make_pairs, random_order, random_words, select_held_out
 
 from .small import SIDES, random_tokens, small_datasets, write_maps
 
@@ -37,7 +37,7 @@ class TestSplit:
     @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.5, 0.99])
     def test_every_class_gives_its_share_rounded_up_but_never_all(self, share):
         labels = np.repeat([4, 0, 2, 7], [1, 2, 10, 33])
-        mask = held_out(labels, share, 0, 0)
+        mask = select_held_out(labels, share, 0, 0)
         for label, count in Counter(labels.tolist()).items():
             assert mask[labels == label].sum() == min(math.ceil(share * count), count - 1)
 
@@ -47,7 +47,7 @@ class TestSplit:
 
     def test_every_image_is_held_out_equally_often(self):
         labels = np.zeros(20, np.int64)
-        times = sum(held_out(labels, 0.25, seed, 0).astype(int) for seed in range(400))
+        times = sum(select_held_out(labels, 0.25, seed, 0).astype(int) for seed in range(400))
         # Binomial(400, 1/4): 7 standard deviations are 60; over 20 images a false alarm has probability below 1e-8.
         assert abs(times - 100).max() < 60
 

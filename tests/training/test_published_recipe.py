@@ -15,7 +15,7 @@ from varkern import Scorer
 from varkern.data import TokenMaps
 from varkern.training import scorer as training_scorer
 from varkern.training.pairs import ProductPart, make_pairs
-from varkern.training.permutation import permuted
+from varkern.training.permutation import permute
 from varkern.training.recipe import RECIPES, ScorerTraining
 from varkern.training.report import judge
 from varkern.training.scorer import read_facts
@@ -27,26 +27,26 @@ from .small import write_maps as write
 class TestPermutation:
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 16, 17, 100, 1000, 4096, 4097])
     def test_every_number_once(self, count):
-        found = permuted(7, count, np.arange(count), 0, 20)
+        found = permute(7, count, np.arange(count), 0, 20)
         assert found.dtype == np.int64 and sorted(found) == list(range(count))
 
     @pytest.mark.parametrize("count", [10**9 + 7, 2**40, 2**40 + 1, 2**61 - 1])
     def test_large_counts_place_by_place(self, count):
         places = np.random.default_rng(0).integers(0, count, 2000)
         places = np.unique(np.append(places, [0, count - 1]))
-        found = permuted(-3, count, places, 1, 20)
+        found = permute(-3, count, places, 1, 20)
         assert len(np.unique(found)) == len(places) and 0 <= found.min() and found.max() < count
-        assert np.array_equal(found[::-1], permuted(-3, count, places[::-1], 1, 20))
+        assert np.array_equal(found[::-1], permute(-3, count, places[::-1], 1, 20))
         # A half of the numbers is below the middle: binomial, and 300 of 2000 are 13 standard deviations.
         assert abs((found < count // 2).sum() - len(found) / 2) < 300
 
     def test_seed_epoch_and_stream_each_matter(self):
         places = np.arange(1000)
-        found = [permuted(*key, places, *rest) for key, rest in (((0, 1000), (0, 20)), ((1, 1000), (0, 20)))]
+        found = [permute(*key, places, *rest) for key, rest in (((0, 1000), (0, 20)), ((1, 1000), (0, 20)))]
         found += [
-            permuted(0, 1000, places, 1, 20),
-            permuted(0, 1000, places, 0, 21),
-            permuted(2**40, 1000, places, 0, 20),
+            permute(0, 1000, places, 1, 20),
+            permute(0, 1000, places, 0, 21),
+            permute(2**40, 1000, places, 0, 20),
         ]
         for first, second in itertools.combinations(found, 2):
             assert (first == second).sum() < 20  # one in a thousand by chance: Poisson of mean 1
@@ -54,7 +54,7 @@ class TestPermutation:
     @pytest.mark.parametrize("count", [2**18, 1_000_003])
     def test_neighbours_part(self, count):
         """Where two neighbours go, in 16 x 16 boxes: chi-square of 255 degrees, below 400 but for a chance of 1e-7."""
-        found = permuted(11, count, np.arange(200_000), 0, 20) * 16 // count
+        found = permute(11, count, np.arange(200_000), 0, 20) * 16 // count
         boxes = np.bincount(found[:-1:2] * 16 + found[1::2], minlength=256)
         assert ((boxes - 100_000 / 256) ** 2 / (100_000 / 256)).sum() < 400
 
@@ -129,7 +129,7 @@ class TestPairs:
         assert all(torch.equal(a.real, b.real) for a, b in zip(batches, again, strict=True))
         shared = [list(held.fixed_batches(3, rank, 2)) for rank in range(2)]
         assert sum(map(len, shared)) == len(batches) and torch.equal(shared[1][0].real, batches[1].real)
-        seen = set(held.chosen(np.arange(len(held)))[0].tolist())
+        seen = set(held.find_pairs(np.arange(len(held)))[0].tolist())
         trained = {place for place, _ in drawn(pairs.training, 0)}
         assert not seen & trained and seen and trained
         assert pairs.left_out == make_pairs(*uneven, 0.4, 3).left_out
@@ -169,7 +169,7 @@ class TestRecipes:
             ({"pair_share": 1.5}, r"pair_share must be in \(0, 1\] or None, got 1.5"),
             ({"validation_pairs": -0.1}, r"validation_pairs must be in \(0, 1\] or None, got -0.1"),
             ({"best_by": "luck"}, "best_by must be one of None, accuracy, loss, got 'luck'"),
-            ({"best_by": "loss", "validation": 0}, "best_by='loss' needs images that are held out, got validation=0"),
+            ({"best_by": "loss", "validation": 0}, "best_by='loss' needs held-out images, got validation=0"),
         ],
     )
     def test_wrong_settings(self, changes, message):

@@ -110,21 +110,21 @@ class TestWhichPairs:
         return {"settings": {**prints, "validation": 0.2, "seed": 5, **changes}}
 
     def test_held_out_of_its_training(self, datasets):
-        part, which = scores.chosen_part(*datasets, self.facts(datasets))
+        part, which = scores.select_part(*datasets, self.facts(datasets))
         wanted = make_pairs(*datasets, TRAINING.validation, TRAINING.seed).validation
         assert np.array_equal(part.real, wanted.real) and which == "held out of the scorer's training"
 
     @pytest.mark.parametrize("changes", [{"real": "other"}, {"generated": "other"}])
     def test_other_maps(self, changes, datasets):
-        part, which = scores.chosen_part(*datasets, self.facts(datasets, **changes))
-        assert len(part) == 50 and which.startswith("all pairs of other maps")
+        part, which = scores.select_part(*datasets, self.facts(datasets, **changes))
+        assert len(part) == 50 and which.startswith("of other maps")
 
     def test_nothing_was_held_out(self, datasets):
-        part, which = scores.chosen_part(*datasets, self.facts(datasets, validation=0.0))
-        assert len(part) == 50 and which == "trained on: none was held out"
+        part, which = scores.select_part(*datasets, self.facts(datasets, validation=0.0))
+        assert len(part) == 50 and which == "used for the scorer's training: none was held out"
 
     def test_nothing_is_known(self, datasets):
-        assert len(scores.chosen_part(*datasets, {})[0]) == 50
+        assert len(scores.select_part(*datasets, {})[0]) == 50
 
 
 class TestReport:

@@ -1,1 +1,1 @@
-"""Training loops."""
+"""Training of scorers and of the demo's models, and the report of a scorer."""

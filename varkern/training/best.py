@@ -1,4 +1,4 @@
-"""The weights that validated best so far, kept beside those that are being trained."""
+"""The weights with the best validation so far, kept while training continues."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ LARGER_IS_BETTER = {"accuracy": True, "loss": False}
 
 
 class BestWeights:
-    """A copy of a model's state at its best validation. All of it is tensors, which a checkpoint carries.
+    """A copy of a model's state at its best validation. It consists of tensors, which a checkpoint can hold.
 
     Args:
-        model: what is trained.
-        by: ``"accuracy"`` or ``"loss"``, the mean over the scales.
-        num_scales: scales that are validated.
+        model: the model that is trained.
+        by: ``"accuracy"`` or ``"loss"``: the validation figure to compare, averaged over the scales.
+        num_scales: number of scales that are validated.
     """
 
     def __init__(self, model: nn.Module, by: str, num_scales: int):
@@ -26,15 +26,15 @@ class BestWeights:
         self.step = torch.zeros((), dtype=torch.int64)
         self.figures = {name: torch.full((num_scales,), math.nan, dtype=torch.float64) for name in LARGER_IS_BETTER}
 
-    def carried(self) -> dict[str, Tensor]:
-        """Its tensors, by name."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of this object, by name."""
         state = {f"best.{name}": tensor for name, tensor in self.state.items()}
         return state | {f"best_{name}": tensor for name, tensor in self.figures.items()} | {"best_step": self.step}
 
     def offer(self, model: nn.Module, step: int, validation: Mapping[str, Sequence[float]]) -> None:
-        """Keep the model's state if its validation after ``step`` steps is better than any before; a tie is not."""
-        former, now = float(self.figures[self.by].mean()), torch.tensor(validation[self.by], dtype=torch.float64)
-        if self.step and not self.sign * float(now.mean()) > self.sign * former:
+        """Keep the model's state if its validation after ``step`` steps is better than every earlier one, not equal."""
+        before, now = float(self.figures[self.by].mean()), torch.tensor(validation[self.by], dtype=torch.float64)
+        if self.step and not self.sign * float(now.mean()) > self.sign * before:
             return
         self.step.fill_(step)
         for name, tensor in self.figures.items():
@@ -43,7 +43,7 @@ class BestWeights:
             self.state[name].copy_(tensor)
 
     def restore(self, model: nn.Module) -> dict[str, object]:
-        """Put the best state into ``model``; returns its step and validation as a training's figures have them."""
+        """Load the best state into ``model``; returns its step and its validation, by scale."""
         model.load_state_dict(self.state)
         validation = {name: tensor.tolist() for name, tensor in self.figures.items()}
         return {"best_step": int(self.step), "validation": validation}

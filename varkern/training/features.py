@@ -1,4 +1,4 @@
-"""What a scorer is trained on, made on the fly from token ids: the fused features of every scale of an image."""
+"""The features on which a scorer is trained, computed from the token ids of each batch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ FEATURES = ("fused", "own")
 
 
 class FeatureMaker:
-    """From the tokens of all scales to what the scorer sees of each: e_k of LSRS (section 3.3), or r_k alone.
+    """Computes the scorer's input at each scale from the tokens of all scales.
 
-    ``"fused"`` is ``e_k = F(r_0 .. r_k)``, the sum of all scales up to k; VAR's. ``"own"`` is the map's own codes
-    resized to the latent, no sum and no phi: what the paper gives the scorer for FlexVAR (appendix A), where a scale's
-    codes are the whole image at a lower resolution. Both are what a search shows the scorer.
+    ``"fused"`` features are ``e_k = F(r_0 .. r_k)``, the sum of all scales up to k, as for VAR (LSRS, section 3.3).
+    ``"own"`` features are the codes of scale k resized to the latent size, without sum or phi. The paper uses them for
+    FlexVAR (appendix A), where every scale's codes are the whole image at a lower resolution. A search computes the
+    same features.
 
     Args:
         codebook: ``[V, C]``.
-        phis: for every scale ``(weight, bias, blend)``, or None for no phi.
-        patch_nums: the side of each scale; features have the side of the last.
+        phis: ``(weight, bias, blend)`` per scale, or None for no phi.
+        patch_nums: the side of each scale; features have the side of the last scale.
         features: ``"fused"`` or ``"own"``.
     """
 
@@ -38,25 +39,25 @@ class FeatureMaker:
 
     @classmethod
     def of_quantizer(cls, quantizer: VectorQuantizer) -> FeatureMaker:
-        """``"fused"`` features of a VQ-VAE's quantizer, on its device."""
+        """Make ``"fused"`` features with a VQ-VAE's quantizer, on its device."""
         phis = [as_phi(quantizer.phi(scale)) for scale in range(len(quantizer.v_patch_nums))]
         return cls(quantizer.embedding.weight.detach(), phis, quantizer.v_patch_nums, "fused")
 
     @classmethod
     def of_codebook(cls, codebook: Tensor, patch_nums: Sequence[int]) -> FeatureMaker:
-        """``"own"`` features from a codebook ``[V, C]`` alone, its codes brought to length 1 as FlexVAR uses them."""
+        """Make ``"own"`` features with a codebook ``[V, C]``, whose codes are scaled to length 1 as in FlexVAR."""
         codebook = F.normalize(codebook.detach().float(), dim=-1)
         return cls(codebook, [None] * len(patch_nums), patch_nums, "own")
 
     def to(self, device: torch.device) -> FeatureMaker:
-        """The same on ``device``."""
+        """Return a copy on ``device``."""
         phis = [
             phi and (phi[0].to(device), phi[1] if phi[1] is None else phi[1].to(device), phi[2]) for phi in self.phis
         ]
         return FeatureMaker(self.codebook.to(device), phis, self.patch_nums, self.features)
 
     def fingerprint(self) -> str:
-        """A hash of all that the features depend on."""
+        """Hash everything that the features depend on."""
         digest = hashlib.sha256(repr((self.features, self.patch_nums)).encode())
         tensors = [self.codebook, *(tensor for phi in self.phis if phi for tensor in phi[:2] if tensor is not None)]
         for tensor in tensors:
@@ -65,7 +66,7 @@ class FeatureMaker:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, first_scale: int = 0) -> Tensor:
-        """Tokens of all scales ``[n, L]`` int64 to features ``[n, K - first_scale, C, H, W]`` float32."""
+        """Compute features ``[n, K - first_scale, C, H, W]`` float32 from tokens ``[n, L]`` int64 of all scales."""
         size, channels = self.patch_nums[-1], self.codebook.shape[1]
         scales = len(self.patch_nums)
         features = torch.empty(len(tokens), scales - first_scale, channels, size, size, device=tokens.device)
@@ -89,7 +90,7 @@ class FeatureMaker:
 
 
 def as_phi(layer: nn.Module) -> Phi | None:
-    """A phi layer of the quantizer as ``fuse_tokens`` takes it."""
+    """Convert a phi layer of the quantizer to the form that ``fuse_tokens`` takes."""
     if isinstance(layer, nn.Identity):
         return None
     return layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), layer.resi_ratio

@@ -1,4 +1,4 @@
-"""What a training leaves to read: a CSV, TensorBoard's files where it is installed, and where the time went."""
+"""The log of a training: a CSV file, TensorBoard files if TensorBoard is installed, and shares of time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 
 from varkern.runs import atomically
 
-SAMPLED_EVERY = 16  # on a GPU measuring a step waits for it, so few are measured
+SAMPLED_EVERY = 16  # on a GPU, measuring a step waits for the device, so only a few steps are measured
 
 
 class Log:
-    """One row every so many steps: ``path`` as CSV, and scalars for TensorBoard beside it.
+    """Writes rows to a CSV file, and the same values as scalars for TensorBoard.
 
     Args:
-        path: the CSV; TensorBoard's folder has its name with ``.tensorboard`` for the suffix.
-        columns: of the CSV; the first is ``step``.
-        start: rows of later steps, which a killed run did beyond its last checkpoint, are dropped.
+        path: the CSV file; TensorBoard's folder has the same name with the suffix ``.tensorboard``.
+        columns: columns of the CSV; the first is ``step``.
+        start: the step at which the run starts. Rows of later steps, which a killed run wrote after its last
+            checkpoint, are removed.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], start: int):
@@ -33,7 +34,7 @@ class Log:
         self.board = open_tensorboard(path.with_suffix(".tensorboard"), start)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add a row; columns that it lacks stay empty."""
+        """Add a row; missing columns stay empty."""
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(
                 {name: value if isinstance(value, int) else f"{value:.8g}" for name, value in row.items()}
@@ -49,7 +50,7 @@ class Log:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The whole rows of a CSV that :class:`Log` wrote; a row that a kill cut short is left out."""
+    """Read the complete rows of a CSV that :class:`Log` wrote; a killed run may leave an incomplete one."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -62,7 +63,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def open_tensorboard(folder: Path, start: int):
-    """TensorBoard's writer, or None where it is not installed."""
+    """Return TensorBoard's writer, or None if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -71,7 +72,7 @@ def open_tensorboard(folder: Path, start: int):
 
 
 class Stopwatch:
-    """How the time of a step is shared out among its phases: all steps on a CPU, one in sixteen on a GPU."""
+    """Measures the share of each phase in the time of a step: all steps on a CPU, one of sixteen on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self.last = device, {}, None
@@ -83,14 +84,14 @@ class Stopwatch:
         self.last = self._now()
 
     def lap(self, phase: str) -> None:
-        """The time since ``start`` or the last lap went to ``phase``."""
+        """Add the time since ``start`` or the last lap to ``phase``."""
         if self.last is not None:
             now = self._now()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
             self.last = now
 
     def shares(self) -> dict[str, float]:
-        """The share of each phase, summing to 1; empty if nothing was measured."""
+        """The share of each phase; they sum to 1. Empty if nothing was measured."""
         total = sum(self.seconds.values())
         return {phase: seconds / total for phase, seconds in self.seconds.items()} if total else {}
 

@@ -1,4 +1,4 @@
-"""One training loop: AdamW, linear warm-up and cosine decay, progress, and checkpoints that survive a kill."""
+"""A training loop: AdamW, linear warm-up and cosine decay, a progress bar, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at ``step``: linear from 0 over ``warmup`` steps, then a cosine down to 0."""
+    """Learning rate at ``step`` divided by its peak: linear over ``warmup`` steps, then a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
@@ -27,15 +27,15 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 @dataclass
 class Checkpoint:
-    """A run's state in between: model, optimizer, what else it changes in place, and how many steps are done.
+    """The state of an unfinished run: model, optimizer, further tensors, and the number of finished steps.
 
-    The schedule and the random numbers are functions of the step, so they need no place in it.
+    The schedule and the random numbers depend only on the step, so the checkpoint does not hold them.
 
     Args:
         path: the file.
-        model, optimizer: saved from and loaded into.
+        model, optimizer: saved and loaded.
         carried: further tensors that the run changes in place.
-        settings: of the run, JSON values; a checkpoint of other settings is refused.
+        settings: settings of the run, JSON values; a checkpoint with other settings is refused.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Checkpoint:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> int:
-        """Take up the file's state; returns the steps done, 0 if there is no file.
+        """Load the file; returns the number of finished steps, 0 if there is no file.
 
         Raises:
             ValueError: if the file cannot be read, or was made with other settings.
@@ -91,29 +91,30 @@ def fit(
     finish: Callable[[], None] | None = None,
     main: bool = True,
 ) -> None:
-    """Train ``model`` in place for ``steps`` steps, going on from ``checkpoint`` if there is one.
+    """Train ``model`` in place for ``steps`` steps, continuing from ``checkpoint`` if it exists.
 
-    PyTorch's default generator is seeded anew from ``seed`` and the step before each step, so that a run that was
-    killed and taken up again draws the same batches as an unbroken one.
+    Before each step PyTorch's default generator is seeded with ``seed`` and the step. A resumed run therefore draws the
+    same batches as an uninterrupted one.
 
     Args:
-        name: what the progress bar says.
-        model: trained in place; those of its parameters that ask for gradients.
+        name: description of the progress bar.
+        model: the model, trained in place; only parameters that require gradients are changed.
         batch_loss: step number -> scalar loss; draws its batch from PyTorch's default generator.
-        steps, learning_rate, warmup, weight_decay, betas, eps: the usual; with no weight decay AdamW is Adam.
-        max_norm: the gradient is clipped to it; None: not clipped.
-        seed: of the whole run.
-        checkpoint: file for the state in between, written about once a minute and removed at the end.
+        steps, learning_rate, warmup, weight_decay, betas, eps: number of steps, and settings of AdamW and its schedule.
+            Without weight decay AdamW is Adam.
+        max_norm: largest norm of the gradient, to which it is clipped; None means no clipping.
+        seed: seed of the run.
+        checkpoint: file for the state of the run, written about once a minute and removed at the end.
         after_step: called with the step number after each update.
         carried: further tensors that the run changes in place and that a checkpoint must hold.
-        settings: JSON values that a checkpoint must agree with.
-        begin: called once with the first step's number, after the checkpoint was read.
-        finish: called at the end, before the checkpoint is removed: saves what was trained.
-        main: False for all but the first of several processes that train together: no progress, no files.
+        settings: settings of the run, JSON values; a checkpoint with other settings is refused.
+        begin: called once with the number of the first step, after the checkpoint is loaded.
+        finish: called at the end, before the checkpoint is removed, to save the model.
+        main: False for all processes except the first, which shows progress and writes files.
 
     Raises:
         ValueError: if the checkpoint cannot be read or was made with other settings.
-        OSError: if a checkpoint cannot be written; the former one stays.
+        OSError: if a checkpoint cannot be written; the previous one is kept.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)

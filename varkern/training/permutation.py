@@ -1,4 +1,4 @@
-"""Random permutations that are computed place by place, so that drawing from 10^9 pairs needs no list of them."""
+"""Random permutations that are computed per place, without a list of all places, of which there may be 10^9."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ ROUNDS = 8
 _WORD = 0xFFFFFFFF
 
 
-def permuted(seed: int, count: int, places: np.ndarray, epoch: int, stream: int) -> np.ndarray:
-    """Where a random permutation of ``0..count-1`` sends ``places``.
+def permute(seed: int, count: int, places: np.ndarray, epoch: int, stream: int) -> np.ndarray:
+    """Apply a random permutation of ``0..count-1`` to ``places``.
 
-    The numbers are written as rows and columns of a nearly square table, and a Feistel network mixes these, with Philox
-    as its round function. The few that leave ``0..count-1`` go through it again until they are back (cycle walking).
+    A number is a row and a column of a nearly square table. A Feistel network with Philox as its round function mixes
+    rows and columns. The few results outside ``0..count-1`` are mixed again until they are inside (cycle walking).
 
     Args:
-        seed: keys the permutation, 64 bits.
-        count: below 2^60.
+        seed: key of the permutation, 64 bits.
+        count: size of the permutation, below 2^60.
         places: int64 in ``0..count-1``, any shape.
-        epoch, stream: further numbers, below 2^32, of which each pair gives another permutation.
+        epoch, stream: numbers below 2^32; every pair of them gives another permutation.
 
     Returns:
-        int64 in ``0..count-1``, the shape of ``places``; different places give different numbers.
+        int64 in ``0..count-1``, in the shape of ``places``; different places give different numbers.
     """
     found = torch.from_numpy(np.array(places, dtype=np.int64))
     pending = torch.ones(found.shape, dtype=torch.bool)
@@ -39,7 +39,7 @@ def permuted(seed: int, count: int, places: np.ndarray, epoch: int, stream: int)
 
 
 def mix(seed: int, count: int, numbers: Tensor, epoch: int, stream: int) -> Tensor:
-    """A permutation of the numbers of the smallest nearly square table that holds ``0..count-1``."""
+    """Permute the numbers of the smallest nearly square table that holds ``0..count-1``."""
     rows = math.isqrt(count - 1) + 1
     columns = -(-count // rows)
     row, column = numbers // columns, numbers % columns

@@ -1,4 +1,4 @@
-"""How a scorer is trained: the two losses of LSRS (section 3.3) and the settings of its appendix A."""
+"""Settings of a scorer's training: the two losses of LSRS (section 3.3), and the recipe of its appendix A."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .features import FEATURES
 
 
 def pairwise_loss(real: Tensor, generated: Tensor) -> Tensor:
-    """Eq. 4 for every pair: ``-log sigmoid(real - generated)``, the shape of the scores, which come in pairs."""
+    """Eq. 4 per pair: ``-log sigmoid(real - generated)``, in the shape of the scores."""
     return F.softplus(generated - real)
 
 
 def pointwise_loss(real: Tensor, generated: Tensor) -> Tensor:
-    """Eq. 5 for every pair: the mean of ``-log sigmoid(real)`` and ``-log(1 - sigmoid(generated))``.
+    """Eq. 5 per pair: the mean of ``-log sigmoid(real)`` and ``-log(1 - sigmoid(generated))``.
 
-    A mean, so that scores which tell nothing cost log 2 under either loss.
+    With the mean instead of the sum, scores of 0 have the loss log 2, as under the pairwise loss.
     """
     return (F.softplus(-real) + F.softplus(generated)) / 2
 
@@ -32,28 +32,28 @@ LOSSES = {"pairwise": pairwise_loss, "pointwise": pointwise_loss}
 
 @dataclass(frozen=True)
 class ScorerTraining:
-    """How a scorer is trained; the defaults are the paper's (appendix A) where it says.
+    """Settings of a scorer's training. The defaults are those of the paper (appendix A) where it gives them.
 
     Args:
         loss: ``"pairwise"`` (eq. 4) or ``"pointwise"`` (eq. 5).
-        first_scale: the first scale that is trained on, from 0 (the paper's Table 10 compares 0 and 1).
-        features: ``"fused"``: the sum of all scales; ``"own"``: a scale's own features, for FlexVAR.
-        epochs: in epochs of the training part of the real images; need not be whole.
-        warmup_epochs: of them, with a linearly rising learning rate; a cosine to 0 over the rest.
-        batch_size: pairs a step, over all ranks together; every pair brings all its scales.
-        learning_rate, weight_decay, betas, eps: of AdamW, which is Adam where nothing decays. Eq. 4 has directions
-            without a gradient, such as a constant in a hidden unit that real and generated maps share; there Adam
-            divides rounding by itself, and two runs whose sums round differently drift apart without scoring
-            differently. A larger ``eps`` stills that.
-        max_norm: the gradient is clipped to it; None: not clipped.
+        first_scale: the first scale to train on, from 0 (the paper's Table 10 compares 0 and 1).
+        features: ``"fused"`` for the sum of all scales, ``"own"`` for a scale's own features (FlexVAR).
+        epochs: number of epochs; it need not be an integer.
+        warmup_epochs: epochs of linear warm-up, included in ``epochs``; a cosine to 0 follows.
+        batch_size: pairs per step over all ranks; every pair is used at all its scales.
+        learning_rate, weight_decay, betas, eps: settings of AdamW; without weight decay it is Adam. Some directions
+            have no gradient under eq. 4, such as a constant in a hidden unit that real and generated maps share. There
+            Adam normalizes rounding errors, so two runs that round differently get different weights but the same
+            scores. A larger ``eps`` prevents this.
+        max_norm: largest norm of the gradient, to which it is clipped; None means no clipping.
         validation: share of each class's images, real and generated, that is held out.
-        seed: of weights, order, partners and of what is held out.
-        pair_share: None: an epoch is every real image once, each with a partner of its class drawn anew. A number: an
-            epoch is this share of all pairs of a real and a generated image of one class, the same pairs every time.
-        validation_pairs: likewise of the pairs that are held out, which never change; None: every real image once.
-        best_by: None: the scorer is what the last step leaves. ``"accuracy"`` or ``"loss"``: it is what validated best
-            at the end of an epoch, by the mean over all scales.
-        precision: ``"float32"``, ``"bfloat16"`` (by autocast), or ``"auto"``: bfloat16 on a GPU.
+        seed: seed of the weights, the order, the partners and the held-out images.
+        pair_share: None means that an epoch shows every real image once, with a new random partner of its class.
+            A number means that an epoch shows this share of all pairs of one class, the same pairs in every epoch.
+        validation_pairs: share of all held-out pairs that is used for validation; None means every real image once.
+        best_by: None keeps the weights of the last step. ``"accuracy"`` or ``"loss"`` keeps the weights with the best
+            validation at the end of an epoch, averaged over all scales.
+        precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``, which is bfloat16 on a GPU.
     """
 
     loss: str = "pairwise"
@@ -102,16 +102,16 @@ class ScorerTraining:
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} must be in (0, 1] or None, got {share!r}")
         if self.best_by is not None and not self.validation:
-            raise ValueError(f"best_by={self.best_by!r} needs images that are held out, got validation=0")
+            raise ValueError(f"best_by={self.best_by!r} needs held-out images, got validation=0")
 
     def precision_on(self, device: torch.device) -> str:
-        """The precision with ``"auto"`` decided."""
+        """The precision on ``device``; never ``"auto"``."""
         if self.precision != "auto":
             return self.precision
         return "bfloat16" if device.type == "cuda" else "float32"
 
     def steps(self, examples: int) -> tuple[int, int]:
-        """Steps in all, and of them those of the warm-up, for an epoch of ``examples`` pairs; rounded up."""
+        """Number of all steps and of warm-up steps, rounded up, for an epoch of ``examples`` pairs."""
         return tuple(math.ceil(epochs * examples / self.batch_size) for epochs in (self.epochs, self.warmup_epochs))
 
 
@@ -121,7 +121,7 @@ RECIPES = {
         validation=0.1, pair_share=0.01, validation_pairs=0.1, best_by="accuracy", precision="float32"
     ),
 }
-"""Settings by name: the paper's text (appendix A), and what the code published with it does (dt-3t/LSRS).
+"""Settings by name: the paper's text (appendix A), and the code published with it (dt-3t/LSRS).
 
 | point | the paper's text | the published code | ``"published"`` here |
 | --- | --- | --- | --- |
@@ -130,20 +130,20 @@ RECIPES = {
 | steps, for ImageNet and 1,000 samples per class | 4 epochs | about 324,000 | as the code |
 | held out | not said | a tenth of each class's images, rounded down | a tenth, rounded up |
 | validated on | not said | a random tenth of the pairs of held-out images | as the code |
-| the scorer kept | not said | best accuracy, best loss and every epoch, each a file | best accuracy |
-| accuracy | not said | mean over batches; an equal pair is a loss | mean over pairs; an equal pair is half a win |
-| warm-up | linear, one epoch | the same, the first step at rate 0 | the first step at the rate of the code's second |
-| decay | cosine over the other epochs | to 0 | as the code |
-| batches | 128 pairs | the last one of an epoch is smaller | epochs follow without a gap |
-| last bias | not said | trained, though eq. 4 gives it no gradient | stays 0 |
+| the scorer kept | not said | best accuracy, best loss and every epoch, one file each | best accuracy |
+| accuracy | not said | mean over batches; a tie counts 0 | mean over pairs; a tie counts 1/2 |
+| warm-up | linear, one epoch | the same; the first step has rate 0 | the first step has the rate of the code's second |
+| decay | cosine over the other epochs | the same, to 0 | as the code |
+| batches | 128 pairs | the last batch of an epoch is smaller | all batches are full |
+| last bias | not said | trained, although eq. 4 gives it no gradient | stays 0 |
 | precision | not said | float32 | float32 |
 | seed | not said | 42, by PyTorch's generators | ``seed``, by Philox |
 
-``"paper"`` differs from it where the paper says nothing: an epoch shows every real image once with a partner drawn
-anew, 2% of the images are held out, the last weights are kept, and a GPU trains under bfloat16 autocast.
+``"paper"`` differs from ``"published"`` where the paper says nothing: an epoch shows every real image once with a new
+partner, 2% of the images are held out, the last weights are kept, and a GPU trains under bfloat16 autocast.
 """
 
 
 def wins(real: Tensor, generated: Tensor) -> Tensor:
-    """1 where the real map scores higher, 1/2 where both are equal: early scales have few maps, so pairs often are."""
+    """1 where the real map scores higher, 1/2 for a tie. Ties are frequent at early scales, which have few maps."""
     return (real > generated).float() + 0.5 * (real == generated)

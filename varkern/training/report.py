@@ -1,14 +1,15 @@
-"""What a scorer is worth, by scale: loss and accuracy on pairs, and how far real and generated scores lie apart.
+"""The report of a scorer: loss and accuracy on pairs by scale, and the distance between real and generated scores.
 
-The figures are those of LSRS, Table 10 and Figs. 5 and 7. The paper names a mean difference and a KL divergence of the
-scores without saying how they are estimated. Here:
+The figures are those of LSRS, Table 10 and Figs. 5 and 7. The paper gives a mean difference and a KL divergence of the
+scores but not how it estimates them. Here:
 
-- mean difference: mean score of the real maps minus mean score of the generated ones;
-- KL divergence: of two histograms over the same 50 bins of equal width, from the lowest score of both to the highest,
-  half a count added to every bin, in nats; both ways round, since the paper does not say which way it means.
+- the mean difference is the mean score of the real maps minus the mean score of the generated maps;
+- the KL divergence, in nats, compares two histograms over the same 50 bins of equal width, from the lowest to the
+  highest score of both, with half a count added to every bin. Both directions are given, because the paper does not
+  say which one it uses.
 
-Both are taken over the maps of all classes, as in the paper. Under the pairwise loss the scores of every class have a
-constant of their own, which spreads both histograms and hides from the KL divergence what the accuracy of pairs shows.
+Both cover the maps of all classes, as in the paper. Under the pairwise loss the scores of each class have an arbitrary
+offset. The offsets widen both histograms, so the KL divergence can be small although the accuracy on pairs is high.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from varkern.training.recipe import LOSSES, wins
 from varkern.training.scorer import check_fit
 
 BINS = 50
-REAL_COLOUR, GENERATED_COLOUR = "#d55e00", "#0072b2"  # colour-blind people tell them apart
+REAL_COLOUR, GENERATED_COLOUR = "#d55e00", "#0072b2"  # colour-blind people can distinguish them
 
 
 class PairScores(NamedTuple):
-    """Scores of pairs of a real and a generated image of one class, ``[N, scales]`` float32 each."""
+    """Scores of pairs of one class, ``[N, scales]`` float32 each."""
 
     real: Tensor
     generated: Tensor
@@ -46,7 +47,7 @@ class PairScores(NamedTuple):
 def score_pairs(
     scorer: Scorer, maker: FeatureMaker, part: Part, first_scale: int = 0, batch_size: int = 128
 ) -> PairScores:
-    """Score every real image of ``part`` and the partner that it always has, at all scales from ``first_scale`` on."""
+    """Score every real image of ``part`` and its fixed partner, at all scales from ``first_scale`` on."""
     device = next(scorer.parameters()).device
     scales = torch.arange(first_scale, len(maker.patch_nums), device=device)
     scores: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -61,14 +62,14 @@ def score_pairs(
 
 
 def kl_divergence(first: Sequence[float], second: Sequence[float]) -> float:
-    """``sum p log(p / q)`` in nats of two histograms' counts over the same bins, half a count added to every bin."""
+    """``sum p log(p / q)``, in nats, of two histograms over the same bins, with half a count added to every bin."""
     p, q = (torch.as_tensor(counts, dtype=torch.float64) + 0.5 for counts in (first, second))
     p, q = p / p.sum(), q / q.sum()
     return float((p * (p / q).log()).sum())
 
 
 def histogram(real: Tensor, generated: Tensor, bins: int = BINS) -> dict[str, list[float]]:
-    """Counts of both kinds of scores ``[N]`` over ``bins`` bins of equal width from the lowest to the highest."""
+    """Count both kinds of scores ``[N]`` in ``bins`` bins of equal width, from the lowest to the highest score."""
     both = torch.cat((real, generated)).double()
     low, high = (float(end) for end in both.aminmax())
     high = high if high > low else low + 1.0
@@ -78,7 +79,7 @@ def histogram(real: Tensor, generated: Tensor, bins: int = BINS) -> dict[str, li
 
 
 def distance(real: Tensor, generated: Tensor) -> dict[str, Any]:
-    """How far two sets of scores lie apart: ``mean_difference``, both KL divergences, and their ``histogram``."""
+    """Compare two sets of scores: ``mean_difference``, both KL divergences, and the ``histogram``."""
     bins = histogram(real, generated)
     return {
         "mean_difference": float(real.double().mean() - generated.double().mean()),
@@ -89,10 +90,7 @@ def distance(real: Tensor, generated: Tensor) -> dict[str, Any]:
 
 
 def figures(scores: PairScores, first_scale: int) -> dict[str, Any]:
-    """The figures of every scale, and of all scales from the second on together, as the paper's histograms have them.
-
-    An equal pair is half a win: an early scale has so few different maps that pairs are often equal.
-    """
+    """Compute the figures of every scale, and of all scales from the second on together, as in the paper's plots."""
     scales = []
     for column in range(scores.real.shape[1]):
         real, generated = scores.real[:, column], scores.generated[:, column]
@@ -106,20 +104,21 @@ def figures(scores: PairScores, first_scale: int) -> dict[str, Any]:
                 **distance(real, generated),
             }
         )
-    later = slice(max(1 - first_scale, 0), None)
-    together = distance(*(side[:, later].flatten() for side in scores)) if scores.real[:, later].numel() else None
+    from_second = slice(max(1 - first_scale, 0), None)
+    real, generated = (side[:, from_second].flatten() for side in scores)
+    together = distance(real, generated) if real.numel() else None
     return {"pairs": len(scores.real), "scales": scales, "scales_from_the_second": together}
 
 
-def chosen_part(real: TokenMaps, generated: TokenMaps, facts: dict[str, Any]) -> tuple[Part, str]:
-    """The pairs that a scorer is judged on: those held out of its training, if it was trained on these very maps.
+def select_part(real: TokenMaps, generated: TokenMaps, facts: dict[str, Any]) -> tuple[Part, str]:
+    """Select the pairs for a report: the held-out pairs if the scorer was trained on these datasets, else all pairs.
 
     Args:
         real, generated: token maps.
-        facts: of the scorer's training, as its file has them.
+        facts: facts of the scorer's training, see :func:`.scorer.read_facts`.
 
     Returns:
-        the pairs, and what they are, in words.
+        the pairs, and a description of them.
     """
     settings = facts.get("settings", {})
     if (settings.get("real"), settings.get("generated")) == (fingerprint(real), fingerprint(generated)):
@@ -127,8 +126,10 @@ def chosen_part(real: TokenMaps, generated: TokenMaps, facts: dict[str, Any]) ->
         part = make_pairs(real, generated, settings["validation"], settings["seed"], *shares).validation
         if len(part):
             return part, "held out of the scorer's training"
-        return make_pairs(real, generated, 0.0, settings["seed"]).training, "trained on: none was held out"
-    return make_pairs(real, generated, 0.0, 0).training, "all pairs of other maps than the scorer was trained on"
+        return make_pairs(
+            real, generated, 0.0, settings["seed"]
+        ).training, "used for the scorer's training: none was held out"
+    return make_pairs(real, generated, 0.0, 0).training, "of other maps than the scorer was trained on"
 
 
 def judge(
@@ -141,30 +142,30 @@ def judge(
     first_scale: int,
     batch_size: int = 128,
 ) -> dict[str, Any]:
-    """The whole report of a scorer, JSON values.
+    """Make the report of a scorer, as JSON values.
 
     Args:
-        scorer: on the maker's device.
-        name: what the report calls it.
-        facts: of its training, as its file has them; may be empty.
+        scorer: the scorer, on the maker's device.
+        name: name of the scorer in the report.
+        facts: facts of its training, see :func:`.scorer.read_facts`; may be empty.
         real, generated: token maps.
-        maker: what it sees of them.
-        first_scale: the first scale to judge.
-        batch_size: pairs at a time.
+        maker: computes the scorer's input from token maps.
+        first_scale: the first scale to report.
+        batch_size: pairs per batch.
 
     Raises:
         ValueError: if the token maps, the VQ-VAE and the scorer do not fit each other.
     """
     check_datasets(real, generated)
     check_fit(real, maker, scorer.config, first_scale)
-    part, which = chosen_part(real, generated, facts)
+    part, which = select_part(real, generated, facts)
     found = figures(score_pairs(scorer, maker, part, first_scale, batch_size), first_scale)
     loss = facts.get("settings", {}).get("loss", "pairwise")
     return {"scorer": name, "loss": loss, "pairs_are": which, **found, "training": facts}
 
 
 def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
-    """Figures by scale as a table; of two scorers their accuracies and the change between them (Table 10)."""
+    """Make a table of the figures by scale. For two scorers: their accuracies and the change (Table 10)."""
     names = [report["scorer"] for report in reports]
     head = ["scale", *(f"accuracy, {name}" if len(names) > 1 else "accuracy" for name in names)]
     head += (
@@ -186,7 +187,7 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Loss and accuracy by scale, and below them the histograms of every scale (LSRS, Figs. 5 and 7), as PNG."""
+    """Plot loss and accuracy by scale, and below them one histogram per scale (LSRS, Figs. 5 and 7), as PNG."""
     from matplotlib.figure import Figure
 
     rows = report["scales"]
@@ -210,7 +211,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_curves(axes: Sequence[Any], rows: Sequence[dict[str, Any]], loss: str) -> None:
-    """Loss and accuracy by scale, each with the line of a scorer that tells nothing."""
+    """Plot loss and accuracy by scale, each with the value of a scorer that guesses."""
     scales = [row["scale"] for row in rows]
     for axis, key, chance, label in (
         (axes[0], f"{loss}_loss", math.log(2), f"{loss} loss"),
@@ -225,7 +226,7 @@ def draw_curves(axes: Sequence[Any], rows: Sequence[dict[str, Any]], loss: str) 
 
 
 def draw_histogram(axis: Any, title: str, row: dict[str, Any]) -> None:
-    """Shares of real and generated scores over the common bins."""
+    """Plot the shares of real and generated scores per bin."""
     edges = row["histogram"]["edges"]
     for name, colour in (("generated", GENERATED_COLOUR), ("real", REAL_COLOUR)):
         counts = row["histogram"][name]
@@ -239,7 +240,7 @@ def draw_histogram(axis: Any, title: str, row: dict[str, Any]) -> None:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
-    """``report.json`` and ``scores.png`` in ``folder``; returns their paths."""
+    """Write ``report.json`` and ``scores.png`` to ``folder``; returns their paths."""
     paths = [folder / "report.json", folder / "scores.png"]
     write_json(paths[0], report)
     draw(report, paths[1])

@@ -1,4 +1,4 @@
-"""Training of a scorer on pairs of real and generated token maps: LSRS, section 3.3 and appendix A."""
+"""Training of a scorer on pairs of real and generated token maps (LSRS, section 3.3 and appendix A)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from .recipe import LOSSES, ScorerTraining, wins
 
 
 class Trainer:
-    """One scorer, its data and its figures: what :func:`.loop.fit` calls at each step.
+    """A scorer, its data and its figures, with the functions that :func:`.loop.fit` calls at each step.
 
     Args:
-        scorer: trained in place, on the ranks' device.
-        pairs, maker, training: what it is trained on, and how.
+        scorer: the scorer, trained in place, on the device of the ranks.
+        pairs: the pairs to train on.
+        maker: computes the scorer's input from token maps.
+        training: the settings of the training.
         ranks: the processes that share every batch.
-        table: the CSV of the figures.
-        every: steps from one of its rows to the next; the end of an epoch has one too.
+        table: the CSV file of the figures.
+        every: number of steps between two rows of the CSV; the end of an epoch also gets a row.
     """
 
     def __init__(
@@ -53,13 +55,13 @@ class Trainer:
         self.scales = torch.arange(training.first_scale, len(maker.patch_nums), device=ranks.device)
         self.loss, self.half = LOSSES[training.loss], training.precision_on(ranks.device) == "bfloat16"
         if training.loss == "pairwise":
-            # Eq. 4 does not see a constant added to all scores; rounding would be its only gradient.
+            # Eq. 4 does not depend on a constant added to all scores, so the gradient of this bias is only rounding.
             scorer.out_proj.bias.requires_grad_(False).zero_()
         self.model: nn.Module = scorer
         if ranks.size > 1:
             on_gpu = [ranks.device] if ranks.device.type == "cuda" else None
             self.model = DistributedDataParallel(scorer, device_ids=on_gpu)
-        self.losses = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum and number since the last row
+        self.losses = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum and count since the last row
         self.watch, self.log = Stopwatch(ranks.device), None
         self.steps_timed, self.seconds, self.since = 0, 0.0, None
         self.figures: dict[str, Any] = {}
@@ -70,7 +72,7 @@ class Trainer:
         self.batches = self.pairs.training.batches(steps, size, self.ranks.rank, self.ranks.size)
         if self.ranks.rank == 0:
             self.log = Log(self.table, self.columns(), start)
-        if start == self.num_steps and len(self.pairs.validation):  # killed when all but saving was done
+        if start == self.num_steps and len(self.pairs.validation):  # the run was killed after its last step
             self.figures = {"step": start, "validation": self.validate()}
 
     def close(self) -> None:
@@ -78,11 +80,11 @@ class Trainer:
             self.log.close()
 
     def features(self, batch: Batch) -> Tensor:
-        """Of the real maps' scales, then of the generated ones', ``[n, 2 * scales, C, H, W]``."""
+        """Features of the real maps' scales, then of the generated maps' scales, ``[n, 2 * scales, C, H, W]``."""
         return torch.cat([self.maker(tokens, self.training.first_scale) for tokens in batch[:2]], dim=1)
 
     def scores(self, model: nn.Module, labels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the real and of the generated maps, ``[n, scales]`` float32 each."""
+        """Scores of the real and of the generated maps, ``[n, scales]`` float32 each."""
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.half):
             scores = model(labels, features, self.scales.repeat(2))
         return scores.float().chunk(2, dim=1)
@@ -138,7 +140,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, list[float]]:
-        """Loss, and share of pairs whose real map scores higher, of the held-out part; one number a scale."""
+        """Loss and accuracy on the held-out part, one number per scale; see :func:`.recipe.wins`."""
         sums = torch.zeros(3, len(self.scales), dtype=torch.float64, device=self.ranks.device)
         self.scorer.eval()
         share = max(self.training.batch_size // self.ranks.size, 1)
@@ -153,7 +155,7 @@ class Trainer:
 
 
 def check_maker(real: TokenMaps, maker: FeatureMaker) -> None:
-    """Raise ``ValueError`` if a VQ-VAE does not fit the token maps."""
+    """Raise ``ValueError`` if the VQ-VAE does not fit the token maps."""
     sides, vocabulary = tuple(real.manifest.patch_nums), maker.codebook.shape[0]
     if maker.patch_nums != sides:
         raise ValueError(f"vae has patch_nums {maker.patch_nums}, but the token maps have {sides}")
@@ -162,7 +164,7 @@ def check_maker(real: TokenMaps, maker: FeatureMaker) -> None:
 
 
 def check_fit(real: TokenMaps, maker: FeatureMaker, config: ScorerConfig, first_scale: int) -> None:
-    """Raise ``ValueError`` if VQ-VAE, scorer or first scale do not fit the token maps."""
+    """Raise ``ValueError`` if the VQ-VAE, the scorer or the first scale does not fit the token maps."""
     check_maker(real, maker)
     scales = len(maker.patch_nums)
     if not 0 <= first_scale < scales:
@@ -179,10 +181,10 @@ def check_fit(real: TokenMaps, maker: FeatureMaker, config: ScorerConfig, first_
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What :func:`train_scorer` noted in a scorer's file; empty if it did not make it.
+    """Read the facts that :func:`train_scorer` wrote to a scorer's file; empty if the file has none.
 
     Raises:
-        ValueError: if it is no safetensors file.
+        ValueError: if it is not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -203,28 +205,29 @@ def train_scorer(
     every: int = 100,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Train a scorer and write it to ``out``, going on where a killed run stopped; done already: only say so.
+    """Train a scorer and write it to ``out``, continuing a killed run. A finished ``out`` is not trained again.
 
-    Under ``torchrun`` the ranks share every batch. Without dropout, whose masks every rank draws for itself, the result
-    is that of one rank, to rounding.
+    Under ``torchrun`` the ranks share every batch. Without dropout the result equals that of one rank to rounding; with
+    dropout every rank draws its own masks.
 
     Args:
-        real, generated: token maps of real images and of the model's own.
-        maker: what the scorer sees of them; its VQ-VAE is the one that they were made with.
-        config: the scorer's sizes.
-        training: how it is trained.
-        out: a ``.safetensors`` file; beside it, with other suffixes, the checkpoint of a run under way, the CSV and
-            TensorBoard's files.
-        device: where to train; see :func:`varkern.runs.join_ranks`.
-        every: steps from one row of the CSV to the next.
-        restart: forget what is there and begin again.
+        real, generated: token maps of real images and of the model's samples.
+        maker: computes the scorer's input from token maps, with the VQ-VAE that made them.
+        config: sizes of the scorer.
+        training: settings of the training.
+        out: a ``.safetensors`` file. The checkpoint of an unfinished run, the CSV and TensorBoard's files have the same
+            name with other suffixes.
+        device: the device to train on; see :func:`varkern.runs.join_ranks`.
+        every: number of steps between two rows of the CSV.
+        restart: remove ``out`` and the files of an unfinished run, and start again.
 
     Returns:
-        the facts that the file's metadata hold too: settings, steps, the last loss, the last validation's loss and
-        accuracy by scale, examples (pairs) a second, and the shares of time.
+        the facts, which the file's metadata also hold: settings, steps, the last loss, loss and accuracy by scale of
+        the validation, examples (pairs) per second, and the shares of time.
 
     Raises:
         ValueError: if the arguments do not fit each other, or ``out`` or its checkpoint was made with other settings.
+        OSError: if a file cannot be written.
     """
     check_datasets(real, generated)
     check_fit(real, maker, config, training.first_scale)
@@ -267,7 +270,7 @@ def run(
     every: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """The work of :func:`train_scorer`, everything checked."""
+    """Train a scorer; the arguments are those of :func:`train_scorer`, already checked."""
     torch.manual_seed(training.seed)
     scorer = Scorer(config).to(ranks.device)
     shares = training.pair_share, training.validation_pairs
@@ -299,7 +302,7 @@ def run(
             eps=training.eps,
             max_norm=training.max_norm,
             after_step=trainer.after_step,
-            carried={"losses": trainer.losses, **(trainer.best.carried() if trainer.best is not None else {})},
+            carried={"losses": trainer.losses, **(trainer.best.tensors() if trainer.best is not None else {})},
             settings=settings,
             begin=trainer.begin,
             finish=finish,
