@@ -155,13 +155,13 @@ def test_the_kernel_clamps_ids(device, side):
 def test_the_plain_form_works_in_pieces(device, monkeypatch):
     tokens, codebook, f_hat, phi = case(device, 3, 5, B=3, M=7, C=8)
     exact = chain(tokens, codebook, 3, 5, f_hat, phi)
-    looked_up, pieces = fusion._looked_up, []
+    fuse_piece, pieces = fusion._fuse_piece, []
 
     def recorded(part, *rest):
         pieces.append(part.shape[0] * part.shape[1])
-        return looked_up(part, *rest)
+        return fuse_piece(part, *rest)
 
-    monkeypatch.setattr(fusion, "_looked_up", recorded)
+    monkeypatch.setattr(fusion, "_fuse_piece", recorded)
     for maps in (1, 3, 7, 15, 100):
         pieces.clear()
         monkeypatch.setattr(fusion, "WORKSPACE_BYTES", maps * 4 * 3 * 8 * 25)

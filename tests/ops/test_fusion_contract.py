@@ -48,8 +48,8 @@ BAD = [
     bad("tokens-rank", ValueError, r"tokens .*\[B, M, l\], got \[2, 9\]", tokens=zeros(2, 9).long()),
     bad("tokens-float", TypeError, "tokens must be int64, got torch.float32", tokens=zeros(2, 2, 9)),
     bad("tokens-int32", TypeError, "tokens must be int64, got torch.int", tokens=zeros(2, 2, 9).int()),
-    bad("tokens-square", ValueError, r"tokens must hold .* = 16 ids a map, got 9", side=4),
-    bad("tokens-rectangle", ValueError, r"tokens must hold .* = 6 ids a map, got 9", side=(3, 2)),
+    bad("tokens-square", ValueError, r"tokens must hold .* = 16 ids per map, got 9", side=4),
+    bad("tokens-rectangle", ValueError, r"tokens must hold .* = 6 ids per map, got 9", side=(3, 2)),
     bad("side-zero", ValueError, "side must be a positive int or two of them, got 0", side=0),
     bad("side-of-three", ValueError, r"side must be .*, got \(3, 3, 1\)", side=(3, 3, 1)),
     bad("side-float", ValueError, "side must be a positive int or two of them, got 3.0", side=3.0),
@@ -75,13 +75,13 @@ BAD = [
     bad(
         "gradient-codebook",
         RuntimeError,
-        "no gradients, but codebook asks",
+        "no gradients, but codebook requires",
         codebook=zeros(7, C, requires_grad=True),
     ),
     bad(
         "gradient-f_hat",
         RuntimeError,
-        "no gradients, but f_hat asks",
+        "no gradients, but f_hat requires",
         f_hat=zeros(2, C, 5, 5, requires_grad=True),
     ),
     bad(
@@ -103,7 +103,7 @@ BAD_COMMIT = [
     bad("tokens-rank", ValueError, r"tokens must have shape \[B, l\], got \[2, 2, 9\]"),
     bad("f_hat-half", TypeError, "f_hat must", tokens=zeros(2, 9).long(), f_hat=zeros(2, C, 5, 5).half()),
     bad("f_hat-batch", ValueError, "f_hat must", tokens=zeros(2, 9).long(), f_hat=zeros(1, C, 5, 5)),
-    bad("tokens-length", ValueError, "tokens must hold .* = 9 ids a map, got 8", tokens=zeros(2, 8).long()),
+    bad("tokens-length", ValueError, "tokens must hold .* = 9 ids per map, got 8", tokens=zeros(2, 8).long()),
 ]
 
 

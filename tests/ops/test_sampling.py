@@ -267,7 +267,7 @@ BAD_INPUT = [
     ({"logits": torch.zeros(2, 3, 0)}, ValueError, r"last dimension V in \[1, 262144\], got 0"),
     ({"uncond_logits": torch.zeros(2, 3, 41)}, ValueError, "uncond_logits must have the shape of logits"),
     ({"uncond_logits": torch.zeros(2, 3, 40, device="meta")}, ValueError, "uncond_logits must have the device"),
-    ({"uncond_logits": None}, ValueError, "guidance 1.0 needs uncond_logits, got None"),
+    ({"uncond_logits": None}, ValueError, "uncond_logits must be given when guidance is 1.0, got None"),
     ({"guidance": math.nan}, ValueError, "guidance must be finite, got nan"),
     ({"guidance": torch.ones(3)}, ValueError, r"guidance must have shape \[2\] or \[2, 1, 1\], got \[3\]"),
     ({"guidance": torch.ones(2).int()}, TypeError, "guidance must be a float tensor, got torch.int32"),

@@ -1,4 +1,4 @@
-"""One file an operation: its contract, its checks, its plain PyTorch form, its dispatch."""
+"""The operations of varkern. One file per operation has its contract, checks, plain PyTorch form and dispatch."""
 
 from .backend import use_backend
 from .density import bit_density, kernel_density, silverman_bandwidth, token_density

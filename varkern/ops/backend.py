@@ -1,7 +1,7 @@
-"""Which implementation an op runs: plain PyTorch, or the Triton kernels.
+"""The choice of an op's implementation: plain PyTorch, or the Triton kernels.
 
-``auto`` (the default) takes tensors on a GPU to Triton and CPU tensors to PyTorch; with ``TRITON_INTERPRET=1`` in the
-environment CPU tensors go to Triton's interpreter too, so that tests run the kernels on a machine with no GPU.
+``auto`` (the default) uses Triton for tensors on a GPU and PyTorch for tensors on a CPU. With ``TRITON_INTERPRET=1`` in
+the environment it uses Triton's interpreter for CPU tensors, so that tests run the kernels on a machine with no GPU.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _chosen: contextvars.ContextVar[str] = contextvars.ContextVar("varkern_backend",
 class use_backend:
     """Choose the implementation of every op: ``"torch"``, ``"triton"`` or ``"auto"``.
 
-    Called as a function it holds from then on; as a context manager it holds inside the block and the former choice
-    comes back after it::
+    A call as a function changes the choice from then on. As a context manager it changes the choice inside the block
+    and restores the former choice after it::
 
         varkern.use_backend("torch")
         with varkern.use_backend("triton"):
             ...
 
-    The choice is a context variable: other threads keep theirs.
+    The choice is a context variable, so it does not affect other threads.
 
     Raises:
-        ValueError: if ``name`` is none of the three.
+        ValueError: if ``name`` is not one of the three.
 
     Example::
 
@@ -51,7 +51,7 @@ class use_backend:
 
 
 def chosen_backend() -> str:
-    """What :class:`use_backend` chose last: ``"auto"``, ``"torch"`` or ``"triton"``."""
+    """The current choice of :class:`use_backend`: ``"auto"``, ``"torch"`` or ``"triton"``."""
     return _chosen.get()
 
 
@@ -61,7 +61,7 @@ def interpreting() -> bool:
 
 
 def takes_cpu_tensors() -> bool:
-    """True if kernels can run on CPU tensors in this process. Tests replace it where a GPU is emulated."""
+    """True if kernels can run on CPU tensors in this process. Tests that emulate a GPU replace this function."""
     return interpreting()
 
 
@@ -69,7 +69,7 @@ def backend_for(tensor: torch.Tensor) -> str:
     """The implementation for an op whose main input is ``tensor``: ``"torch"`` or ``"triton"``.
 
     Raises:
-        RuntimeError: if Triton was demanded for a tensor that it cannot reach.
+        RuntimeError: if the chosen backend is Triton and it cannot run on the tensor's device.
     """
     chosen = _chosen.get()
     reachable = tensor.is_cuda or (tensor.device.type == "cpu" and takes_cpu_tensors())
@@ -84,7 +84,7 @@ def backend_for(tensor: torch.Tensor) -> str:
 
 
 def explain(device: torch.device | str) -> str:
-    """One line for bug reports: the implementation in use on ``device`` and why."""
+    """One line for bug reports: the implementation in use on ``device`` and the reason for it."""
     kind = torch.device(device).type
     chosen = _chosen.get()
     if chosen != "auto":

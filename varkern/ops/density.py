@@ -1,13 +1,13 @@
 """Kernel density of samples among themselves: VAR-Scaling's measure of how representative a candidate is.
 
-The paper (arXiv 2601.07293, eq. 2 and 3) takes a candidate's density to be a sum of Gaussian kernels over all N
-candidates, with Silverman's bandwidth; the released code (WD7ang/VAR-Scaling) does so at every position of a token map
-and adds the densities up. Both are here, for samples held in a tensor, for token maps and for binary codes. What the
-released chain of ``cdist``, ``exp`` and ``sum`` keeps in memory, N x N numbers several times over, never exists here.
+In the paper (arXiv 2601.07293, eq. 2 and 3) the density of a candidate is a sum of Gaussian kernels over all N
+candidates, with Silverman's bandwidth. The released code (WD7ang/VAR-Scaling) computes such a sum at every position of
+a token map and adds the sums. Both forms are here, for samples in a tensor, for token maps and for binary codes. The
+N x N matrices that the released chain of ``cdist``, ``exp`` and ``sum`` keeps in memory are never stored.
 
-Every op is deterministic and batch-invariant: the sums of one group of samples are taken in an order that its own
-sizes fix, so they come out the same, to the last bit, alone or in a batch (``bandwidth="batch"`` excepted, which is
-defined over the batch).
+Every op is deterministic and batch-invariant. The order of a group's sums depends only on the group's own sizes, so
+the result is the same to the last bit with or without other groups in the batch. The exception is
+``bandwidth="batch"``, which is defined over the batch.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: str = "euclidean") -> Tensor:
-    """Sums of Gaussian kernels over all pairs of a group's samples, each with itself included.
+    """Sums of Gaussian kernels over all pairs of samples of a group, including the pair of a sample with itself.
 
-    ``sums[i] = sum_j exp(-distance(i, j)^2 / (2 h^2))``: between 1 and N, eq. 2 without its constant.
+    ``sums[i] = sum_j exp(-distance(i, j)^2 / (2 h^2))``, between 1 and N: eq. 2 without its constant.
 
     Args:
-        x: ``[..., N, D]``, float32, bfloat16 or float16 (computed in float32), any strides; N, D >= 1. Every leading
-            axis counts groups of samples that know nothing of one another. Values should be finite; with bandwidths
-            below 2^-64 also below 2^63 in magnitude.
-        bandwidth: h, a number > 0, or a float tensor that broadcasts to the leading axes of ``x`` (not looked at: 0
-            is the limit, 1 a coincident pair and 0 any other). None: ``silverman_bandwidth`` of each group.
+        x: ``[..., N, D]``, float32, bfloat16 or float16 (computed in float32), any strides; N, D >= 1. The leading
+            axes enumerate independent groups of samples. Values should be finite, and with bandwidths below 2^-64
+            also below 2^63 in magnitude.
+        bandwidth: h, a number > 0, or a float tensor that broadcasts to the leading axes of ``x``. None:
+            ``silverman_bandwidth`` of each group. A tensor's values are not checked; 0 means the limit, in which a
+            kernel is 1 for a coincident pair and 0 for any other.
         metric: ``"euclidean"``, or ``"cosine"``: distance 1 - cos, computed as half the squared distance of the
-            samples at unit length, so that near ones do not cancel. A vector of zeros is at distance 1 from every
-            other vector and at 0 from another of zeros.
+            normalised samples, which avoids cancellation for near samples. A zero vector is at distance 1 from every
+            other vector and at distance 0 from another zero vector.
 
     Returns:
-        float32 ``[..., N]``. Equal samples are at distance 0 exactly; a group of nothing but equal samples has N
-        everywhere.
+        float32 ``[..., N]``. Equal samples are at distance 0 exactly, so a group of N equal samples gives N everywhere.
 
     Raises:
-        TypeError, ValueError: naming the argument, before any work.
-        RuntimeError: a gradient is asked for; none is defined.
+        TypeError, ValueError: an argument is invalid; checked before any work.
+        RuntimeError: an input requires a gradient; none is defined.
 
     Source: VAR-Scaling, eq. 2.
 
@@ -72,20 +72,20 @@ def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: s
 def silverman_bandwidth(x: Tensor, metric: str = "euclidean") -> Tensor:
     """Silverman's rule for samples in D dimensions: ``h = sigma (N (D + 2) / 4)^(-1 / (D + 4))``.
 
-    sigma is the mean over the dimensions of the standard deviation, divided by N and not by N - 1: the paper does not
-    say which, the released code does. That code also adds 1e-6 to h, which would make the rule depend on the samples'
-    unit; here h is 0 for equal samples, and the densities take it as a limit. With ``metric="cosine"`` the deviations
-    are those of the samples at unit length, since the distance knows no other.
+    sigma is the mean over the dimensions of the standard deviation, computed with a divisor of N and not N - 1: the
+    paper does not say which, and the released code uses N. The released code also adds 1e-6 to h, which would make the
+    rule depend on the samples' unit. Here h is 0 for equal samples, and the densities are then limits. With
+    ``metric="cosine"`` the deviations are those of the normalised samples, since the distance depends only on them.
 
     Args:
-        x: as ``kernel_density``.
+        x: as in ``kernel_density``.
         metric: ``"euclidean"`` or ``"cosine"``.
 
     Returns:
         float32 ``[...]``, the leading axes of ``x``.
 
     Raises:
-        as ``kernel_density``.
+        TypeError, ValueError, RuntimeError: as in ``kernel_density``.
 
     Source: VAR-Scaling, eq. 3.
 
@@ -107,27 +107,27 @@ def token_density(
     bandwidth: str | float | Tensor = "image",
     metric: str = "euclidean",
 ) -> Tensor:
-    """The density of each of an image's N candidate token maps among them, from codes looked up on the way.
+    """The density of each candidate token map among the N candidates of its image. Codes are looked up in the op.
 
-    ``per="position"`` (the released code): at every position the N codes are samples in C dimensions; a candidate's
+    ``per="position"`` (the released code): at every position the N codes are samples in C dimensions, and a candidate's
     density is the sum over the positions. ``per="map"`` (the paper): a whole map is one sample in l * C dimensions.
 
     Args:
-        tokens: int64 ``[B, N, l]``, N, l >= 1. Ids must lie in ``[0, V)``, which is not looked at; the kernel clamps
-            them, the PyTorch form raises ``IndexError`` on a CPU.
+        tokens: int64 ``[B, N, l]``, N, l >= 1. Ids must lie in ``[0, V)``, which is not checked: the kernel clamps
+            them, and the PyTorch form raises ``IndexError`` on a CPU.
         codebook: ``[V, C]``, float32, bfloat16 or float16 (computed in float32).
         per: ``"position"`` or ``"map"``.
-        bandwidth: ``"image"``: Silverman's (``silverman_bandwidth``) of each image alone; per position, one for each
-            position, as the released code has it where B=1. ``"batch"``: the mean over the batch of these, one for
-            each position, which is what the released code takes at any B (but for the 1e-6 it adds). A number > 0;
-            or a float tensor, ``[]``, ``[B]``, or per position ``[B, l]``.
-        metric: ``"euclidean"`` or ``"cosine"``, as ``kernel_density``.
+        bandwidth: ``"image"``: ``silverman_bandwidth`` of each image, with ``per="position"`` of each position; the
+            released code does this for B=1. ``"batch"``: the mean of these over the batch; the released code does
+            this for any B, apart from the 1e-6 that it adds. Or a number > 0; or a float tensor ``[]``, ``[B]``, or
+            with ``per="position"`` ``[B, l]``.
+        metric: ``"euclidean"`` or ``"cosine"``, as in ``kernel_density``.
 
     Returns:
-        float32 ``[B, N]``: between l and l * N per position, between 1 and N per map.
+        float32 ``[B, N]``, between l and l * N with ``per="position"``, between 1 and N with ``per="map"``.
 
     Raises:
-        as ``kernel_density``.
+        TypeError, ValueError, RuntimeError: as in ``kernel_density``.
 
     Source: VAR-Scaling, section 3.3; ``autoregressive_infer_cfg`` of the released code.
 
@@ -152,23 +152,23 @@ def bit_density(
     bandwidth: str | float | Tensor = "image",
     metric: str = "euclidean",
 ) -> Tensor:
-    """``token_density`` for binary codes, whose entries are +scale (bit 1) and -scale (bit 0), as Infinity's are.
+    """``token_density`` for binary codes like Infinity's, whose entries are +scale (bit 1) and -scale (bit 0).
 
     A squared distance is ``4 * scale^2`` times the number of bits that differ, counted on packed words.
 
     Args:
-        bits: uint8 or bool ``[B, N, l, d]``, N, l, d >= 1; 0 is a 0, anything else a 1.
+        bits: uint8 or bool ``[B, N, l, d]``, N, l, d >= 1; 0 means bit 0, any other value bit 1.
         scale: > 0; Infinity's codes have ``1 / sqrt(d)``. Silverman's bandwidth is proportional to it, so it matters
-            only beside a bandwidth that is given.
+            only with a bandwidth that is a number or a tensor.
         per: ``"position"``: N samples in d dimensions at each position. ``"map"``: N samples in l * d dimensions.
-        bandwidth: as ``token_density``, in the codes' unit.
+        bandwidth: as in ``token_density``, in the codes' unit.
         metric: ``"euclidean"``.
 
     Returns:
-        float32 ``[B, N]``.
+        float32 ``[B, N]``, in the ranges of ``token_density``.
 
     Raises:
-        as ``kernel_density``.
+        TypeError, ValueError, RuntimeError: as in ``kernel_density``.
 
     Source: VAR-Scaling's setting for Infinity (Table 1).
 
@@ -233,7 +233,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_bandwidth(op: str, bandwidth, device: torch.device) -> tuple[float, Tensor | None]:
-    """A number and None, or 0 and a float32 tensor, or 0 and None for Silverman's."""
+    """Returns a number and None, or 0 and a float32 tensor, or 0 and None for Silverman's bandwidth."""
     if bandwidth is None:
         return 0.0, None
     if not isinstance(bandwidth, Tensor):
@@ -248,7 +248,7 @@ def _check_bandwidth(op: str, bandwidth, device: torch.device) -> tuple[float, T
 
 
 def _check_rule(op: str, bandwidth, samples: Tensor, positions: int) -> tuple[float, Tensor | None, bool]:
-    """As ``_check_bandwidth``, the tensor as ``[B, positions]``; and whether Silverman's is the batch's."""
+    """Like ``_check_bandwidth``, with a tensor ``[B, positions]``; also returns whether to average over the batch."""
     if isinstance(bandwidth, str) or bandwidth is None:
         if bandwidth not in ("image", "batch"):
             raise ValueError(f"bandwidth must be 'image', 'batch', a number or a tensor, got {bandwidth!r}")
@@ -274,8 +274,8 @@ def _broadcast(tensor: Tensor, shape: torch.Size, what: str) -> Tensor:
 
 # ---- Registration ------------------------------------------------------------------------------------------------
 
-# Defined through a Library rather than custom_op, whose wrappers cost more host time at each call than the launch.
-# A bandwidth tensor is given, or a width above 0, or neither: Silverman's.
+# Defined through a Library and not custom_op, whose wrappers take more host time per call than the launch.
+# The bandwidth is a tensor, or a width > 0; with neither it is Silverman's.
 _library = torch.library.Library("varkern", "FRAGMENT")
 _library.define("silverman_bandwidth(Tensor x, bool cosine) -> Tensor")
 _library.define("kernel_density(Tensor x, Tensor? bandwidth, float width, bool cosine) -> Tensor")

@@ -1,8 +1,8 @@
-"""The plain PyTorch form of ``varkern.ops.density``: blocks of rows, so that no N x N tensor exists at N of 4096.
+"""The plain PyTorch form of ``varkern.ops.density``. It works on blocks of rows, without N x N tensors for large N.
 
-A source of samples hands out the coordinates piece by piece, ``[G, N, D']`` float32 at a time: of a tensor that holds
-them, of a codebook's rows, of bits. Distances are sums of squared differences, never a Gram matrix, whose cancellation
-would leave equal points apart and near ones at less than nothing.
+A ``Samples`` object gives the coordinates in pieces, ``[G, N, D']`` float32: of a tensor, of a codebook's rows, or of
+bits. Distances are sums of squared differences. They do not use a Gram matrix, where cancellation can give equal points
+a distance above 0 and near points a negative squared distance.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 
 WORKSPACE = {"cpu": 2**20, "cuda": 2**24}  # elements of a block of distances, and of a piece of coordinates
 LARGEST_SHIFT = 64  # coordinates are multiplied by 2^-64 .. 2^64 before they are squared
-_PIECE = 512  # coordinates summed at once; further ones are added piece by piece, which keeps the rounding small
+_PIECE = 512  # coordinates per piece; the sums of pieces are added, which keeps the rounding small
 
 
 class Samples:
-    """G groups of N samples in D dimensions, in P positions that are estimated apart."""
+    """G groups of N samples in D dimensions, at P positions, each of which has a separate density."""
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device):
         self.groups, self.positions, self.count, self.dims = shape
         self.device = device
 
     def pieces(self, groups: slice, position: int) -> Iterator[Tensor]:
-        """The coordinates of some groups at one position, float32 ``[G', N, D']``, D' adding up to D."""
+        """The coordinates of some groups at one position: float32 ``[G', N, D']`` whose D' add up to D."""
         raise NotImplementedError
 
 
 class Points(Samples):
-    """``x[G, N, D]`` itself."""
+    """The samples of a tensor ``x[G, N, D]``."""
 
     def __init__(self, x: Tensor):
         super().__init__((x.shape[0], 1, x.shape[1], x.shape[2]), x.device)
@@ -43,7 +43,7 @@ class Points(Samples):
 
 
 class Tokens(Samples):
-    """Rows of ``codebook[V, C]`` named by ``tokens[B, N, l]``; joined: a map of l rows is one sample."""
+    """The rows of ``codebook[V, C]`` at ``tokens[B, N, l]``. ``joined``: a map of l rows is one sample."""
 
     def __init__(self, tokens: Tensor, codebook: Tensor, joined: bool):
         batch_size, count, length = tokens.shape
@@ -63,7 +63,7 @@ class Tokens(Samples):
 
 
 class Bits(Samples):
-    """``bits[B, N, l, d]`` as the numbers 0 and 1; joined: all l * d bits are one sample."""
+    """``bits[B, N, l, d]`` as the numbers 0 and 1. ``joined``: all l * d bits are one sample."""
 
     def __init__(self, bits: Tensor, joined: bool):
         batch_size, count, length, width = bits.shape
@@ -78,13 +78,13 @@ class Bits(Samples):
 
 
 def silverman_factor(count: int, dims: int) -> float:
-    """The bandwidth over the mean standard deviation: the rest of Silverman's rule (eq. 3)."""
+    """The factor of Silverman's rule (eq. 3) that turns the mean standard deviation into the bandwidth."""
     return (count * (dims + 2) / 4) ** (-1 / (dims + 4))
 
 
 @torch.no_grad()
 def bandwidths(samples: Samples, cosine: bool, over_batch: bool) -> Tensor:
-    """Silverman's bandwidths, float32 ``[G, P]``; over_batch: their mean over the groups, for every group."""
+    """Silverman's bandwidths, float32 ``[G, P]``. ``over_batch``: every group gets the mean over the groups."""
     found = torch.empty(samples.groups, samples.positions, dtype=torch.float64, device=samples.device)
     for groups in _group_blocks(samples):
         for position in range(samples.positions):
@@ -103,7 +103,7 @@ def bandwidths(samples: Samples, cosine: bool, over_batch: bool) -> Tensor:
 
 @torch.no_grad()
 def density(samples: Samples, bandwidth: Tensor, cosine: bool) -> Tensor:
-    """Sums of kernels, float32 ``[G, N]``, added over the positions; ``bandwidth[G, P]``."""
+    """Sums of kernels with ``bandwidth[G, P]``, added over the positions, float32 ``[G, N]``."""
     total = torch.zeros(samples.groups, samples.count, device=samples.device)
     rows_at_once = max(1, _workspace(samples) // samples.count)
     for groups in _group_blocks(samples):
@@ -118,10 +118,10 @@ def density(samples: Samples, bandwidth: Tensor, cosine: bool) -> Tensor:
 
 
 def exponents(bandwidth: Tensor) -> tuple[Tensor, Tensor]:
-    """``(shift, factor)``: exp(factor * (shift * distance)^2) is the kernel.
+    """``(shift, factor)`` of each bandwidth, with which the kernel is exp(factor * (shift * distance)^2).
 
-    The shift is a power of two and therefore exact; with it squares neither overflow nor vanish where they matter,
-    however large or small the samples are. A bandwidth of 0 is the limit: 1 at distance 0, else 0.
+    The shift is a power of two and therefore exact. With it squares neither overflow nor underflow where they matter,
+    however large or small the samples are. A bandwidth of 0 means the limit: 1 at distance 0, otherwise 0.
     """
     exponent = bandwidth.frexp().exponent.clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
     shift = torch.ldexp(torch.ones_like(bandwidth), -exponent)
@@ -130,14 +130,14 @@ def exponents(bandwidth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squared_distances(samples, groups, position, rows, units, shift) -> Tensor:
-    """``[G', rows, N]``: squared distances in units of 1/shift."""
+    """Squared distances in units of 1/shift, ``[G', rows, N]``."""
     squares = 0.0
     for piece in samples.pieces(groups, position):
         piece = piece * (shift[:, None, None] if units is None else units[0])
         squares = squares + _cdist(piece[:, rows], piece).square_()
     if units is not None:
         zero = units[1]
-        # A vector of zeros stands for one more direction, at a right angle to every other: cosine 0.
+        # A zero vector counts as orthogonal to every other vector (cosine 0) and as equal to another zero vector.
         squares = ((squares + (zero[:, rows] != zero.mT)) * (0.5 * shift[:, None, None])).square_()
     return squares
 
@@ -147,7 +147,7 @@ def _cdist(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _inverse_norms(samples, groups, position) -> tuple[Tensor, Tensor]:
-    """One over each sample's length (0 for a vector of zeros), and which are zeros, both ``[G', N, 1]``."""
+    """1 / norm of each sample (0 for a zero vector), and which samples are zero vectors, both ``[G', N, 1]``."""
     total = 0.0
     for piece in samples.pieces(groups, position):
         total = total + torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=torch.float64).square()
@@ -160,7 +160,7 @@ def _workspace(samples: Samples) -> int:
 
 
 def _group_blocks(samples: Samples) -> Iterator[slice]:
-    """Groups taken together: as many as keep their distances and coordinates within the workspace."""
+    """Slices of as many groups as keep distances and coordinates within the workspace."""
     step = max(1, _workspace(samples) // (samples.count * max(samples.count, min(samples.dims, _PIECE))))
     for start in range(0, samples.groups, step):
         yield slice(start, start + step)

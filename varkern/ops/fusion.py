@@ -1,9 +1,10 @@
-"""F(.): from token maps to the latent features that the decoder, the scorer and the next scale see.
+"""The fusion F(.): from token maps to the latent features that the decoder, the scorer and the next scale read.
 
-For scale ``k`` (VAR, section 3.2; the quantizer's ``get_next_autoregressive_input`` upstream): look the tokens up in
-the codebook, resize ``h x w`` to ``H x W``, apply ``phi(x) = (1 - blend) * x + blend * conv3x3(x)``, add ``f_hat``.
+For scale ``k``, F looks the tokens up in the codebook, resizes ``h x w`` to ``H x W``, applies
+``phi(x) = (1 - blend) * x + blend * conv3x3(x)`` and adds ``f_hat``. Source: VAR, section 3.2, and
+``get_next_autoregressive_input`` of the published quantizer.
 
-``fuse_tokens`` does it for M candidates at once; ``commit_tokens`` adds the kept candidate to ``f_hat`` in place.
+``fuse_tokens`` computes F of M candidates in one call. ``commit_tokens`` adds the kept candidate to ``f_hat`` in place.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["commit_tokens", "fuse_tokens", "list_tables", "resize_features"]
 
 Phi = tuple[Tensor, "Tensor | None", float]
 
-# The PyTorch form works through the candidates in pieces whose temporaries fit in a CPU's last-level cache.
+# The PyTorch form processes the candidates in pieces, so that temporaries fit into a CPU's last-level cache.
 WORKSPACE_BYTES = 16 << 20
 
 _CODEBOOK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,30 +52,30 @@ def fuse_tokens(
     """Features of every candidate: ``phi(resize(codebook[tokens])) + f_hat``.
 
     Arguments:
-        tokens: int64 ``[B, M, l]``, ``l = h * w``, row by row. Ids must lie in ``[0, V)``; that cannot be checked
-            without waiting for the device. The PyTorch form raises ``IndexError`` on a CPU; the kernel clamps, so it
-            never reads outside the codebook.
+        tokens: int64 ``[B, M, l]``, ``l = h * w``, row by row. Ids must lie in ``[0, V)``, which cannot be checked
+            without waiting for the device. The PyTorch form raises ``IndexError`` on a CPU; the kernel clamps ids, so
+            it never reads outside the codebook.
         codebook: ``[V, C]``, float32, bfloat16 or float16.
         side: the token map's ``h`` and ``w``, or one number for both.
-        size: the features' ``H`` and ``W``, or one number for both. No resize happens where it equals ``side``.
-        f_hat: ``[B, C, H, W]``, floating; added to every candidate of its image.
+        size: the features' ``H`` and ``W``, or one number for both. Features are not resized if it equals ``side``.
+        f_hat: ``[B, C, H, W]``, any floating dtype; added to every candidate of its image.
         phi: ``(weight[C, C, 3, 3], bias[C] or None, blend)``, or None for no phi.
-        interpolation: ``"bicubic"``, ``"bilinear"``, ``"area"``, ``"nearest"`` or ``"trilinear"``, as
-            ``torch.nn.functional.interpolate`` does them with ``align_corners=False``; ``"trilinear"`` over one frame
-            is ``"bilinear"``.
-        dtype: of the result, float32 (default), bfloat16 or float16. Sums are float32 whatever it is; with a half
-            precision the kernel takes what it looks up in float16, scaled so that none overflows.
-        channels_last: whether the result, seen as ``[B * M, C, H, W]``, is in ``torch.channels_last`` memory format.
+        interpolation: ``"bicubic"``, ``"bilinear"``, ``"area"``, ``"nearest"`` or ``"trilinear"``, with the meaning of
+            ``torch.nn.functional.interpolate`` and ``align_corners=False``. ``"trilinear"`` over one frame is the same
+            as ``"bilinear"``.
+        dtype: dtype of the result: float32 (default), bfloat16 or float16. Sums are always float32. For a half
+            precision the kernel looks codes up in float16, scaled so that they cannot overflow.
+        channels_last: whether the result, viewed as ``[B * M, C, H, W]``, has ``torch.channels_last`` memory format.
 
     Returns:
         ``[B, M, C, H, W]``. In float32 it equals the chain of ``embedding``, ``interpolate``, ``conv2d`` and ``add`` to
-        float32 rounding, whatever the autocast mode. On a GPU the PyTorch form does so only without TensorFloat-32,
-        which PyTorch allows in convolutions unless ``torch.backends.cudnn.allow_tf32 = False`` is set, and which errs
-        by about 1e-3; the kernel never uses it.
+        float32 rounding, in any autocast mode. On a GPU this holds for the PyTorch form only without TensorFloat-32,
+        whose error is about 1e-3; PyTorch uses it in convolutions unless ``torch.backends.cudnn.allow_tf32 = False``.
+        The kernel never uses it.
 
     Raises:
-        ValueError, TypeError: a shape, device or dtype that does not fit, named.
-        RuntimeError: a gradient is asked for; none is defined.
+        ValueError, TypeError: an argument has a wrong shape, device, dtype or value.
+        RuntimeError: an input requires a gradient; none is defined.
 
     Example::
 
@@ -109,15 +110,15 @@ def commit_tokens(
     Arguments:
         tokens: int64 ``[B, l]``.
         f_hat: float32 ``[B, C, H, W]``; changed in place.
-        codebook, side, phi, interpolation: as ``fuse_tokens`` takes them.
+        codebook, side, phi, interpolation: as in ``fuse_tokens``.
 
     Returns:
-        ``f_hat`` itself. The PyTorch form runs the upstream quantizer's operations one by one, in its order and under
-        the caller's autocast mode, so its result is that model's, bit for bit; the kernel's is equal to float32
-        rounding, without TensorFloat-32 (see :func:`fuse_tokens`) whatever the caller allows.
+        ``f_hat`` itself. The PyTorch form runs the operations of the published quantizer in the same order and under
+        the caller's autocast mode, so its result equals that model's bit for bit. The kernel's result is equal to
+        float32 rounding, and never uses TensorFloat-32 (see :func:`fuse_tokens`).
 
     Raises:
-        as ``fuse_tokens``.
+        ValueError, TypeError, RuntimeError: as in ``fuse_tokens``.
 
     Example::
 
@@ -152,7 +153,8 @@ def _check_lookup(
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be int64, got {tokens.dtype}")
     if tokens.shape[-1] != side[0] * side[1]:
-        raise ValueError(f"tokens must hold side[0] * side[1] = {side[0] * side[1]} ids a map, got {tokens.shape[-1]}")
+        wanted = side[0] * side[1]
+        raise ValueError(f"tokens must hold side[0] * side[1] = {wanted} ids per map, got {tokens.shape[-1]}")
     if codebook.dim() != 2 or 0 in codebook.shape:
         raise ValueError(f"codebook must have shape [V, C], both at least 1, got {list(codebook.shape)}")
     if codebook.dtype not in _CODEBOOK_DTYPES:
@@ -267,7 +269,7 @@ def _fuse_triton(
     interpolation: str,
     out: Tensor,
 ) -> None:
-    """Fill ``out[B * M, C, H, W]``, which may be ``f_hat`` itself. Half precision is multiplied as float16."""
+    """Fill ``out[B * M, C, H, W]``, which may be ``f_hat`` itself. For half precisions products are in float16."""
     from varkern.kernels import fusion
 
     size, operand = tuple(out.shape[2:]), torch.float16 if out.dtype.itemsize == 2 else torch.float32
@@ -300,7 +302,7 @@ def _fuse_torch(
     interpolation: str,
     features: Tensor,
 ) -> None:
-    """Fill ``features[B, M, C, H, W]``, a piece of at most ``WORKSPACE_BYTES`` of temporaries at a time."""
+    """Fill ``features[B, M, C, H, W]`` in pieces, each with at most ``WORKSPACE_BYTES`` of temporaries."""
     B, M, C, H, W = features.shape
     if weight is None:
         convolution = ()
@@ -313,13 +315,13 @@ def _fuse_torch(
         for first in range(0, B, images):
             for candidate in range(0, M, piece):
                 part = (slice(first, first + images), slice(candidate, candidate + piece))
-                x = _looked_up(tokens[part], codebook, convolution, side, (H, W), interpolation)
+                x = _fuse_piece(tokens[part], codebook, convolution, side, (H, W), interpolation)
                 if f_hat is not None:
                     x += f_hat[part[0], None]
                 features[part] = x
 
 
-def _looked_up(
+def _fuse_piece(
     tokens: Tensor,
     codebook: Tensor,
     convolution: Sequence[Tensor],
@@ -327,7 +329,7 @@ def _looked_up(
     size: tuple[int, int],
     interpolation: str,
 ) -> Tensor:
-    """``phi(resize(codebook[tokens]))``, ``[b, m, C, H, W]`` float32, channels-last throughout."""
+    """``phi(resize(codebook[tokens]))``, ``[b, m, C, H, W]`` float32, computed in channels-last format."""
     (h, w), (H, W) = side, size
     b, m, _ = tokens.shape
     C = codebook.shape[1]

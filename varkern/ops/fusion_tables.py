@@ -1,8 +1,8 @@
-"""Host-side constants of the fusion F(.): resizing as matrices, and phi multiplied into what is looked up.
+"""Constants of the fusion F(.): resizing as matrices, and tables that combine phi with the codebook.
 
-Everything after the codebook lookup is linear. A scale's interpolation is one small matrix an axis, the same for every
-image; phi, ``(1 - blend) * x + blend * conv(x)``, is a single 3x3 convolution whose middle tap carries the identity, so
-its nine taps multiplied into the codebook give a table ``[V, 9, C]`` that the kernels look up instead.
+All operations after the codebook lookup are linear. The interpolation of a scale is one small matrix per axis, the same
+for every image. Phi, ``(1 - blend) * x + blend * conv(x)``, is one 3x3 convolution whose middle tap includes the
+identity. The codebook multiplied by its nine taps is a table ``[V, 9, C]``, which kernels read instead of the codebook.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 INTERPOLATIONS = ("bicubic", "bilinear", "area", "nearest", "trilinear")
 
-# Rows and columns of a kernel's tile of output pixels, and the step in which it walks over the inputs of a tile.
+# Rows and columns of a kernel's tile of output pixels, and the number of a tile's inputs that it reads per step.
 TILE = 16
 
-# Tables by geometry are kept for good, some kilobytes each: captured CUDA graphs read them. They are made on the host
-# whatever PyTorch's default device is, and copied.
+# Tables that depend only on sizes (some kilobytes each) are never freed, because captured CUDA graphs read them. They
+# are made on the CPU, whatever PyTorch's default device is, and copied.
 
 
 @functools.cache
 def axis_matrix(side: int, size: int, interpolation: str) -> Tensor:
-    """The matrix ``[size, side]``, float64 on the CPU, by which ``F.interpolate`` resizes an axis (all separable)."""
-    # nearest picks its source by a float32 quotient; the other modes' weights are better taken in float64.
+    """The matrix ``[size, side]``, float64 on the CPU, that resizes one axis as ``F.interpolate`` does.
+
+    All modes are separable.
+    """
+    # "nearest" picks its source by a float32 quotient; the weights of the other modes are more exact in float64.
     dtype = torch.float32 if interpolation == "nearest" else torch.float64
     mode = "bilinear" if interpolation == "trilinear" else interpolation
     with torch.inference_mode(False), torch.no_grad():
@@ -48,18 +51,18 @@ def axis_matrix_on(side: int, size: int, interpolation: str, device: torch.devic
 def tile_inputs(
     side: int, size: int, interpolation: str, taps: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Which (input place, tap) pairs of one axis reach each tile of ``TILE`` outputs, and with what weight.
+    """The pairs (input place, tap) of one axis that reach each tile of ``TILE`` outputs, and their weights.
 
-    With ``taps == 3`` the axis is resized and then shifted by -1, 0, +1 with zeros from outside, as a 3-wide
-    convolution sees it; with ``taps == 1`` only resized.
+    With ``taps == 3`` the axis is resized and then shifted by -1, 0, +1 with zero padding, like the input of a 3-wide
+    convolution. With ``taps == 1`` it is only resized.
 
     Returns:
-        ``places`` int32 ``[tiles, 2, K]``: input place and tap, place -1 where there is none, ``K`` the largest number
-        of pairs rounded up to ``TILE``; and ``weights`` ``dtype`` ``[tiles, TILE, K]``.
+        ``places`` int32 ``[tiles, 2, K]``, input place and tap; unused entries have place -1. ``K`` is the largest
+        number of pairs, rounded up to a multiple of ``TILE``. And ``weights`` ``[tiles, TILE, K]`` in ``dtype``.
     """
     resized = axis_matrix(side, size, interpolation)
     tiles = -(-size // TILE)
-    # seen[y, i, tap]: what output y takes from input i through a tap
+    # seen[y, i, tap]: the weight of input i in output y through a tap
     seen = torch.zeros(tiles * TILE, side, taps, dtype=torch.float64, device="cpu")
     for tap in range(taps):
         shift = tap - taps // 2
@@ -81,7 +84,7 @@ def tile_inputs(
 def pixel_inputs(side: int, size: int, interpolation: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The inputs ``[size, T]`` (int32) of every output of one resized axis and their weights ``[size, T]`` (float32).
 
-    ``T`` is the largest number of inputs that an output has; shorter lists are filled up with weight 0.
+    ``T`` is the largest number of inputs that an output has; shorter lists are padded with weight 0.
     """
     resized = axis_matrix(side, size, interpolation)
     order = resized.ne(0).to(torch.int8).argsort(dim=1, descending=True, stable=True)
@@ -91,7 +94,7 @@ def pixel_inputs(side: int, size: int, interpolation: str, device: torch.device)
 
 
 def folded_phi(weight: Tensor, bias: Tensor | None, blend: float) -> tuple[Tensor, Tensor]:
-    """The one convolution ``(weight[C, C, 3, 3], bias[C])``, float64, that equals phi with its blend."""
+    """The convolution ``(weight[C, C, 3, 3], bias[C])`` in float64 that equals phi with its blend."""
     channels = weight.shape[0]
     folded = weight.double() * blend
     folded[:, :, 1, 1] += (1.0 - blend) * torch.eye(channels, dtype=torch.float64, device=weight.device)
@@ -103,10 +106,10 @@ def folded_phi(weight: Tensor, bias: Tensor | None, blend: float) -> tuple[Tenso
 def make_convolution(
     dtype: torch.dtype, blend: float, codebook: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """``codebook[V, C]``, phi's ``weight[C, C, 3, 3]`` (channels-last) and ``bias[C]``, and their products' scale."""
+    """``codebook[V, C]``, phi's ``weight[C, C, 3, 3]`` (channels-last) and ``bias[C]``, and the products' scale."""
     folded, folded_bias = folded_phi(weight, bias, blend)
-    codes, codes_scale = _scaled(codebook.double(), dtype)
-    folded, folded_scale = _scaled(folded, dtype)
+    codes, codes_scale = _scale_table(codebook.double(), dtype)
+    folded, folded_scale = _scale_table(folded, dtype)
     folded = folded.contiguous(memory_format=torch.channels_last)
     return codes, folded, folded_bias.float(), codes_scale * folded_scale
 
@@ -114,21 +117,24 @@ def make_convolution(
 def make_tap_table(
     dtype: torch.dtype, blend: float, codebook: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The codebook through each of phi's nine taps, ``[V, 9, C]``, phi's bias ``[C]``, and the table's scale."""
+    """The codebook multiplied by each of phi's nine taps ``[V, 9, C]``, phi's bias ``[C]``, and the table's scale."""
     folded, folded_bias = folded_phi(weight, bias, blend)
     taps = folded.permute(1, 2, 3, 0).flatten(1)  # [C_in, 9 * C_out]
-    table, scale = _scaled((codebook.double() @ taps).view(len(codebook), 9, -1), dtype)
+    table, scale = _scale_table((codebook.double() @ taps).view(len(codebook), 9, -1), dtype)
     return table, folded_bias.float(), scale
 
 
 def make_codebook(dtype: torch.dtype, blend: float, codebook: Tensor) -> tuple[Tensor, ...]:
-    """The codebook as the kernels read it with no phi, ``[V, C]``, and its scale."""
-    return _scaled(codebook.double(), dtype)
+    """The table ``[V, C]`` that kernels read without phi, and its scale."""
+    return _scale_table(codebook.double(), dtype)
 
 
-def _scaled(table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``table`` as ``dtype`` and a float32 ``[1]`` to multiply it by. Float16 is filled up to 1, so that it cannot
-    overflow whatever the weights; that keeps three bits more than bfloat16 would."""
+def _scale_table(table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``table`` in ``dtype``, and the float32 ``[1]`` by which to multiply it.
+
+    In half precision the largest value is scaled to 1, so that float16 cannot overflow. Float16 keeps three bits more
+    than bfloat16 would.
+    """
     if dtype == torch.float32:
         return table.float().contiguous(), torch.ones(1, device=table.device)
     scale = table.abs().amax().clamp(min=1e-30)
@@ -136,7 +142,7 @@ def _scaled(table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Tables:
-    """Tables made from one set of weights: the tensors, what state of the weights they show, and whether those live."""
+    """Tables made from one set of weights: the tensors, the state of the weights, and weak references to these."""
 
     def __init__(self, tables: tuple[Tensor, ...], stamp: tuple, sources: list[StorageWeakRef]):
         self.tables, self.stamp, self.sources = tables, stamp, sources
@@ -148,19 +154,19 @@ _cache: dict[tuple, _Tables] = {}
 def tables_of(
     make: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype, blend: float, *weights: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """``make(dtype, blend, *weights)``, kept until a weight changes or is freed.
+    """``make(dtype, blend, *weights)``, cached until a weight changes or is freed.
 
-    A change shows in the weights' version counters, which every in-place operation, optimizer step and
-    ``load_state_dict`` raises; writes through ``.data`` raise none and need ``clear_tables()``. Remade tables take the
-    place of the former ones in memory, so that captured CUDA graphs read them too. Weights made under
-    ``torch.inference_mode`` have no counter: their tables are made anew at every call.
+    Changes are noticed by the weights' version counters, which every in-place operation, optimizer step and
+    ``load_state_dict`` increases. Writes through ``.data`` do not increase them and need ``clear_tables()``. New tables
+    are copied into the memory of the former ones, so that captured CUDA graphs read them too. Weights made under
+    ``torch.inference_mode`` have no counter, so their tables are made anew at every call.
     """
     given = [weight for weight in weights if weight is not None]
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
         if any(weight.is_inference() for weight in given):
             return make(dtype, blend, *weights)
         storages = [StorageWeakRef(weight.untyped_storage()) for weight in given]
-        # While the cache holds its weak reference to a storage no other storage can get the same cdata.
+        # While the cache holds a weak reference to a storage, no other storage can have the same cdata.
         key = (make, dtype, blend, len(weights)) + tuple(
             (storage.cdata, weight.storage_offset(), tuple(weight.shape), weight.stride(), weight.dtype)
             for storage, weight in zip(storages, given, strict=True)
@@ -171,7 +177,7 @@ def tables_of(
             return kept.tables
         made = make(dtype, blend, *weights)
         if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return made  # in the graph's own memory, remade at every replay
+            return made  # in the graph's memory, made anew at every replay
         if kept is not None:
             for former, new in zip(kept.tables, made, strict=True):
                 former.copy_(new)
@@ -184,10 +190,10 @@ def tables_of(
 
 
 def list_tables() -> list[tuple[Tensor, ...]]:
-    """All tables made from weights that are kept now; a captured CUDA graph that reads some must hold them."""
+    """All cached tables made from weights. A captured CUDA graph that reads one must hold a reference to it."""
     return [kept.tables for kept in _cache.values()]
 
 
 def clear_tables() -> None:
-    """Forget all tables made from weights."""
+    """Remove all tables made from weights from the cache."""
     _cache.clear()

@@ -1,14 +1,15 @@
-"""Layer norm over all numbers of a map, with what stands around it in a residual CNN, in one pass.
+"""Layer norm over all numbers of a map, with the residual and activation that follow it in a residual CNN, in one pass.
 
-For the numbers ``x`` of one map ``[C, H, W]`` (layer norm: Ba et al., 2016, eq. 4; LeakyReLU: Maas et al., 2013,
-section 2; the order of the published LSRS scorer's blocks)::
+For the numbers ``x`` of one map ``[C, H, W]``::
 
-    p = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias + residual        # var: the mean of squares, no n - 1
+    p = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias + residual        # var: divided by n, not n - 1
     y = p if p > 0 else negative_slope * p
 
-Bound by bytes: one read of ``x`` and ``residual`` and one write of ``y``; backward one read of ``x``, ``residual`` and
-the gradient, and one write of each wanted gradient. Nothing is saved for backward but the inputs, which the layers
-before have saved already: the statistics of a map are made anew, out of numbers that backward reads anyway.
+Source: layer norm of Ba et al., 2016, eq. 4; LeakyReLU of Maas et al., 2013, section 2; the order of operations in the
+blocks of the published LSRS scorer. Bound by bytes: forward reads ``x`` and ``residual`` once and writes ``y`` once;
+backward reads ``x``, ``residual`` and the gradient once and writes each required gradient once. Only the inputs are
+saved for backward, which the layers before have saved already. The statistics of a map are computed again, from numbers
+that backward has to read anyway.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from varkern.ops.backend import backend_for
 
-MAX_NUMBERS = 16_384  # of a map: a kernel's program holds a whole map in its registers
-MAX_NUMBERS_BACKWARD = 8_192  # three tensors and two sums are held at once there
+MAX_NUMBERS = 16_384  # per map: a program of the kernel holds a whole map in registers
+MAX_NUMBERS_BACKWARD = 8_192  # the backward kernel holds three tensors and two sums in registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,27 +37,27 @@ def map_norm(
     negative_slope: float | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``leaky_relu(layer_norm(x) * weight + bias + residual)``, the norm over the ``C * H * W`` numbers of each map.
+    """``leaky_relu(layer_norm(x) * weight + bias + residual)``, with the norm over the ``C * H * W`` numbers of a map.
 
-    Differentiable once in every tensor; gradients of ``weight`` and ``bias`` are sums in a fixed order, so equal inputs
-    give equal gradients. Statistics and sums are float32, or float64 if ``x`` is. A map's result does not depend on the
-    other maps of its batch.
+    The op is differentiable once with respect to every tensor. Gradients of ``weight`` and ``bias`` are summed in a
+    fixed order, so equal inputs give equal gradients. Statistics and sums are float32, or float64 if ``x`` is float64.
+    A map's result does not depend on the other maps of its batch.
 
     Arguments:
         x: ``[N, C, H, W]``, float32, bfloat16, float16 or float64. Contiguous and ``torch.channels_last`` tensors are
-            read in place, others are copied first. Float64 takes the PyTorch form on every device, and so do maps of
+            read in place, others are copied first. The PyTorch form runs on every device for float64 and for maps of
             more than 16,384 numbers (backward: 8,192).
-        weight: ``[C, H, W]``, of any of these types, as are all the tensors that follow.
+        weight: ``[C, H, W]``. This and the tensors below may have any of the four dtypes.
         bias: ``[C, H, W]``.
         residual: ``[N, C, H, W]``, added before the activation.
-        negative_slope: of LeakyReLU; None: no activation.
-        eps: added to the variance, > 0.
+        negative_slope: slope of LeakyReLU for negative numbers; None for no activation.
+        eps: number added to the variance, > 0.
 
     Returns:
         ``[N, C, H, W]`` in ``x``'s dtype and memory format.
 
     Raises:
-        ValueError, TypeError: a shape, device, dtype or number that does not fit, named.
+        ValueError, TypeError: an argument has a wrong shape, device, dtype or value.
 
     Example::
 
@@ -96,31 +97,31 @@ def _kernels_take(x: Tensor, most: int) -> bool:
 
 
 def channels_lie_last(x: Tensor) -> bool:
-    """Whether a map's channels lie side by side in memory; a tensor of which both formats are true counts as NCHW."""
+    """Whether ``x`` is channels-last. A tensor that is contiguous as well counts as NCHW."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _norm_torch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, slope: float, eps: float) -> Tensor:
-    """Called as it is by :func:`map_norm`, it leaves gradients to PyTorch's autograd, which is quicker on a CPU."""
+    """The PyTorch form. :func:`map_norm` may call it directly: PyTorch's autograd is faster than the op's on a CPU."""
     wide, last = torch.promote_types(x.dtype, torch.float32), channels_lie_last(x)
-    z, weight, bias, residual = (_as_it_lies(tensor, last, wide) for tensor in (x, weight, bias, residual))
+    z, weight, bias, residual = (_to_memory_order(tensor, last, wide) for tensor in (x, weight, bias, residual))
     p = F.layer_norm(z, z.shape[1:], weight, bias, eps)
     if residual is not None:
         p += residual
     if slope != 1:
         p = F.leaky_relu(p, slope, inplace=slope > 0)
-    return _like(x, p.permute(0, 3, 1, 2) if last else p)
+    return _match_format(x, p.permute(0, 3, 1, 2) if last else p)
 
 
-def _as_it_lies(tensor: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor | None:
-    """``[..., C, H, W]`` as ``[..., H, W, C]`` if channels lie ``last``, in ``dtype``."""
+def _to_memory_order(tensor: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor | None:
+    """``tensor`` in ``dtype``, with ``[..., C, H, W]`` permuted to ``[..., H, W, C]`` if channels lie ``last``."""
     if tensor is None:
         return None
     return (tensor.movedim(-3, -1) if last else tensor).to(dtype)
 
 
-def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """``values`` in the dtype and memory format of ``tensor``, without a copy where they are so."""
+def _match_format(tensor: Tensor, values: Tensor) -> Tensor:
+    """``values`` in the dtype and memory format of ``tensor``, copied only if they differ."""
     same = values.dtype == tensor.dtype and values.stride() == tensor.stride()
     return values if same else torch.empty_like(tensor).copy_(values)
 
@@ -147,7 +148,7 @@ def _(x, weight, bias, residual, slope, eps):
 def _backward_op(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, slope: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and residual; empty for a residual of None."""
+    """Gradients of x, weight, bias and residual; the last is empty if residual is None."""
     if x.numel() and not _kernels_take(x, MAX_NUMBERS_BACKWARD):
         return _backward_torch(grad, x, weight, bias, residual, slope, eps)
     gradients = _empty_gradients(x, weight, bias, residual)
@@ -175,7 +176,7 @@ def _backward_torch(
 ) -> tuple[Tensor, ...]:
     wide, last = torch.promote_types(x.dtype, torch.float32), channels_lie_last(x)
     grad, z, wide_weight, wide_bias, added = (
-        None if tensor is None else _as_it_lies(tensor, last, wide).contiguous()
+        None if tensor is None else _to_memory_order(tensor, last, wide).contiguous()
         for tensor in (grad, x, weight, bias, residual)
     )
     p, mean, rstd = torch.native_layer_norm(z, z.shape[1:], wide_weight, wide_bias, eps)
@@ -188,10 +189,10 @@ def _backward_torch(
     if last:
         grad_x, grad_weight, grad_bias, grad_p = (t.movedim(-1, -3) for t in (grad_x, grad_weight, grad_bias, grad_p))
     return (
-        _like(x, grad_x),
-        _like(weight, grad_weight),
-        _like(bias, grad_bias),
-        x.new_empty(0) if residual is None else _like(residual, grad_p),
+        _match_format(x, grad_x),
+        _match_format(weight, grad_weight),
+        _match_format(bias, grad_bias),
+        x.new_empty(0) if residual is None else _match_format(residual, grad_p),
     )
 
 

@@ -1,10 +1,11 @@
 """Counter-based random numbers: Philox-4x32-10, and the counter layout that every draw of varkern uses.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The Triton form is
-``varkern.kernels.philox``; both give the same words, so a seed means the same draws on every backend.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The Triton form in
+``varkern.kernels.philox`` gives the same words, so a seed gives the same draws on every backend.
 
-A draw is addressed, never ordered: key = the image's 64-bit seed, counter = (position, candidate, scale, stream).
-That is why an image does not depend on its place in a batch, and why candidate 0 of M=8 is candidate 0 of M=4.
+A draw depends on its address and not on any order: the key is the image's 64-bit seed, the counter is
+(position, candidate, scale, stream). An image therefore does not depend on its place in a batch, and candidate 0 of M=8
+is candidate 0 of M=4.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = [
     "uniforms",
 ]
 
-# The last word of the counter says what a draw is for, so that no two uses share numbers.
+# The last word of the counter (the stream) gives the purpose of a draw, so that no two purposes share numbers.
 TOKENS = 0
 LABELS = 1
 PICKS = 2
@@ -37,7 +38,7 @@ NOISE = 3
 IMAGE_SEEDS = 4
 UNIFORM_TOKENS = 5
 
-FEW_SEEDS = 16  # up to so many are hashed on the host
+FEW_SEEDS = 16  # up to this number, image seeds are hashed on the host
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -47,7 +48,7 @@ Word = torch.Tensor | int
 
 
 def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
-    """High and low 32 bits of ``constant * word``. int64 wraps modulo 2^64, so all 64 bits of the product are right."""
+    """High and low 32 bits of ``constant * word``. int64 wraps modulo 2^64, which keeps all 64 bits of the product."""
     product = word * constant
     return (product >> 32) & _MASK, product & _MASK
 
@@ -56,12 +57,13 @@ def philox(key_low: Word, key_high: Word, c0: Word, c1: Word, c2: Word, c3: Word
     """The four output words of Philox-4x32-10.
 
     Args:
-        key_low, key_high: the key's two words; int64 tensors or ints in [0, 2^32).
-        c0, c1, c2, c3: the counter's words, likewise. All six broadcast against one another; words that do not vary
-            along a dimension are cheaper left with size 1 there, because the first rounds then stay small.
+        key_low, key_high: the two words of the key; int64 tensors or ints in [0, 2^32).
+        c0, c1, c2, c3: the words of the counter; int64 tensors or ints in [0, 2^32). All six words broadcast against
+            one another. Size 1 in dimensions where a word does not vary is cheaper, because the first rounds are then
+            small.
 
     Returns:
-        four int64 tensors (ints if all arguments are ints) in [0, 2^32).
+        Four int64 tensors (ints if all arguments are ints) in [0, 2^32).
     """
     for i in range(_ROUNDS):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
@@ -73,7 +75,7 @@ def philox(key_low: Word, key_high: Word, c0: Word, c1: Word, c2: Word, c3: Word
 
 
 def check_seeds(seeds: torch.Tensor, batch_size: int | None = None, device: torch.device | None = None) -> None:
-    """Raise one clear error if ``seeds`` is not an int64 tensor [batch_size] on ``device``."""
+    """Raise TypeError or ValueError if ``seeds`` is not an int64 tensor [batch_size] on ``device``."""
     if not isinstance(seeds, torch.Tensor) or seeds.dtype != torch.int64:
         came = seeds.dtype if isinstance(seeds, torch.Tensor) else type(seeds).__name__
         raise TypeError(f"seeds must be an int64 tensor, got {came}")
@@ -85,7 +87,7 @@ def check_seeds(seeds: torch.Tensor, batch_size: int | None = None, device: torc
 
 
 def check_count(name: str, count: int, least: int) -> None:
-    """Raise one clear error if ``count`` is not an integer of at least ``least``."""
+    """Raise TypeError or ValueError if ``count`` is not an integer of at least ``least``."""
     if isinstance(count, bool) or not isinstance(count, Integral):
         raise TypeError(f"{name} must be an int, got {type(count).__name__}")
     if count < least:
@@ -93,7 +95,7 @@ def check_count(name: str, count: int, least: int) -> None:
 
 
 def check_draws(seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int) -> None:
-    """Raise one clear error for the first argument of :func:`uniforms` that is wrong."""
+    """Raise TypeError or ValueError for the first argument of :func:`uniforms` that is invalid."""
     check_seeds(seeds)
     for name, count in (
         ("num_candidates", num_candidates),
@@ -107,7 +109,7 @@ def check_draws(seeds: torch.Tensor, num_candidates: int, num_positions: int, sc
 def uniform_bits(
     seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int = TOKENS
 ) -> torch.Tensor:
-    """``uniforms`` before the multiplication by 2^-24: int64 [B, M, l] in [0, 2^24)."""
+    """The integers that :func:`uniforms` multiplies by 2^-24, int64 [B, M, l] in [0, 2^24)."""
     check_draws(seeds, num_candidates, num_positions, scale, stream)
     keys = seeds[:, None, None]  # [B, 1, 1]
     candidates = torch.arange(num_candidates, device=seeds.device)[None, :, None]  # [1, M, 1]
@@ -119,21 +121,21 @@ def uniform_bits(
 def uniforms(
     seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int = TOKENS
 ) -> torch.Tensor:
-    """Uniform numbers on the grid of 2^-24, one for each image, candidate and position.
+    """Uniform numbers that are multiples of 2^-24, one per image, candidate and position.
 
     Args:
-        seeds: int64 [B]; a seed is 64 bits, negative numbers stand for their unsigned words.
+        seeds: int64 [B]. The 64 bits of a seed are used, so a negative number is the same seed as its unsigned value.
         num_candidates: M >= 0.
         num_positions: l >= 0.
         scale: the autoregressive step, counted from 0.
-        stream: what the draws are for: ``TOKENS``, ``LABELS``, ``PICKS``, ``NOISE`` or ``UNIFORM_TOKENS``.
+        stream: purpose of the draws: ``TOKENS``, ``LABELS``, ``PICKS``, ``NOISE`` or ``UNIFORM_TOKENS``.
 
     Returns:
-        float32 [B, M, l] in [0, 1): ``(x0 >> 8) * 2^-24`` with x0 the first word of
+        float32 [B, M, l] in [0, 1): ``(x0 >> 8) * 2^-24``, where x0 is the first word of
         philox(seed, (position, candidate, scale, stream)).
 
     Raises:
-        TypeError, ValueError: naming the argument that is wrong.
+        TypeError, ValueError: an argument is invalid.
     """
     check_draws(seeds, num_candidates, num_positions, scale, stream)
     return _uniforms_op(seeds, int(num_candidates), int(num_positions), int(scale), int(stream))
@@ -141,7 +143,7 @@ def uniforms(
 
 @torch.library.custom_op("varkern::uniforms", mutates_args=())
 def _uniforms_op(seeds: torch.Tensor, num_candidates: int, num_positions: int, scale: int, stream: int) -> torch.Tensor:
-    # The PyTorch form takes some 160 launches, which for the few numbers of a search would be most of its time.
+    # The PyTorch form takes about 160 launches, too many for the few numbers that a search draws.
     if backend_for(seeds) != "triton" or num_candidates * num_positions >= 2**31:
         return uniform_bits(seeds, num_candidates, num_positions, scale, stream).to(torch.float32) * 2.0**-24
     from varkern.kernels.philox import fill_uniforms
@@ -170,19 +172,20 @@ def gumbel(uniform: torch.Tensor) -> torch.Tensor:
 def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None = None) -> torch.Tensor:
     """B image seeds from one ``g_seed``, by a hash of (g_seed, place in the batch).
 
-    The hash is Philox with ``g_seed`` as key and the place as counter: batches with neighbouring ``g_seed`` share no
-    image (for any two pairs the chance of an equal seed is 2^-64), and a larger batch starts with the smaller one.
+    The hash is Philox with ``g_seed`` as key and the place as counter. Batches with neighbouring ``g_seed`` therefore
+    share no image (two places have equal seeds with probability 2^-64), and a larger batch starts with the seeds of a
+    smaller one.
 
     Args:
         g_seed: any integer in [-2^63, 2^64).
         batch_size: B >= 0.
-        device: where the seeds are made.
+        device: device of the result; None for the default device.
 
     Returns:
         int64 [B].
 
     Raises:
-        TypeError, ValueError: naming the argument that is wrong.
+        TypeError, ValueError: an argument is invalid.
 
     Example::
 
@@ -198,7 +201,7 @@ def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None 
         places = torch.arange(batch_size, device=device)
         low, high, *_ = philox(*key, places & _MASK, places >> 32, 0, IMAGE_SEEDS)
         return high << 32 | low
-    # The tensor form is some hundred operations, each a launch. A fill needs no copy from the host, which might wait.
+    # The tensor form takes about a hundred launches. fill_ needs no copy from the host, which might wait.
     seeds = torch.empty(batch_size, dtype=torch.int64, device=device)
     for place in range(batch_size):
         low, high, *_ = philox(*key, place, 0, 0, IMAGE_SEEDS)

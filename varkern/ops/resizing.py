@@ -1,4 +1,4 @@
-"""Resizing ``f_hat`` to the next scale's side, which is that scale's input."""
+"""Resizing ``f_hat`` to the side of the next scale, as input of that scale."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def resize_features(
     interpolation: str = "area",
     channels_last: bool = False,
 ) -> Tensor:
-    """The next scale's input: ``f_hat`` resized to that scale's side (area resizing is adaptive average pooling).
+    """Resize ``f_hat`` to the next scale's side. Area interpolation is adaptive average pooling.
 
     Arguments:
         f_hat: float32 ``[B, C, H, W]``.
         size: the next scale's ``h`` and ``w``, or one number for both.
         interpolation: as in ``fuse_tokens``.
-        channels_last: memory format of the result; with it ``result.flatten(2).transpose(1, 2)`` is a contiguous
-            ``[B, l, C]``, what the word embedding takes.
+        channels_last: whether the result has channels-last memory format. ``result.flatten(2).transpose(1, 2)`` is
+            then a contiguous ``[B, l, C]``, the input of the word embedding.
 
     Returns:
-        float32 ``[B, C, h, w]``, sharing no memory with ``f_hat``. The PyTorch form is ``F.interpolate`` itself.
+        float32 ``[B, C, h, w]`` in new memory. The PyTorch form calls ``F.interpolate``.
 
     Raises:
-        as ``fuse_tokens``.
+        ValueError, TypeError, RuntimeError: as in ``fuse_tokens``.
 
     Example::
 
@@ -106,4 +106,4 @@ def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(f"{op} defines no gradients, but {name} asks for one; call it under torch.no_grad()")
+                raise RuntimeError(f"{op} defines no gradients, but {name} requires one; call it under torch.no_grad()")

@@ -1,13 +1,12 @@
-"""Drawing M candidate token maps from one read of the logits: guidance, temperature, top-k, nucleus, Philox draws.
+"""Draw M candidate token maps from one read of the logits: guidance, temperature, top-k, nucleus, Philox draws.
 
-What the published samplers do with two sorts and a dozen launches for every candidate
-(``sample_with_top_k_top_p_`` of FoundationVision/VAR), done once per row of logits; each further candidate costs a
-look-up in the row's running sum.
+Published samplers (``sample_with_top_k_top_p_`` of FoundationVision/VAR) take two sorts and a dozen launches per
+candidate. Here each row of logits is filtered once, and every further candidate costs a look-up in its running sum.
 
-Probabilities are held as fixed-point integers: a token's weight is ``floor(2^44 * exp(x - max))`` with an exponential
-made of IEEE additions and multiplications alone. Sums of integers do not depend on their order, so the nucleus, its
-ties and the running sum come out the same, to the last bit, in PyTorch and in Triton, on a CPU and on a GPU. A token
-whose probability is below 2^-44 of the most probable one's is never drawn.
+Probabilities are fixed-point integers: a token's weight is ``floor(2^44 * exp(x - max))``, with an exponential made
+only of IEEE additions and multiplications. Sums of integers do not depend on their order, so the nucleus, its ties and
+the running sum are the same to the last bit in PyTorch and in Triton, on a CPU and on a GPU. A token whose probability
+is below 2^-44 of the largest probability is never drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _LOG2_E = 1.4426950408889634
 _ROUNDER = 1.5 * 2.0**23  # adding it rounds a float32 of small magnitude to an integer, kept in the low bits
 # 2^f on [-1/2, 1/2]: minimax in relative error (1.7e-7) with the constant term fixed at 1, so that exp(0) is exact.
 _EXP2 = (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.0013264728477224708)
-_CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements of logits worked on at once: within a core's cache; some 500 MB
+_CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements of logits per step: what a core's cache holds; about 500 MB
 
 
 def sample_tokens(
@@ -49,39 +48,39 @@ def sample_tokens(
 ) -> Tensor:
     """Draw M token maps, with replacement, from one filtered distribution per position.
 
-    The distribution of a row, in float32: ``x = ((1 + t)·cond − t·uncond) / temperature`` with t the guidance. Then
+    The logits of a row are ``x = ((1 + t)·cond − t·uncond) / temperature`` in float32, where t is the guidance. Then
 
-    1. ``top_k``: tokens below the k-th largest x are dropped; ties with it stay.
-    2. softmax over what is left.
-    3. ``top_p`` (the nucleus): put the tokens in order of probability, largest first, equal ones by lower index first;
-       a token stays while the mass before it is less than ``top_p`` of the total. The most probable always stays; of
-       tokens that tie at the boundary only those of lowest index do.
+    1. ``top_k``: tokens below the k-th largest x are dropped; ties with it are kept.
+    2. Softmax over the kept tokens.
+    3. ``top_p`` (the nucleus): the tokens are ordered by probability, largest first, equal ones by lower index first.
+       A token is kept if the mass before it is less than ``top_p`` of the total. The most probable token is always
+       kept. Of several tokens that tie at the boundary, those of lowest index are kept.
 
-    The token drawn is the first index v, in vocabulary order, whose running sum of kept probabilities exceeds
-    ``u · total``, with u from ``varkern.ops.philox`` at (seed of the image; position, candidate, scale). So an image
-    depends on its own seed alone, and candidates 0..3 of M=8 are those of M=4.
+    The drawn token is the first index v, in vocabulary order, whose running sum of kept probabilities exceeds
+    ``u · total``, with u from ``varkern.ops.philox`` at (seed of the image; position, candidate, scale). An image
+    therefore depends only on its own seed, and candidates 0..3 of M=8 are the candidates of M=4.
 
-    NaN counts as −inf, +inf as the largest finite float32; −inf is never drawn. A row that holds nothing else yields
+    NaN counts as −inf, +inf as the largest finite float32; −inf is never drawn. A row without any other value gives
     token 0. A token id is always in range.
 
     Args:
         logits: [B, l, V], float32, bfloat16, float16 or float64 (used as float32), any strides; 1 <= V <= 2^18.
         num_candidates: M >= 1.
         uncond_logits: like ``logits``, for classifier-free guidance; not read if ``guidance`` is the number 0.
-        guidance: t, a number, or a float tensor of B strengths, [B] or [B, 1, 1]. Not zero: needs ``uncond_logits``.
+        guidance: t, a number, or a float tensor [B] or [B, 1, 1]. ``uncond_logits`` must be given unless it is 0.
         temperature: finite, >= 1e-30.
-        top_k: >= 0; 0, or V and more: off.
-        top_p: in [0, 1]; 0 or 1: off. Rounded down to a multiple of 2^-30.
+        top_k: >= 0; 0, or V or more, turns it off.
+        top_p: in [0, 1]; 0 or 1 turns it off. Rounded down to a multiple of 2^-30.
         seeds: int64 [B], on the device of ``logits``.
-        scale: the autoregressive step, counted from 0: part of the draws' address.
+        scale: the autoregressive step, counted from 0; part of the address of the draws.
 
     Returns:
         Tokens, int64 [B, M, l], in [0, V).
 
     Raises:
-        TypeError, ValueError: naming the argument, before any work.
+        TypeError, ValueError: an argument is invalid; checked before any work.
 
-    Source: the ``sample_with_top_k_top_p_`` and guidance of FoundationVision/VAR; Philox of Salmon et al. 2011.
+    Source: ``sample_with_top_k_top_p_`` and guidance of FoundationVision/VAR; Philox of Salmon et al. 2011.
 
     Example::
 
@@ -105,7 +104,7 @@ def sample_tokens(
 
 # ---- Registration and checks ------------------------------------------------------------------------------------
 
-# Defined through a Library rather than custom_op, whose wrappers cost more host time at each call than the launch.
+# Defined through a Library and not custom_op, whose wrappers take more host time per call than the launch.
 _library = torch.library.Library("varkern", "FRAGMENT")
 _library.define(
     "sample_tokens(Tensor logits, Tensor? uncond_logits, Tensor? strengths, Tensor seeds, int num_candidates, "
@@ -118,7 +117,7 @@ def _sample(logits: Tensor, *arguments) -> Tensor:
     # The backend is chosen here, inside the op, because a context variable cannot be read in a compiled graph.
     if backend_for(logits) == "torch":
         return sample_in_torch(logits, *arguments)
-    from ..kernels.sampling import sample  # triton exists on Linux alone
+    from ..kernels.sampling import sample  # imported here because triton exists only on Linux
 
     return sample(logits, *arguments)
 
@@ -133,7 +132,7 @@ torch.library.register_fake("varkern::sample_tokens", _sample_fake, lib=_library
 
 
 def _check(logits, num_candidates, uncond_logits, guidance, temperature, top_k, top_p, seeds, scale) -> Tensor | None:
-    """Raise for the first bad argument; return a tensor guidance as float32 [B], None for a number."""
+    """Raise for the first invalid argument. Return a guidance tensor as float32 [B], or None for a number."""
     _check_logits("logits", logits)
     if logits.dim() != 3:
         raise ValueError(f"logits must have shape [B, l, V], got {list(logits.shape)}")
@@ -179,10 +178,10 @@ def _check_guidance(
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be finite, got {guidance}")
         if guidance != 0 and uncond_logits is None:
-            raise ValueError(f"guidance {guidance} needs uncond_logits, got None")
+            raise ValueError(f"uncond_logits must be given when guidance is {guidance}, got None")
         return None
     if uncond_logits is None:
-        raise ValueError("guidance as a tensor needs uncond_logits, got None")
+        raise ValueError("uncond_logits must be given when guidance is a tensor, got None")
     if not guidance.is_floating_point():
         raise TypeError(f"guidance must be a float tensor, got {guidance.dtype}")
     if guidance.shape not in ((batch_size,), (batch_size, 1, 1)):
@@ -208,7 +207,7 @@ def sample_in_torch(
     top_p: float,
     scale: int,
 ) -> Tensor:
-    """Tokens [B, M, l]; a tensor guidance stands in ``strengths`` [B], float32."""
+    """The PyTorch form: tokens [B, M, l]. ``strengths`` (float32 [B]) replaces ``guidance`` if it is not None."""
     batch_size, length, vocabulary = logits.shape
     bits = uniform_bits(seeds, num_candidates, length, scale, TOKENS)
     bits = bits.transpose(1, 2).reshape(batch_size * length, num_candidates)  # [rows, M]
@@ -240,7 +239,7 @@ def _chunks(num_rows: int, vocabulary: int, device_type: str) -> Iterator[slice]
 
 
 def _weights(x: Tensor, row_max: Tensor) -> Tensor:
-    """``floor(2^44 * exp(x - row_max))`` as int64, from operations that round the same everywhere; row_max finite."""
+    """``floor(2^44 * exp(x - row_max))`` as int64, by operations that round the same everywhere; row_max is finite."""
     y = ((x - row_max) * _LOG2_E).clamp_(min=-64.0)
     shifted = y + _ROUNDER
     fraction = y.sub_(shifted - _ROUNDER)
@@ -253,18 +252,18 @@ def _weights(x: Tensor, row_max: Tensor) -> Tensor:
 
 
 def _scaled(total: Tensor, numerator: Tensor | int, bits: int, round_up: bool = False) -> Tensor:
-    """``total * numerator / 2^bits`` exactly, rounded down or up, without the product's leaving int64."""
+    """``total * numerator / 2^bits`` exactly, rounded down or up; the product itself would overflow int64."""
     high, low = total >> bits, total & ((1 << bits) - 1)
     return high * numerator + ((low * numerator + ((1 << bits) - 1 if round_up else 0)) >> bits)
 
 
 def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Filter and draw for rows [R, V] of finite or -inf logits; bits [R, M]. Tokens [R, M]."""
+    """Filter rows [R, V] of logits that are finite or -inf, and draw with bits [R, M]. Returns tokens [R, M]."""
     vocabulary = x.shape[1]
     row_max = x.amax(-1, keepdim=True)
     row_max = torch.where(row_max == -math.inf, 0.0, row_max)  # [R, 1], finite
     weights = _weights(x, row_max)  # [R, V]
-    kept = _kept(x, row_max, top_k if top_k < vocabulary else 0, top_p if top_p < 1 else 0.0)
+    kept = _select_tokens(x, row_max, top_k if top_k < vocabulary else 0, top_p if top_p < 1 else 0.0)
     if kept is not None:
         weights = weights.mul_(kept)
     running = weights.cumsum(-1)
@@ -274,8 +273,8 @@ def _sample_rows(x: Tensor, bits: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.where(total > 0, tokens, 0)
 
 
-def _kept(x: Tensor, row_max: Tensor, top_k: int, top_p: float) -> Tensor | None:
-    """Which tokens of rows [R, V] survive top-k and nucleus, bool [R, V]; None if both are off."""
+def _select_tokens(x: Tensor, row_max: Tensor, top_k: int, top_p: float) -> Tensor | None:
+    """Which tokens of rows [R, V] top-k and nucleus keep, bool [R, V]; None if both are off."""
     nucleus = int(top_p * 2**TOP_P_BITS)  # rounded down: a mass of exactly 0.9 is not below top_p=0.9
     if not top_k and not 0 < top_p < 1:
         return None
@@ -285,11 +284,11 @@ def _kept(x: Tensor, row_max: Tensor, top_k: int, top_p: float) -> Tensor | None
         return x >= threshold
     ordered_weights = _weights(ordered, row_max)
     sums = ordered_weights.cumsum(-1)
-    # Tokens that tie with the k-th but stand beyond the k-th place.
+    # The number of tokens that tie with the k-th but come after it.
     more = (x >= threshold).sum(-1, keepdim=True) - top_k if top_k else torch.zeros_like(sums[:, :1])
     total = sums[:, -1:] + more * ordered_weights[:, -1:]
-    wanted = _scaled(total, nucleus, TOP_P_BITS, round_up=True)  # a mass is below top_p of the total if below this
-    within = sums - ordered_weights < wanted  # [R, k], true then false
+    wanted = _scaled(total, nucleus, TOP_P_BITS, round_up=True)  # masses below this are below top_p
+    within = sums - ordered_weights < wanted  # [R, k]: true up to some place, then false
     within[:, 0] = True
     num_kept = within.sum(-1, keepdim=True)
     last_weight = ordered_weights[:, -1:].clamp(min=1)
