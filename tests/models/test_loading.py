@@ -162,7 +162,7 @@ def test_missing_files(tmp_path):
 
 
 def test_vae_must_be_given(tmp_path):
-    with pytest.raises(ValueError, match=r"vae must be given beside the path .*var\.pth"):
+    with pytest.raises(ValueError, match=r"vae must be given when source is the path .*var\.pth.*, got None"):
         load_var(write(tmp_path / "var.pth", small_var()), patch_nums=TINY_SIDES)
 
 
@@ -201,7 +201,7 @@ def test_a_missing_vae_key_is_named(tmp_path):
 def test_a_key_too_many_is_named(tmp_path):
     model = small_var()
     torch.save(model.state_dict() | {"extra": torch.zeros(1)}, tmp_path / "var.pth")
-    with pytest.raises(ValueError, match=r"(?s)var\.pth does not fit .*extra"):
+    with pytest.raises(ValueError, match=r"(?s)var\.pth does not match .*extra"):
         load_var(tmp_path / "var.pth", vae=model.vae_proxy[0], patch_nums=TINY_SIDES)
 
 
@@ -222,7 +222,7 @@ def test_a_config_that_is_none(tmp_path):
 
 def test_a_vae_with_other_codes(tmp_path):
     path = write(tmp_path / "var.pth", small_var())
-    with pytest.raises(ValueError, match=r"(?s)var\.pth does not fit .*head\.weight"):
+    with pytest.raises(ValueError, match=r"(?s)var\.pth does not match .*head\.weight"):
         load_var(path, vae=small_vae(vocab_size=32), patch_nums=TINY_SIDES)
 
 

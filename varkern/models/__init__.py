@@ -1,4 +1,4 @@
-"""VAR and its multi-scale VQ-VAE, loading the published checkpoints."""
+"""VAR, its multi-scale VQ-VAE, and functions that load the published checkpoints."""
 
 from .loading import load_vae, load_var
 from .var import PATCH_NUMS_256, PATCH_NUMS_512, VAR

@@ -1,6 +1,6 @@
-"""Encoder and decoder of VAR's VQ-VAE: the convolutional autoencoder of VQGAN at 16-fold (or other) downsampling.
+"""Encoder and decoder of VAR's VQ-VAE: the convolutional autoencoder of VQGAN, with 16-fold (or other) downsampling.
 
-Module names, and so the keys of a state dict, are those of the published checkpoint ``vae_ch160v4096z32.pth``.
+Modules have the names of the published checkpoint ``vae_ch160v4096z32.pth``, so that its state dict loads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two times (group norm, SiLU, 3x3 convolution), plus the input, ``[B, in, h, w] -> [B, out, h, w]``."""
+    """Group norm, SiLU and 3x3 convolution, twice, plus the input: ``[B, in, h, w] -> [B, out, h, w]``."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head of self-attention over the pixels of a map, plus the input, ``[B, C, h, w] -> [B, C, h, w]``."""
+    """Self-attention over the pixels of a map with one head, plus the input: ``[B, C, h, w] -> [B, C, h, w]``."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -81,7 +81,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, with attention after each at the lowest, then the change of resolution."""
+    """The residual blocks of one resolution, each followed by attention if asked for, and the change of resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, attention: bool):
         super().__init__()
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
             if i != 0:
                 level.upsample = Upsample(width)
             levels.append(level)
-        # Stored from the highest resolution to the lowest, as in the published checkpoint, and run the other way.
+        # Stored from the highest resolution to the lowest, as in the published checkpoint, and run in reverse order.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(width, groups)
         self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)

@@ -1,5 +1,8 @@
-"""Starting weights, set explicitly: scripts that use the published VAR builder switch ``reset_parameters`` of PyTorch's
-own layers off for the whole process, so nothing here may depend on it."""
+"""Initial weights, set explicitly.
+
+The code here must not depend on ``reset_parameters`` of PyTorch's layers, because the published VAR builder disables it
+for the whole process.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import nn
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """Uniform weights of variance 1 / (3 fan-in) for linear and convolution layers, normal ones for embeddings."""
+    """Set uniform weights of variance 1 / (3 fan-in) in linear and convolution layers, normal ones in embeddings."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             bound = 1 / math.sqrt(layer.weight[0].numel())

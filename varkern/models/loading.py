@@ -1,4 +1,4 @@
-"""Reading checkpoints: sizes come off the state dict, weights load with ``strict=True``, nothing is ever unpickled."""
+"""Load checkpoints. Sizes are read from the state dict, weights load with ``strict=True``, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ SCHEDULES = {sum(side * side for side in sides): sides for sides in (PATCH_NUMS_
 def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a ``.safetensors`` or PyTorch file, and the config in its metadata (empty if there is none).
 
+    PyTorch files are read with ``weights_only=True``.
+
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no plain state dict; PyTorch files are read with ``weights_only=True``.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file does not hold a plain state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,12 +44,12 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
                 metadata = file.metadata() or {}
             config = json.loads(metadata.get("config", "{}"))
             if not isinstance(config, dict):
-                raise ValueError(f"its config is {config!r}, not an object")
+                raise ValueError(f"its config is {config!r}, not a JSON object")
             return load_file(path), config
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
-    except Exception as error:  # pickle.UnpicklingError: something else than tensors is in the file
+    except Exception as error:  # pickle.UnpicklingError: the file holds other objects than tensors
         raise ValueError(f"{path} holds more than tensors and is not loaded: {error}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a plain state dict (a mapping of names to tensors)")
@@ -55,18 +57,18 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
 
 
 def save_model(model: VAR | VQVAE, path: str | os.PathLike) -> None:
-    """Write a model's weights and config to one safetensors file that :func:`load_var` or :func:`load_vae` reads."""
+    """Write a model's weights and config to a safetensors file that :func:`load_var` or :func:`load_vae` can read."""
     write_tensors(path, model.state_dict(), {"config": json.dumps(model.config)})
 
 
 def count_modules(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many children are numbered below ``prefix`` in the keys of a state dict."""
+    """The number of numbered children of the module ``prefix`` in a state dict."""
     numbers = {int(m[1]) for key in state if (m := re.match(re.escape(prefix) + r"\.(\d+)\.", key))}
     return len(numbers)
 
 
 def vae_config(state: Mapping[str, Tensor], v_patch_nums: Sequence[int]) -> dict[str, Any]:
-    """The arguments of :class:`VQVAE` that a state dict tells, as published otherwise."""
+    """The arguments of :class:`VQVAE` that follow from a state dict. Other arguments keep their published defaults."""
     ch = state["encoder.conv_in.weight"].shape[0]
     levels = count_modules(state, "encoder.down")
     blocks = count_modules(state, "encoder.down.0.block")
@@ -90,10 +92,10 @@ def vae_config(state: Mapping[str, Tensor], v_patch_nums: Sequence[int]) -> dict
 
 
 def var_config(state: Mapping[str, Tensor], patch_nums: Sequence[int] | None) -> dict[str, Any]:
-    """The arguments of :class:`VAR` that a state dict tells.
+    """The arguments of :class:`VAR` that follow from a state dict.
 
     Raises:
-        ValueError: if the schedule is none of the published ones and ``patch_nums`` does not give it.
+        ValueError: the schedule is not a published one, and ``patch_nums`` does not match it.
     """
     length, width = state["pos_1LC"].shape[1:]
     scales = state["lvl_embed.weight"].shape[0]
@@ -115,42 +117,43 @@ def var_config(state: Mapping[str, Tensor], patch_nums: Sequence[int] | None) ->
 
 
 def download(filename: str) -> Path:
-    """The local copy of a published checkpoint, downloaded on first use.
+    """The path of the local copy of a published checkpoint, which is downloaded on first use.
 
     Raises:
-        ImportError: if huggingface_hub is not installed; it says what to install.
+        ImportError: huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise ImportError(
-            f"{filename} is on the hub: install it with pip install 'varkern[hub]', or give the path of your copy"
+            f"{filename} must be downloaded with huggingface_hub, which is not installed: "
+            "run pip install 'varkern[hub]', or give the path of your copy"
         ) from error
     return Path(hf_hub_download(HUB_REPOSITORY, filename))
 
 
-def _derived(
+def _derive_config(
     read: Callable[..., dict[str, Any]], state: Mapping[str, Tensor], sides: Any, path: Path
 ) -> dict[str, Any]:
     try:
         return read(state, sides)
     except KeyError as error:
-        raise ValueError(f"{path} does not fit any model: it has no {error.args[0]}") from error
+        raise ValueError(f"{path} is not a complete checkpoint: it has no {error.args[0]}") from error
 
 
 def _assemble(
     build: Callable[..., nn.Module], config: dict[str, Any], state: dict[str, Tensor], path: Path
 ) -> nn.Module:
-    # On the meta device nothing is allocated or initialised twice: the checkpoint's own tensors become the weights.
+    # On the meta device no weights are allocated or initialised: the checkpoint's tensors become the weights.
     try:
         with torch.device("meta"):
             model = build(**config)
     except TypeError as error:
-        raise ValueError(f"{path} holds a config that describes no model: {error}") from error
+        raise ValueError(f"{path} has an invalid config: {error}") from error
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model that its sizes describe: {error}") from error
+        raise ValueError(f"{path} does not match the model that its config or sizes describe: {error}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -164,13 +167,16 @@ def load_vae(
     """Load a VQ-VAE checkpoint.
 
     Args:
-        source: a path, or the published file's name, which is downloaded.
-        v_patch_nums: the side of each scale; None: the file's own, or the published schedule of 256 px.
-        device: where the model goes.
-        dtype: its weights' dtype.
+        source: a path, or the name of the published file, which is then downloaded.
+        v_patch_nums: side of each scale's token map. None: as in the file's config, or without one the published
+            schedule for 256 px.
+        device: device of the model.
+        dtype: dtype of its weights.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`read_state_dict`.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a VQ-VAE checkpoint.
+        ImportError: the file must be downloaded, and huggingface_hub is not installed.
 
     Example::
 
@@ -181,7 +187,7 @@ def load_vae(
     state, config = read_state_dict(path)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} is not a VQ-VAE checkpoint: it has no quantize.embedding.weight")
-    config = config or _derived(vae_config, state, v_patch_nums or PATCH_NUMS_256, path)
+    config = config or _derive_config(vae_config, state, v_patch_nums or PATCH_NUMS_256, path)
     if v_patch_nums is not None:
         config["v_patch_nums"] = list(v_patch_nums)
     return _assemble(VQVAE, config, state, path).to(device=device, dtype=dtype)
@@ -198,18 +204,19 @@ def load_var(
     """Load a VAR model and its VQ-VAE, in evaluation mode and without gradients.
 
     Args:
-        source: a path to a ``.pth`` or ``.safetensors`` state dict; or ``"d16"``, ``"d20"``, ``"d24"``, ``"d30"``,
-            ``"d36"``: the published checkpoint, downloaded; or ``"demo"``: the digits model that ships with varkern.
-        vae: a path, a loaded :class:`VQVAE`, or None: the one that belongs to a short name.
-        patch_nums: the side of each scale's token map; needed only for schedules other than the published ones.
-        device: where both models go.
-        dtype: their weights' dtype. The running sum stays float32 and so do the logits. For the published numerics
-            in half precision keep float32 here and generate under ``torch.autocast``.
+        source: path of a ``.pth`` or ``.safetensors`` state dict; or ``"d16"``, ``"d20"``, ``"d24"``, ``"d30"`` or
+            ``"d36"`` for a published checkpoint, which is downloaded; or ``"demo"`` for the digits model that ships
+            with varkern.
+        vae: a path or a loaded :class:`VQVAE`. None is allowed if ``source`` is a short name.
+        patch_nums: side of each scale's token map; needed only for schedules other than the published ones.
+        device: device of both models.
+        dtype: dtype of their weights. ``f_hat`` and the logits are always float32. To get the published numerics in
+            half precision, keep float32 here and generate under ``torch.autocast``.
 
     Raises:
-        FileNotFoundError: if a path leads nowhere.
-        ValueError: if a file does not hold what it should.
-        ImportError: if a short name needs the ``hub`` extra.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is not a checkpoint of the right kind, or an argument does not match it.
+        ImportError: a short name needs the ``hub`` extra.
 
     Example::
 
@@ -225,15 +232,15 @@ def load_var(
     else:
         path = Path(source)
     if vae is None:
-        raise ValueError(f"vae must be given beside the path {path}: a VQ-VAE checkpoint, or a loaded VQVAE")
+        raise ValueError(
+            f"vae must be given when source is the path {path}: a VQ-VAE checkpoint or a loaded VQVAE, got None"
+        )
     state, config = read_state_dict(path)
     if "pos_1LC" not in state or "lvl_embed.weight" not in state:
         raise ValueError(f"{path} is not a VAR checkpoint: it has no pos_1LC and lvl_embed.weight")
-    config = config or _derived(var_config, state, patch_nums, path)
+    config = config or _derive_config(var_config, state, patch_nums, path)
     if patch_nums is not None and list(patch_nums) != list(config["patch_nums"]):
-        raise ValueError(
-            f"patch_nums must be {config['patch_nums']}, which {path} was made for, got {list(patch_nums)}"
-        )
+        raise ValueError(f"patch_nums must be {config['patch_nums']}, the schedule of {path}, got {list(patch_nums)}")
     if not isinstance(vae, nn.Module):
         vae = load_vae(vae, v_patch_nums=config["patch_nums"])
     vae.to(device=device, dtype=dtype)

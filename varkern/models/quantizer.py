@@ -1,7 +1,7 @@
 """VAR's multi-scale residual quantizer: features to K token maps and back.
 
-Module, parameter and method names are those of the published ``VectorQuantizer2``, so that state dicts and scripts
-written for it work. F(.) of one scale is :meth:`VectorQuantizer.fused`; ``embed_to_fhat`` sums it over the scales.
+Modules, parameters and methods have the names of the published ``VectorQuantizer2``, so that its state dicts and
+scripts work. :meth:`VectorQuantizer.fused` is F(.) of one scale; ``embed_to_fhat`` sums it over the scales.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 class Phi(nn.Conv2d):
-    """The convolution after upsampling: ``(1 - blend) * x + blend * conv3x3(x)``, ``[B, C, h, w] -> [B, C, h, w]``."""
+    """The layer after upsampling: ``(1 - blend) * x + blend * conv3x3(x)``, ``[B, C, h, w] -> [B, C, h, w]``."""
 
     def __init__(self, channels: int, blend: float):
         super().__init__(channels, channels, 3, padding=1)
@@ -31,8 +31,8 @@ def phi_layer(channels: int, blend: float) -> nn.Module:
 
 
 def phi_ticks(count: int) -> np.ndarray:
-    """Where ``count`` phi layers stand on the way from the first scale (0) to the last (1)."""
-    margin = 1 / 3 if count == 4 else 1 / 2  # as published: only four layers stand nearer to the ends
+    """Positions of ``count`` phi layers between the first scale (0) and the last (1)."""
+    margin = 1 / 3 if count == 4 else 1 / 2  # as published: four layers lie nearer to the ends than other counts
     return np.linspace(margin / count, 1 - margin / count, count)
 
 
@@ -48,7 +48,7 @@ class PhiShared(nn.Module):
 
 
 class PhiPartiallyShared(nn.Module):
-    """A few phi layers; a scale at ``position`` in 0..1 takes the one whose tick is nearest."""
+    """A few phi layers. A scale at ``position`` in [0, 1] uses the layer with the nearest tick."""
 
     def __init__(self, channels: int, blend: float, count: int):
         super().__init__()
@@ -60,7 +60,7 @@ class PhiPartiallyShared(nn.Module):
 
 
 class PhiNonShared(nn.ModuleList):
-    """One phi layer a scale, found by position in 0..1."""
+    """One phi layer per scale, selected by the scale's position in [0, 1]."""
 
     def __init__(self, channels: int, blend: float, count: int):
         super().__init__(phi_layer(channels, blend) for _ in range(count))
@@ -71,15 +71,16 @@ class PhiNonShared(nn.ModuleList):
 
 
 class VectorQuantizer(nn.Module):
-    """K token maps of growing side, each the quantized residual of those before it.
+    """A residual quantizer with K token maps of growing side. Each map quantizes the residual of the maps before it.
 
     Args:
         vocab_size: V, the number of codes.
         Cvae: C, the width of a code.
-        v_patch_nums: the side of each scale's token map, ascending; the last is the latent's side.
-        using_znorm: compare by cosine instead of squared distance.
-        quant_resi: the blend of the phi layers; 0 for none.
-        share_quant_resi: 0: one phi layer a scale; 1: one for all; n: n of them, see :func:`phi_ticks`.
+        v_patch_nums: side of each scale's token map, ascending; the last is the latent's side.
+        using_znorm: whether the nearest code is found by cosine instead of squared distance.
+        quant_resi: blend of the phi layers; 0 for no phi.
+        share_quant_resi: number of phi layers: 0 for one per scale, 1 for one that all scales share, n for n layers
+            at the positions :func:`phi_ticks`.
         beta: weight of the commitment loss.
     """
 
@@ -111,7 +112,7 @@ class VectorQuantizer(nn.Module):
         return self.quant_resi[scale / max(last, 1)]
 
     def nearest(self, features: Tensor) -> Tensor:
-        """The nearest code of every vector, ``[N, C] -> [N]`` int64."""
+        """The id of the nearest code of every vector, ``[N, C] -> [N]`` int64."""
         codes = self.embedding.weight.detach()
         if self.using_znorm:
             return (F.normalize(features, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(1)
@@ -119,18 +120,21 @@ class VectorQuantizer(nn.Module):
         return distance.addmm_(features, codes.T, alpha=-2).argmin(1)
 
     def fused(self, codes: Tensor, scale: int, size: tuple[int, int], num_scales: int | None = None) -> Tensor:
-        """Codes of one scale ``[B, C, side, side]`` as they enter the sum, ``[B, C, H, W]``: upsampled, then phi."""
+        """What one scale's codes ``[B, C, side, side]`` add to ``f_hat``, ``[B, C, H, W]``: phi of the upsampled codes.
+
+        The last scale is not resized.
+        """
         num_scales = num_scales or len(self.v_patch_nums)
         if scale != num_scales - 1:
             codes = F.interpolate(codes, size=size, mode="bicubic")
         return self.phi(scale, num_scales)(codes)
 
     def quantize(self, features: Tensor, v_patch_nums: Sequence[int] | None = None):
-        """The greedy residual quantization of ``[B, C, H, W]``, scale by scale.
+        """Quantize ``features`` ``[B, C, H, W]`` greedily, scale by scale.
 
         Yields:
-            for every scale its ids ``[B, side*side]`` int64 and ``f_hat`` ``[B, C, H, W]`` up to it, which carries the
-            gradient of the codebook and of the phi layers.
+            Per scale, its ids ``[B, side*side]`` int64 and the running sum ``f_hat`` ``[B, C, H, W]``, which is
+            differentiable with respect to the codebook and the phi layers.
         """
         sides = tuple(v_patch_nums or self.v_patch_nums)
         size = tuple(features.shape[-2:])
@@ -147,14 +151,14 @@ class VectorQuantizer(nn.Module):
             yield ids.flatten(1), f_hat
 
     def forward(self, features: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """For training: the quantized features with a straight-through gradient, the ids, and the loss.
+        """Quantize for training, with a straight-through gradient.
 
         Args:
             features: ``[B, C, H, W]``.
 
         Returns:
-            ``f_hat`` ``[B, C, H, W]``; K id tensors ``[B, l]``; the codebook and commitment loss, averaged over the
-            K partial sums as published.
+            ``f_hat`` ``[B, C, H, W]``; K token maps ``[B, l]`` int64; the sum of codebook and commitment loss, averaged
+            over the K partial sums as published.
         """
         features = features.float()
         all_ids, loss, f_hat = [], features.new_zeros(()), features
@@ -169,19 +173,21 @@ class VectorQuantizer(nn.Module):
     def f_to_idxBl_or_fhat(
         self, f_BChw: Tensor, to_fhat: bool, v_patch_nums: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """Features ``[B, C, H, W]`` to K token maps ``[B, l]``, or to the K partial sums ``[B, C, H, W]``."""
+        """Features ``[B, C, H, W]`` to K token maps ``[B, l]``, or to K partial sums ``[B, C, H, W]`` (``to_fhat``)."""
         return [f_hat if to_fhat else ids for ids, f_hat in self.quantize(f_BChw, v_patch_nums)]
 
     def embed_to_fhat(
         self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False
     ) -> list[Tensor] | Tensor:
-        """Codes of the K scales, ``[B, C, side, side]`` each, to the K partial sums ``f_hat`` or to the last alone.
+        """Codes of the K scales, ``[B, C, side, side]`` each, to the K partial sums ``f_hat`` ``[B, C, H, W]``.
+
+        With ``last_one`` only the last sum is returned.
 
         Raises:
-            ValueError: if ``all_to_max_scale`` is false; that upstream experiment fits no trained model.
+            ValueError: ``all_to_max_scale`` is False. No published model uses that.
         """
         if not all_to_max_scale:
-            raise ValueError("all_to_max_scale must be True: the running sum lives at the last scale's size")
+            raise ValueError("all_to_max_scale must be True, because the sum has the last scale's size, got False")
         size = (self.v_patch_nums[-1],) * 2
         f_hat = ms_h_BChw[0].new_zeros(ms_h_BChw[0].shape[0], self.Cvae, *size, dtype=torch.float32)
         partial_sums = []
@@ -191,7 +197,7 @@ class VectorQuantizer(nn.Module):
         return f_hat if last_one else partial_sums
 
     def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor:
-        """Token maps of the K scales to the transformer's teacher-forcing input, ``[B, L - l_0, C]``."""
+        """Token maps ``[B, l]`` of the K scales to the transformer's input for teacher forcing, ``[B, L - l_0, C]``."""
         codes = [self.codes(ids, k) for k, ids in enumerate(gt_ms_idx_Bl[:-1])]
         sums = self.embed_to_fhat(codes)
         nexts = [
@@ -201,21 +207,21 @@ class VectorQuantizer(nn.Module):
         return torch.cat(nexts, dim=1)
 
     def codes(self, ids: Tensor, scale: int) -> Tensor:
-        """Codebook lookup of one scale's token map, ``[B, l] -> [B, C, side, side]``."""
+        """The codes of one scale's token map, ``[B, l] -> [B, C, side, side]``."""
         side = self.v_patch_nums[scale]
         return rearrange(self.embedding(ids), "b (h w) c -> b c h w", h=side, w=side)
 
     def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one scale's codes to ``f_hat`` in place and pool it to the next scale's side.
+        """Add one scale's codes to ``f_hat`` in place, and pool ``f_hat`` to the next scale's side.
 
         Args:
-            si: the scale, from 0.
+            si: the scale, counted from 0.
             SN: K, the number of scales.
-            f_hat: the running sum ``[B, C, H, W]`` float32, updated in place.
-            h_BChw: the codes of the scale's tokens, ``[B, C, side, side]``.
+            f_hat: ``[B, C, H, W]`` float32, updated in place.
+            h_BChw: codes of the scale's tokens, ``[B, C, side, side]``.
 
         Returns:
-            ``f_hat``, and it pooled (``area``) to the next side; at the last scale ``f_hat`` twice.
+            ``f_hat``, and ``f_hat`` pooled (``area``) to the next scale's side; at the last scale ``f_hat`` twice.
         """
         f_hat.add_(self.fused(h_BChw, si, tuple(f_hat.shape[-2:]), SN))
         if si == SN - 1:

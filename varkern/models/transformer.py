@@ -1,6 +1,6 @@
-"""The blocks of the VAR transformer: attention with L2-normalised queries and keys, AdaLN conditioning.
+"""The blocks of the VAR transformer: attention with L2-normalised queries and keys, and AdaLN conditioning.
 
-Module and parameter names are those of the published checkpoints.
+Modules and parameters have the names of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 class SelfAttention(nn.Module):
     """Multi-head self-attention over ``[B, l, width]`` with a key-value cache for generation.
 
-    While :meth:`kv_caching` is on, each call appends its keys and values to a buffer made once for ``max_length``
-    tokens and attends to all that was seen since.
+    While :meth:`kv_caching` is on, each call appends its keys and values to a buffer of ``max_length`` tokens and
+    attends to everything in the buffer.
     """
 
     def __init__(self, width: int, num_heads: int, l2_norm: bool, max_length: int):
@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
         self.kv_caching(False)
 
     def kv_caching(self, enable: bool) -> None:
-        """Start with an empty cache (True), or drop it (False)."""
+        """Start with an empty cache (True), or free the cache and stop caching (False)."""
         self.caching, self.cached_k, self.cached_v, self.cached_length = enable, None, None, 0
 
     def _append(self, cache: Tensor | None, x: Tensor, end: int) -> Tensor:
@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
         if self.attn_l2_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(self.max_scale_mul).exp()
             k = F.normalize(k, dim=-1)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast F.normalize returns float32
         if self.caching:
             end = self.cached_length + k.shape[2]
             self.cached_k = self._append(self.cached_k, k, end)
@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
 
 
 class AdaLNSelfAttn(nn.Module):
-    """Attention and feed-forward, each scaled, shifted and gated by six vectors made from the condition."""
+    """Attention and feed-forward. Six vectors made from the condition scale, shift and gate them."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class AdaLNBeforeHead(nn.Module):
 
 
 class SharedAdaLin(nn.Linear):
-    """The one modulation layer that all blocks share, ``[B, width] -> [B, 1, 6, width]``."""
+    """The modulation layer that all blocks share, ``[B, width] -> [B, 1, 6, width]``."""
 
     def forward(self, cond_BD: Tensor) -> Tensor:
         return super().forward(cond_BD).view(-1, 1, 6, self.weight.shape[0] // 6)

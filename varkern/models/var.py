@@ -23,17 +23,20 @@ class VAR(nn.Module):
     """The published VAR model, whose checkpoints load with ``strict=True``.
 
     Args:
-        vae_local: the VQ-VAE whose tokens it predicts; reached through ``vae_proxy``, not a submodule.
-        num_classes: classes; row ``num_classes`` of the class embedding means "no class".
-        depth: blocks. The published models have ``embed_dim = 64 * depth`` and ``num_heads = depth``.
-        embed_dim: width; ``None``: 64 a block.
-        num_heads: heads; ``None``: one a block.
-        mlp_ratio: hidden width of the feed-forward layers over the width.
+        vae_local: VQ-VAE whose tokens the model predicts. It is stored in ``vae_proxy`` and is not a submodule.
+        num_classes: number of classes. Row ``num_classes`` of the class embedding means "no class".
+        depth: number of blocks. The published models have ``embed_dim = 64 * depth`` and ``num_heads = depth``.
+        embed_dim: width; ``None`` for ``64 * depth``.
+        num_heads: number of attention heads; ``None`` for ``depth``.
+        mlp_ratio: ratio of the feed-forward layers' hidden width to the width.
         norm_eps: epsilon of the layer norms.
-        shared_aln: one modulation layer for all blocks (the 512 px model).
-        cond_drop_rate: how often training drops the class.
-        attn_l2_norm: normalise queries and keys, with a learned scale a head.
-        patch_nums: the side of each scale's token map.
+        shared_aln: whether all blocks share one modulation layer, as in the 512 px model.
+        cond_drop_rate: probability that training drops the class.
+        attn_l2_norm: whether queries and keys are normalised, with a learned scale per head.
+        patch_nums: side of each scale's token map.
+
+    Raises:
+        ValueError: ``embed_dim`` is not a multiple of ``num_heads``, or ``patch_nums`` differs from that of vae_local.
 
     The arguments are kept in ``config``, a plain dictionary.
     """
@@ -92,7 +95,7 @@ class VAR(nn.Module):
         )
         levels = torch.cat([torch.full((length,), k) for k, length in enumerate(lengths)])
         self.register_buffer("lvl_1L", levels.unsqueeze(0))
-        hidden = levels.unsqueeze(1) < levels.unsqueeze(0)  # a token sees its own scale and those before it
+        hidden = levels.unsqueeze(1) < levels.unsqueeze(0)  # a token attends to its own scale and those before it
         self.register_buffer("attn_bias_for_masking", torch.zeros(1, 1, self.L, self.L).masked_fill(hidden, -math.inf))
         self.head_nm = AdaLNBeforeHead(width, norm_eps)
         self.head = nn.Linear(width, self.V)
@@ -100,7 +103,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Random weights: residual branches start nearly closed and shrink with depth."""
+        """Set random weights. Residual branches start with gates near 0, and their weights shrink with depth."""
         if self.lvl_1L.is_meta:
             return
         initialize(self)
@@ -125,14 +128,14 @@ class VAR(nn.Module):
         return self.head(self.head_nm(h, cond_BD).to(h.dtype)).float()
 
     def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
-        """Teacher-forced logits of every token, for training.
+        """The logits of every token with teacher forcing, for training.
 
         Args:
-            label_B: class labels ``[B]`` int64; dropped with probability ``cond_drop_rate`` while training.
-            x_BLCv_wo_first_l: the quantizer's ``idxBl_to_var_input``, ``[B, L - l_0, C]``.
+            label_B: class labels ``[B]`` int64; in training mode dropped with probability ``cond_drop_rate``.
+            x_BLCv_wo_first_l: result of the quantizer's ``idxBl_to_var_input``, ``[B, L - l_0, C]``.
 
         Returns:
-            logits ``[B, L, V]`` float32.
+            Logits ``[B, L, V]`` float32.
         """
         if self.training and self.cond_drop_rate > 0:
             dropped = torch.rand(label_B.shape[0], device=label_B.device) < self.cond_drop_rate
@@ -155,7 +158,7 @@ class VAR(nn.Module):
         return self.rng.manual_seed(g_seed)
 
     def draw_labels(self, B: int, label_B: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """The labels ``[B]`` that ``label_B`` of :meth:`autoregressive_infer_cfg` stands for."""
+        """The labels ``[B]`` for the argument ``label_B`` of :meth:`autoregressive_infer_cfg`."""
         device = self.lvl_1L.device
         if label_B is None:
             uniform = torch.full((1, self.num_classes), 1.0 / self.num_classes, device=device)
@@ -175,19 +178,19 @@ class VAR(nn.Module):
         top_p: float = 0.0,
         more_smooth: bool = False,
     ) -> Tensor:
-        """Generate images scale by scale with classifier-free guidance; one candidate a scale.
+        """Generate images scale by scale with classifier-free guidance and one candidate per scale.
 
         Args:
-            B: images.
-            label_B: classes ``[B]`` int64; an int for all (negative: no class); None: drawn at random.
-            g_seed: reseeds the model's own generator ``rng``; None: PyTorch's default generator as it stands.
-            cfg: strength of guidance at the last scale, ramping up from 0 at the first; a number or ``[B, 1, 1]``.
-            top_k: keep the k most probable tokens, ties at the threshold too; 0: all.
-            top_p: then keep the most probable ones up to this mass; 0: all.
-            more_smooth: blend codes by a Gumbel softmax instead of taking one; for looks, not for metrics.
+            B: number of images.
+            label_B: class labels ``[B]`` int64; an int for all images (negative: no class); None for random classes.
+            g_seed: seed for the model's generator ``rng``; None to use PyTorch's default generator without reseeding.
+            cfg: guidance at the last scale, a number or ``[B, 1, 1]``. It increases linearly from 0 at the first scale.
+            top_k: number of most probable tokens to keep, plus ties with the last of them; 0 keeps all.
+            top_p: probability mass of most probable tokens to keep after ``top_k``; 0 keeps all.
+            more_smooth: whether to mix codes by a Gumbel softmax. It makes images smoother, but is not for metrics.
 
         Returns:
-            images ``[B, 3, H, W]`` in [0, 1].
+            Images ``[B, 3, H, W]`` in [0, 1].
         """
         generator = self._generator(g_seed)
         labels = self.draw_labels(B, label_B, generator)
@@ -214,7 +217,7 @@ class VAR(nn.Module):
                 codes = quantizer.embedding(tokens)
                 if more_smooth:
                     weights = gumbel_softmax(logits * (1 + ratio), smoothing_temperature(ratio), generator)
-                    # A batched product, as the published code has it: a plain one rounds differently.
+                    # A batched product, as in the published code, because an unbatched one rounds differently.
                     codes = weights.to(codes.dtype) @ quantizer.embedding.weight.unsqueeze(0)
                 codes = codes.transpose(1, 2).reshape(B, self.Cvae, side, side)
                 f_hat, pooled = quantizer.get_next_autoregressive_input(k, last + 1, f_hat, codes)

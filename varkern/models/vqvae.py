@@ -20,13 +20,13 @@ class VQVAE(nn.Module):
         vocab_size: V, the number of codes.
         z_channels: C, the width of a code.
         ch: width of the autoencoder at full resolution; 160 in the published checkpoint.
-        ch_mult: the width's multiple at each resolution, halving from one to the next.
-        num_res_blocks: residual blocks a resolution in the encoder; the decoder has one more.
-        in_channels: channels of an image.
-        norm_groups: groups of the group norms.
+        ch_mult: factor of the width at each resolution; each resolution is half the one before.
+        num_res_blocks: residual blocks per resolution in the encoder; the decoder has one more.
+        in_channels: number of channels of an image.
+        norm_groups: number of groups of the group norms.
         beta, using_znorm, quant_resi, share_quant_resi, v_patch_nums: see :class:`.quantizer.VectorQuantizer`.
         quant_conv_ks: kernel size of the convolutions around the quantizer.
-        test_mode: in evaluation mode with no gradients, as the published class starts.
+        test_mode: whether to start in evaluation mode and without gradients, like the published class.
 
     The arguments are kept in ``config``, a plain dictionary.
     """
@@ -79,16 +79,16 @@ class VQVAE(nn.Module):
             self.eval().requires_grad_(False)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` in [-1, 1] to the features that are quantized, ``[B, C, h, w]``."""
+        """Images ``[B, 3, H, W]`` in [-1, 1] to the features before quantization, ``[B, C, h, w]``."""
         return self.quant_conv(self.encoder(images))
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """For training: reconstructions ``[B, 3, H, W]``, K token maps ``[B, l]``, and the quantizer's loss."""
+        """For training: images to reconstructions ``[B, 3, H, W]``, K token maps ``[B, l]``, the quantizer's loss."""
         f_hat, ids, loss = self.quantize(self.encode(images))
         return self.decoder(self.post_quant_conv(f_hat)), ids, loss
 
     def fhat_to_img(self, f_hat: Tensor) -> Tensor:
-        """The sum of all scales ``[B, C, h, w]`` to images ``[B, 3, H, W]`` clamped to [-1, 1]."""
+        """``f_hat`` ``[B, C, h, w]`` to images ``[B, 3, H, W]``, clamped to [-1, 1]."""
         f_hat = f_hat.to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(f_hat)).clamp_(-1, 1)
 
@@ -100,26 +100,29 @@ class VQVAE(nn.Module):
     def idxBl_to_img(
         self, ms_idx_Bl: Sequence[Tensor], same_shape: bool = True, last_one: bool = False
     ) -> list[Tensor] | Tensor:
-        """K token maps ``[B, l]`` to the K images that the partial sums decode to, or to the last alone."""
+        """K token maps ``[B, l]`` to the images of the K partial sums, or with ``last_one`` to those of the last."""
         codes = [self.quantize.codes(ids, k) for k, ids in enumerate(ms_idx_Bl)]
         return self.embed_to_img(codes, same_shape, last_one)
 
     def embed_to_img(
         self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False
     ) -> list[Tensor] | Tensor:
-        """Like :meth:`idxBl_to_img`, from the codes ``[B, C, side, side]`` of every scale."""
+        """Like :meth:`idxBl_to_img`, for the codes ``[B, C, side, side]`` of every scale."""
         f_hats = self.quantize.embed_to_fhat(ms_h_BChw, all_to_max_scale, last_one)
         return self.fhat_to_img(f_hats) if last_one else [self.fhat_to_img(f_hat) for f_hat in f_hats]
 
     def img_to_reconstructed_img(
         self, x: Tensor, v_patch_nums: Sequence[int] | None = None, last_one: bool = False
     ) -> list[Tensor] | Tensor:
-        """Images encoded, quantized and decoded again: from every partial sum, or from the last alone."""
+        """Encode, quantize and decode images, from all K partial sums, or with ``last_one`` from the last."""
         f_hats = self.quantize.f_to_idxBl_or_fhat(self.encode(x), to_fhat=True, v_patch_nums=v_patch_nums)
         return self.fhat_to_img(f_hats[-1]) if last_one else [self.fhat_to_img(f_hat) for f_hat in f_hats]
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False):
-        """As ``nn.Module``; usage statistics of another number of scales (the 256 px file at 512 px) are left out."""
+        """Like ``nn.Module.load_state_dict``, but usage statistics for another number of scales are ignored.
+
+        This allows the 256 px file to load at 512 px.
+        """
         key = "quantize.ema_vocab_hit_SV"
         own = self.quantize.ema_vocab_hit_SV
         if key in state_dict and state_dict[key].shape[0] != own.shape[0]:
