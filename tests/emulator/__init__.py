@@ -1,4 +1,4 @@
-"""An emulated GPU: runs the PTX that Triton compiles on the CPU, and checks every access to memory.
+"""An emulated GPU, which runs the PTX that Triton compiles on the CPU and checks every access to memory.
 
 ``pytest --compiled sm_90`` runs every test of a kernel this way. In a script::
 
@@ -9,9 +9,9 @@
     for totals in emulator.launched.values():     # one for each compiled kernel
         print(totals.name, totals.grids, emulator.summarise(totals))
 
-``install(90, run=False)`` compiles and records launches and runs none: ``totals.source``, ``signature``, ``constants``,
-``options``, ``grids`` and ``ptx`` then say what was launched. ``set_target`` does the same for any target of Triton's.
-Compilations stop at assembly, in a cache of their own; inside ``with machine_code():`` they go on as usual.
+``install(90, run=False)`` compiles and records launches without running them. ``totals.source``, ``signature``,
+``constants``, ``options``, ``grids`` and ``ptx`` then describe the launches. ``set_target`` does the same for any
+target of Triton. Compilation stops at assembly and has a separate cache, except inside ``with machine_code():``.
 
 **Found and raised** as :class:`EmulationError`: accesses outside the views given as arguments, misaligned accesses,
 races between warps in shared memory and between CTAs or warps in global memory, reads of shared memory that nothing
@@ -20,14 +20,14 @@ instructions of a whole warp while its lanes are apart, deadlocks, integer divis
 
 **Counted**, for each instruction: executions, 32-byte sectors of global memory, wavefronts of shared memory.
 
-**Not seen**: what ptxas does after the PTX (registers, spills, further fusing of multiplications and additions), time,
-and memory orders weaker than the program's. An instruction that it does not know raises ``UnsupportedPTX`` with its
-name: add lane-wise ones to ``lanewise.py``, others to ``ptx.py`` and the C files.
+**Not found**: effects of ptxas (registers, spills, further fusing of multiplications and additions), time, and memory
+orders weaker than the program's. An unknown instruction raises ``UnsupportedPTX`` with its name. Add lane-wise
+instructions to ``lanewise.py``, others to ``ptx.py`` and the C files.
 
 How it works: ``ptx.py`` reads PTX into a table of instructions; ``lanewise.py`` has the lane-wise ones as C
-expressions; ``c/`` runs them, one CTA at a time, a warp's 32 lanes at once; ``machine.py`` builds the C part and runs a
-launch; ``memory.py`` lays out its tensors; ``driver.py`` is what Triton takes for a GPU. float32 ``add``, ``mul`` and
-``fma`` round as IEEE; the matrix units sum exactly and round once; approximate instructions give the exact value
+expressions; ``c/`` runs them, one CTA at a time and a warp's 32 lanes together; ``machine.py`` builds the C part and
+runs a launch; ``memory.py`` lays out its tensors; ``driver.py`` replaces Triton's GPU driver. float32 ``add``, ``mul``
+and ``fma`` round as IEEE; the matrix units sum exactly and round once; approximate instructions give the exact value
 rounded, or moved by up to ``SETTINGS.ulp``. A ``cp.async`` copies when it is waited for, the latest moment allowed.
 """
 

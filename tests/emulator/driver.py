@@ -1,7 +1,7 @@
-"""Stands in for a GPU under Triton: launches on CPU tensors compile for a CUDA target and go to the emulator.
+"""A Triton driver in place of a GPU: launches on CPU tensors are compiled for a CUDA target and run in the emulator.
 
-Triton itself does all it does before a launch: it specialises by value and alignment, compiles to PTX, and packs the
-arguments. Kernels must have been defined while TRITON_INTERPRET was unset.
+Before a launch Triton does everything that it does for a GPU: it specialises by value and alignment, compiles to PTX
+and packs the arguments. TRITON_INTERPRET must be unset when kernels are defined.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PTX instructions to rows of the emulator's program: memory, control, exchange, matrices; all else is lane-wise."""
+"""Translates PTX instructions to rows of the emulator's program, except lane-wise ones (``lanewise.py``)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The lane-wise instructions: each a C expression over its operands. ``TABLE`` maps an opcode to (C function, kinds).
+"""The lane-wise instructions, each a C expression of its operands. ``TABLE`` maps an opcode to (C function, kinds).
 
-An operand's kind: ``p`` predicate, ``h`` 16 bits, ``w`` 32 bits, ``l`` 64 bits; the first is the destination.
+The kind of an operand is ``p`` predicate, ``h`` 16 bits, ``w`` 32 bits or ``l`` 64 bits. The first is the destination.
 """
 
 from __future__ import annotations

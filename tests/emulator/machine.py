@@ -1,4 +1,4 @@
-"""Runs a translated kernel over its grid: builds the C part, lays out memory, and says what was found and counted."""
+"""Runs a translated kernel over its grid: builds the C part, lays out memory, and reports faults and counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of a launch as the kernel sees them: each storage in a range of addresses of its own, gaps between."""
+"""The memory of a launch as the kernel sees it: each storage has a separate range of addresses, with gaps between."""
 
 from __future__ import annotations
 

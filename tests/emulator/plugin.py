@@ -1,4 +1,4 @@
-"""``pytest --compiled sm_90``: tests that launch kernels on the CPU run them as compiled code in the emulator."""
+"""``pytest --compiled sm_90`` runs kernels that tests launch on the CPU as compiled code in the emulator."""
 
 from __future__ import annotations
 

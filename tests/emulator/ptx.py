@@ -1,4 +1,4 @@
-"""Reads the text of a PTX kernel: parameters, registers, labels. ``instructions.py`` does the statements."""
+"""Reads parameters, registers and labels from the text of a PTX kernel. ``instructions.py`` reads the statements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ran in the emulator, as a table and as a list of what was noted; and a look at single accesses."""
+"""Reports on what ran in the emulator: a table, a list of notes, and a view of single accesses."""
 
 from __future__ import annotations
 

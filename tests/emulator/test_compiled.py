@@ -1,4 +1,4 @@
-"""Without ``--compiled`` the interpreter takes all kernels, so the emulator's tests run in a process of their own."""
+"""Runs the emulator's tests in a separate process, because without ``--compiled`` the interpreter runs all kernels."""
 
 import os
 import subprocess

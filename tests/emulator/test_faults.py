@@ -1,4 +1,4 @@
-"""Planted faults are found, and clean code is not accused: kernels written in PTX by hand."""
+"""Kernels written in PTX by hand: planted faults are found, and correct code raises nothing."""
 
 import re
 

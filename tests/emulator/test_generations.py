@@ -1,4 +1,4 @@
-"""Whole generations with compiled kernels: the tokens of the PyTorch backend, in every family and search."""
+"""Whole generations with compiled kernels give the same tokens as the PyTorch backend, for every family and search."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.compiled_only
 
 
 class DemoCase(VARCase):
-    """The digits model that ships with the package, with its own scorer."""
+    """The digits model that ships with the package, and its scorer."""
 
     def build(self):
         model, self.scorer = load_demo()
@@ -23,7 +23,7 @@ class DemoCase(VARCase):
 
 
 def judge(labels, features, scale):
-    """Every place of every channel counts by a number of its own, so that only equal maps have equal scores."""
+    """Every place of every channel has a different weight, so that only equal maps have equal scores."""
     weights = torch.arange(1.0, features[0, 0].numel() + 1).cos().view(features.shape[2:])
     return (features * weights).mean((2, 3, 4)) * 100
 
@@ -89,7 +89,7 @@ def test_the_tokens_of_the_pytorch_backend(model, search, batch, monkeypatch):
 
 
 class BothWays:
-    """A search that chooses with both backends from the same candidates, and goes on with the kernels' choice."""
+    """A search that chooses with both backends from the same candidates, and continues with the kernels' choice."""
 
     def __init__(self, search, precision):
         self.search, self.precision = search, precision
@@ -115,7 +115,7 @@ class BothWays:
 
 @pytest.mark.parametrize("model, search, batch, precision", PAIRS, ids=str)
 def test_in_half_precision_every_step_is_that_of_the_pytorch_backend(model, search, batch, precision, monkeypatch):
-    """From the same logits, scale by scale: a model in half precision turns roundings into other logits."""
+    """Compare scale by scale from the same logits, because a half-precision model turns rounding into other logits."""
     case, options = MODELS[model]
     built, drawn = case.build(), []
     search = as_search(SEARCHES[search](getattr(case, "scorer", judge)))

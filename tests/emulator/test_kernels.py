@@ -1,4 +1,4 @@
-"""Kernels that Triton compiled: results against float64, faults, counts. They run with ``--compiled``."""
+"""Tests of compiled kernels: results against float64, faults and counts. They run with ``--compiled``."""
 
 import math
 
@@ -208,7 +208,7 @@ def test_a_launch_that_is_only_recorded(monkeypatch, launches):
 
 
 def test_counts_of_a_known_kernel(launches):
-    """256 threads, 8 warps: two loads and a store of 4 bytes a thread are 4 sectors each and warp."""
+    """256 threads in 8 warps: each load or store of 4 bytes per thread takes 4 sectors per warp."""
     x, o = torch.zeros(1024), torch.zeros(1024)
     add_kernel[(1,)](x, x, o, 1024, B=1024, num_warps=8)
     counts = emulator.summarise(launches[0])

@@ -1,4 +1,4 @@
-"""Kernels are compiled ahead by several processes, each its share: together all of them, and none is run."""
+"""Several processes compile the kernels ahead of time, each a share. Together they compile all and run none."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def launches():
 
 
 def compile_afresh(share, shares):
-    """Names of what is compiled, as a process does that has compiled nothing yet."""
+    """Names of the kernels that are compiled by a process that has compiled nothing before."""
     for kernel in (density.density_kernel, density_bandwidth.deviations_kernel, density_bandwidth.inverse_norms_kernel):
         kernel.device_caches.clear()
     return sorted(name for name, _, error in compile_share(launches, share, shares) if not error)

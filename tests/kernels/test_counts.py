@@ -1,6 +1,6 @@
-"""What compiled kernels execute, by the emulator's counts: what made them slow once must not come back.
+"""The emulator's counts of what compiled kernels execute, so that causes of former slowness do not come back.
 
-Counts depend on the compiler, not on the machine, so they are held as ratios with room for another Triton version.
+Counts depend on the compiler, not on the machine. They are tested as ratios, with a margin for other Triton versions.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def sample(logits, **filters):
 
 
 def test_half_precision_fusion_has_no_bank_conflicts():
-    """Pipelined, the lookups were read from shared memory in 15,648 wavefronts per map instead of 5,832."""
+    """With a pipelined loop, reading lookups from shared memory took 15,648 wavefronts per map instead of 5,832."""
     tokens = torch.randint(0, 4096, (1, 8, 169), generator=GENERATOR)
     codebook, f_hat = torch.randn(4096, 32, generator=GENERATOR), torch.zeros(1, 32, 16, 16)
     phi = (torch.randn(32, 32, 3, 3, generator=GENERATOR), torch.randn(32, generator=GENERATOR), 0.5)

@@ -13,7 +13,7 @@ KERNELS = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
 
 
 class Stub:
-    """A kernel that notes the current device of its launches."""
+    """A kernel that records the current device at each launch."""
 
     def __init__(self, current, *arg_names):
         self.current, self.arg_names, self.launches = current, arg_names, []
@@ -24,7 +24,7 @@ class Stub:
 
 @pytest.fixture
 def current(monkeypatch):
-    """The current device as ``torch.cuda.device`` sets it, last."""
+    """A list whose last item is the current device that ``torch.cuda.device`` set."""
     devices = [torch.device("cuda:0")]
 
     @contextlib.contextmanager
@@ -72,7 +72,7 @@ def test_a_launch_beside_it_is_seen():
 
 
 def test_every_kernel_is_launched():
-    """A kernel without a launch through ``launch`` would be one that the test above cannot see."""
+    """Every kernel is launched through ``launch``, since the test above cannot see others."""
     kernels, launched = set(), set()
     for file in KERNELS:
         for node in ast.walk(ast.parse(file.read_text())):

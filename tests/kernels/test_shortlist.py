@@ -1,4 +1,4 @@
-"""What the first of the two sampling kernels hands to the second."""
+"""The shortlist that the first of the two sampling kernels writes for the second."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints: sizes read off the file; nothing unpickled; clear errors."""
+"""Loading checkpoints: sizes are read from the file, nothing is unpickled, and errors are clear."""
 
 import builtins
 import json
@@ -126,7 +126,7 @@ def test_other_objects_are_refused_and_not_run(how, load, tmp_path):
 
 
 def broken(kind, path):
-    """A file that is no checkpoint, in one of the ways that happen."""
+    """A file that is not a checkpoint, of one of several kinds."""
     match kind:
         case "empty":
             path.write_bytes(b"")
@@ -174,8 +174,8 @@ def test_the_two_files_swapped(tmp_path):
         load_vae(var_path)
 
 
-def unnamed(load, module, path):
-    """The keys of ``module``'s state dict whose lack is not told by name when the file is loaded."""
+def find_unreported_keys(load, module, path):
+    """The keys of ``module``'s state dict that the error does not contain when they are missing from the file."""
     state, silent = module.state_dict(), []
     for key in [k for k in state if not k.endswith("bias")]:
         torch.save({k: v for k, v in state.items() if k != key}, path)
@@ -190,12 +190,15 @@ def unnamed(load, module, path):
 def test_a_missing_var_key_is_named(shared_aln, tmp_path):
     vae = small_vae()
     model = small_var(vae=vae, shared_aln=shared_aln)
-    assert unnamed(lambda path: load_var(path, vae=vae, patch_nums=TINY_SIDES), model, tmp_path / "var.pth") == []
+    silent = find_unreported_keys(
+        lambda path: load_var(path, vae=vae, patch_nums=TINY_SIDES), model, tmp_path / "var.pth"
+    )
+    assert silent == []
 
 
 def test_a_missing_vae_key_is_named(tmp_path):
     vae = small_vae(ch=32, ch_mult=(1, 1), norm_groups=32, num_res_blocks=1)
-    assert unnamed(lambda path: load_vae(path, v_patch_nums=TINY_SIDES), vae, tmp_path / "vae.pth") == []
+    assert find_unreported_keys(lambda path: load_vae(path, v_patch_nums=TINY_SIDES), vae, tmp_path / "vae.pth") == []
 
 
 def test_a_key_too_many_is_named(tmp_path):
@@ -253,7 +256,7 @@ def test_a_short_name_asks_the_hub_for_both_files(monkeypatch, tmp_path):
         return str(write(tmp_path / filename, files[filename]))
 
     monkeypatch.chdir(tmp_path)
-    # The hub extra need not be installed: what stands for it here is all that loading asks of it.
+    # The hub extra may not be installed; this stand-in has all that loading uses of it.
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hub))
     model = load_var("d20", patch_nums=TINY_SIDES)
     assert asked == [("FoundationVision/var", name) for name in files]

@@ -1,4 +1,4 @@
-"""What is published: the names, shapes and dtypes of the checkpoints, and a builder that leaves weights unset."""
+"""Facts of the published code: names, shapes and dtypes in the checkpoints, and a builder that leaves weights unset."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def published_var(depth, sides, shared):
 
 
 def published_vae():
-    """Names, shapes and dtypes of ``vae_ch160v4096z32.pth``: widths 160 160 320 320 640, two blocks a resolution."""
+    """Names, shapes and dtypes of ``vae_ch160v4096z32.pth``: widths 160 160 320 320 640, two blocks each."""
     widths, rules = [160, 160, 320, 320, 640], {}
 
     def layer(name, *shape):
@@ -115,7 +115,7 @@ def test_published_var_structure(depth, sides, shared):
         model = VAR(VQVAE(v_patch_nums=sides), depth=depth, shared_aln=shared, patch_nums=sides)
     wanted = published_var(depth, sides, shared)
     assert structure(model) == wanted
-    if depth == 16:  # spelled out, should the rules above share a mistake with the code
+    if depth == 16:  # written out, in case the rules above share a mistake with the code
         assert wanted["blocks.15.attn.mat_qkv.weight"] == ((3072, 1024), F32)
         assert wanted["lvl_1L"] == ((1, 680), INT64)
         assert wanted["attn_bias_for_masking"] == ((1, 1, 680, 680), F32)
@@ -138,7 +138,7 @@ def test_buffers_hold_levels_and_mask():
 
 
 def test_published_builders_switch_off_is_survived(monkeypatch):
-    # The published builder replaces reset_parameters of PyTorch's layers by nothing, for the whole process.
+    # The published builder disables reset_parameters of PyTorch's layers for the whole process.
     for layer in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.Embedding):
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     empty = torch.empty

@@ -1,4 +1,4 @@
-"""The VAR transformer against a float64 form without cache, and its published method's meaning."""
+"""The VAR transformer against a float64 form without cache, and the behaviour of its published method."""
 
 import inspect
 
@@ -110,7 +110,7 @@ def test_training_gradients_reach_every_parameter():
     model = small_var(shared_aln=True).requires_grad_(True)
     model(LABELS, torch.randn(2, model.L - 1, model.Cvae)).square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # The scale above the clamp at log 100 gets none in its head, but the other heads' do.
+    # In the head whose scale is above the clamp at log 100 the scale gets no gradient; in other heads it does.
     assert without == []
 
 

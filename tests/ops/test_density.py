@@ -21,7 +21,7 @@ def backend(request):
 
 @pytest.fixture
 def pairs_once(monkeypatch):
-    """Every pair of tiles once, which is for large N, at sizes that the interpreter can do."""
+    """Use the form for large N, which visits every pair of tiles once, at sizes that the interpreter can handle."""
     for module in (density_kernels, bit_kernels):
         monkeypatch.setattr(module, "SMALLEST_SYMMETRIC", 100)
         module.plan.cache_clear()
@@ -32,7 +32,7 @@ def pairs_once(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What ``new_empty`` gives starts as NaN, so that a sum or a slot left unwritten shows."""
+    """Memory from ``new_empty`` starts as NaN, so that an unwritten sum or slot is noticed."""
     empty = torch.Tensor.new_empty
 
     def poison(*given, **options):
@@ -107,7 +107,7 @@ def test_huge_and_tiny_scales(device, backend, metric, scale):
 
 
 def test_far_from_the_origin(device, backend):
-    """Near samples keep their distances, and equal ones are at 0: what a Gram matrix in float32 loses."""
+    """Near samples keep their distances, and equal ones are at 0. A Gram matrix in float32 would lose both."""
     x = 1000 + normal(30, 32) * 0.01
     x[11] = x[22]
     exact = reference.as_float64(x)
@@ -143,7 +143,7 @@ def estimate(x, h):
 
 @pytest.mark.parametrize("d", [1, 3])
 def test_against_scipy(device, backend, d):
-    """SciPy's kernel has the samples' covariance; of samples whose covariance is the identity, ours."""
+    """SciPy scales its kernel by the samples' covariance, so the two agree for samples with identity covariance."""
     x = np.random.default_rng(0).normal(size=(40, d))
     x = x - x.mean(0)
     x = x @ np.linalg.inv(np.linalg.cholesky(np.atleast_2d(np.cov(x.T)))).T

@@ -1,4 +1,4 @@
-"""Densities of token maps and of binary codes against float64, the released chain, and themselves in other batches."""
+"""Densities of token maps and binary codes, compared with float64, the released code, and other batches."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_bits(device, backend, per, rule):  # noqa: F811
 
 @pytest.mark.parametrize("d", [1, 6, 32, 64])
 def test_bits_are_codes(device, backend, d):  # noqa: F811
-    """The bit form is the plain one on codes of +-scale; bits in any memory order."""
+    """The bit form equals the plain form on codes of +-scale, for bits in any memory order."""
     bits = (normal(2, d, 3, 11) > 0).to(torch.uint8).permute(0, 3, 2, 1).to(device)
     codes = (bits.float() * 2 - 1) * 0.25
     exact = reference.kernel_sums(reference.as_float64(codes).transpose(0, 2, 1, 3), 0.4).sum(1)
@@ -67,7 +67,7 @@ def test_every_pair_of_tiles_once(device, backend, pairs_once, n):  # noqa: F811
 
 
 def test_many_positions(device, backend):  # noqa: F811
-    """More positions than one program takes: their sums come in slots."""
+    """More positions than one program takes, so that their sums are in several slots."""
     tokens, codebook = maps(device, batch=2, n=5, length=37, width=3)
     codes = reference.as_float64(codebook)[tokens.cpu().numpy()]
     close(token_density(tokens, codebook), reference.map_density(codes))

@@ -1,4 +1,4 @@
-"""The density ops as registered operators, and what they say of bad input."""
+"""The density ops as registered operators, and their errors for bad input."""
 
 import pytest
 import torch

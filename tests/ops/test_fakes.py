@@ -1,8 +1,8 @@
-"""What an op says of its results before it runs: shape, dtype, strides and device equal those that it then has.
+"""The fake form of every op gives the same shape, dtype, strides and device as the real op.
 
-``torch.compile`` plans memory and views by the fake form of an op; where its strides are not the real ones, compiled
-code reads the wrong elements. ``opcheck`` compares on the inputs it is given; here every op is asked on inputs of every
-memory format and half precision, on both backends.
+``torch.compile`` plans memory and views by the fake form. If its strides differ from the real ones, compiled code reads
+wrong elements. ``opcheck`` compares only the inputs that it gets. Here every op gets inputs of every memory format and
+half precision, on both backends.
 """
 
 import pytest

@@ -18,7 +18,7 @@ def backend(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Every result starts as NaN, so that a pixel left unwritten shows."""
+    """Every result starts as NaN, so that an unwritten pixel is noticed."""
     empty = fusion._empty_features
     monkeypatch.setattr(fusion, "_empty_features", lambda *given: empty(*given).fill_(torch.nan))
 
@@ -195,7 +195,7 @@ def test_commit(device, backend, side):
 
 
 def test_ten_scales_in_a_row(device, backend):
-    """One image's whole generation: ``f_hat`` after every scale as the published loop leaves it."""
+    """A whole generation of one image: ``f_hat`` after every scale equals that of the published loop."""
     f_hat = torch.zeros(1, 16, 16, 16, device=device)
     exact = f_hat.double()
     for scale, side in enumerate(SIDES_256):

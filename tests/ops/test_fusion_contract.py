@@ -1,4 +1,4 @@
-"""What F(.) promises around its numbers: errors, tables that follow the weights, registration, compilation, memory."""
+"""The contract of F(.) apart from its numbers: errors, tables that follow the weights, registration, compilation."""
 
 import pytest
 import torch
@@ -168,7 +168,7 @@ def test_remade_tables_stay_in_place(device, made):
 
 
 def test_tables_die_with_their_weights(device, made):
-    """A codebook that takes a freed one's address, as allocators arrange, is not taken for it."""
+    """A new codebook at the address of a freed one, which allocators often reuse, gets tables of its own."""
     make = fusion_tables.make_codebook
     addresses = set()
     for value in range(20):
@@ -261,7 +261,7 @@ def test_cuda_graph(made, warm, side):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's allocator")
 def test_peak_memory_of_a_thousand_candidates():
-    """24 images, M = 1024, the 256 px latent: under 1 GiB, and nothing but the result."""
+    """24 images, M = 1024, the latent of 256 px: under 1 GiB, and no memory apart from the result."""
     for side in (13, 16):
         tokens, codebook, f_hat, phi = case("cuda", side, 16, B=24, M=1024, V=4096)
         with use_backend("triton"):

@@ -1,4 +1,4 @@
-"""A patched model whose fusion runs as kernels keeps the ``f_hat`` that the unpatched model would, scale by scale."""
+"""A patched model that fuses with kernels has the same ``f_hat`` as the unpatched model, at every scale."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""``map_norm`` and its gradients against the definition in float64, in every form it has."""
+"""``map_norm`` and its gradients against the definition in float64, in all three forms."""
 
 import math
 
@@ -20,14 +20,14 @@ def registered(x, weight, bias, *, residual=None, negative_slope=None, eps=1e-5)
 
 @pytest.fixture(params=["torch", "registered", "triton"])
 def form(request):
-    """The PyTorch form as autograd differentiates it, the same as a registered operator, the kernels."""
+    """The PyTorch form under autograd, the PyTorch form as a registered operator, or the kernels."""
     with use_backend("triton" if request.param == "triton" else "torch"):
         yield registered if request.param == "registered" else map_norm
 
 
 @pytest.fixture
 def poisoned():
-    """Memory that nothing has written holds NaN, so that a value left out shows."""
+    """Unwritten memory holds NaN, so that a missing value is noticed."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -110,7 +110,7 @@ def test_values_and_gradients(form, device, poisoned, shape, options):
     y = applied(form, given, slope)
     check(y, wanted, torch.float32)
     for actual, true in zip(gradients(y, given, grad), gradients(wanted, given, grad.double()), strict=True):
-        # The gradient of two numbers is a difference of near equals, each of them 1 / sqrt(eps) times what came.
+        # The gradient of two numbers is a difference of nearly equal terms, each 1 / sqrt(eps) times the gradient.
         check(actual, true.double(), torch.float32, largest=None if wanted[0].numel() > 2 else 1e3)
 
 
@@ -129,7 +129,7 @@ def test_memory_formats_and_precisions(form, device, poisoned, dtype, layout):
     true = gradients(exact(wide, 0.2), wide, grad.double())
     for actual, wanted, tensor in zip(found, true, given.values(), strict=True):
         check(actual, wanted, tensor.dtype)
-        if form is registered:  # autograd makes no promise of its own
+        if form is registered:  # autograd's backward does not promise this
             assert actual.stride() == torch.empty_like(tensor).stride()
 
 
@@ -152,7 +152,7 @@ def test_weights_and_residual_of_another_type(form, device, kinds):
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_many_maps_over_few_programs(form, device, layout):
-    """Sums over more maps than the backward kernel has programs, and not a multiple of them."""
+    """Sums over more maps than the backward kernel has programs, and not over a multiple of their number."""
     given = asking(tensors((23, 6, 3, 2), device, layout=layout))
     grad = torch.randn(23, 6, 3, 2, generator=torch.Generator().manual_seed(9)).to(device)
     found = gradients(applied(form, given, 0.2), given, grad)
@@ -186,7 +186,7 @@ def test_a_large_mean_cancels_nothing(form, device, offset):
 
 
 def test_maps_are_their_own(form, device):
-    """Bits of a map do not depend on the others of its batch, not even on NaN among them."""
+    """A map's result does not change by one bit with the other maps of its batch, not even if they hold NaN."""
     given = tensors((7, 20, 4, 4), device)
     whole = applied(form, given, 0.2)
     for batch in (slice(0, 1), slice(2, 7), slice(6, 7)):
@@ -265,7 +265,7 @@ def test_inputs_are_left_alone(form, device):
 
 
 def test_longer_than_a_program(device, monkeypatch):
-    """Maps that a program cannot hold take the PyTorch form, backward sooner than forward."""
+    """Maps that a program cannot hold use the PyTorch form; the limit is smaller for backward than for forward."""
     given = asking(tensors((2, 17, 2, 2), device))
     with use_backend("torch"):
         wanted = applied(map_norm, given, 0.2)
@@ -284,7 +284,7 @@ def test_longer_than_a_program(device, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 66, 8, 16), (1, 130, 8, 16)], ids=str)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_weights_read_anew_for_every_map(device, quick_backend, shape, layout):
-    """Longer maps than those whose weights a program keeps; the longest that the forward kernel takes."""
+    """Maps for which a program does not keep the weights in registers, up to the longest that the kernel takes."""
     given = asking(tensors(shape, device, layout=layout))
     with use_backend(quick_backend):
         y = applied(map_norm, given, 0.2)

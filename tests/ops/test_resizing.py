@@ -17,7 +17,7 @@ def backend(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Every result starts as NaN, so that a pixel left unwritten shows."""
+    """Every result starts as NaN, so that an unwritten pixel is noticed."""
     empty = resizing._empty_resized
     monkeypatch.setattr(resizing, "_empty_resized", lambda *given: empty(*given).fill_(torch.nan))
 

@@ -1,4 +1,4 @@
-"""``sample_tokens`` against a float64 form, on both backends: which tokens survive, and which are drawn."""
+"""``sample_tokens`` against a float64 form, on both backends: which tokens are kept, and which are drawn."""
 
 import math
 
@@ -26,7 +26,7 @@ def place(backend, device):
 
 
 def reference_row(x, top_k, top_p):
-    """Kept tokens of one row of float32 logits, their probabilities in float64, and how near top_p any mass came."""
+    """Kept tokens of one row of float32 logits, their float64 probabilities, and the distance of any mass to top_p."""
     x = np.where(np.isnan(x), -np.inf, np.minimum(x, np.finfo(np.float32).max)).astype(np.float64)
     if x.max() == -np.inf:
         return np.zeros(len(x), bool), np.zeros(len(x)), 1.0
@@ -60,7 +60,7 @@ def guided(logits, uncond_logits, guidance, temperature):
 def compare(
     logits, num_candidates, seeds, uncond_logits=None, guidance=0.0, temperature=1.0, top_k=0, top_p=0.0, scale=0
 ):
-    """Check every draw against the float64 form; return (draws too near a boundary to tell, draws)."""
+    """Check every draw against the float64 form; return (draws too near a boundary to be checked, all draws)."""
     tokens = sample_tokens(
         logits,
         num_candidates,
@@ -100,7 +100,7 @@ def compare(
 
 
 def rows_of(kind, batch, length, vocab, seed=0):
-    """Logits of every temper: what a trained model gives, and what it must never give."""
+    """Logits of many kinds: those of a trained model, and values that a model should never give."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, length, vocab, generator=generator)
     match kind:
@@ -179,7 +179,7 @@ def test_guidance_dtypes_and_strides(dtype, strided, backend, place):
 
 @pytest.mark.parametrize("images, far", [(1, 2**31 + 16), (4, 2**30 + 16)], ids=["a stride", "a product"])
 def test_a_row_beyond_2_31_elements(images, far, backend, place):
-    """Also where the stride itself fits into 32 bits, and three times as much does not."""
+    """Also for a stride that fits into 32 bits when three times the stride does not."""
     # The memory between the rows is never touched, so it costs address space and no more.
     vocab, rows = 300, max(images, 2)
     if place.type == "cuda" and torch.cuda.mem_get_info()[0] < 8e9:

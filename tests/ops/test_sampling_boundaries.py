@@ -1,4 +1,4 @@
-"""The nucleus where ``top_p`` lies nearer to a boundary of the distribution than float32 can tell."""
+"""The nucleus for values of ``top_p`` so near to a boundary of the distribution that float32 cannot resolve them."""
 
 import bisect
 
@@ -15,7 +15,7 @@ from varkern.ops.philox import TOKENS, image_seeds, uniform_bits
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_boundary_that_float32_cannot_place(backend, spread, top_k, device):
     place = device if backend == "triton" else torch.device("cpu")
-    vocab = 1500 if top_k else 300  # a shortlist of 300 wants 512 places, at most half the row
+    vocab = 1500 if top_k else 300  # a shortlist of 300 takes 512 places, which may be at most half the row
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(3)).sort().values * spread
     order = torch.randperm(vocab, generator=torch.Generator().manual_seed(4))
     weights = sampling._weights(logits, logits.max())[order]  # integers, in vocabulary order

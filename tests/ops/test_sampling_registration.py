@@ -1,4 +1,4 @@
-"""``sample_tokens`` as a registered operator: opcheck, torch.compile, CUDA graphs, and the numbers both forms share."""
+"""``sample_tokens`` as a registered operator: opcheck, torch.compile, CUDA graphs, and constants of both forms."""
 
 import math
 

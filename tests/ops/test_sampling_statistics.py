@@ -1,4 +1,4 @@
-"""Whether ``sample_tokens`` draws from the distribution it states, and every draw on its own."""
+"""Statistical tests that ``sample_tokens`` draws from the stated distribution, and that draws are independent."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def place(backend, device):
 
 
 def many_at_once(monkeypatch):
-    """Interpreted kernels take the same time for a tile of any size: let a program draw 2048 candidates, or rows."""
+    """A program draws 2048 candidates, or rows, because interpreted kernels take the same time for any tile size."""
     from varkern.kernels import sampling
 
     chosen_plan = sampling.plan
@@ -67,7 +67,7 @@ def test_draws_follow_the_filtered_distribution(vocab, top_k, positions, backend
 
 @pytest.mark.parametrize("vocab, positions, candidates", [(8, 50, 25), (40, 4, 3125)], ids=["all pairs", "shortlist"])
 def test_candidates_positions_images_and_scales_are_independent(vocab, positions, candidates, backend, place):
-    # Tables of pairs of draws over 8 kept tokens; 12 a case, so a case errs with a chance of 1.2e-6 at the most.
+    # Tables of pairs of draws over 8 kept tokens, 12 per case; the false-alarm rate of a case is at most 1.2e-6.
     images = DRAWS // 4 // positions // candidates
     logits = torch.randn(1, 1, vocab, generator=torch.Generator().manual_seed(1))
     rows, seeds = logits.expand(images, positions, vocab).to(place), image_seeds(0, images, place)
