@@ -205,7 +205,7 @@ class TestSettings:
     @pytest.mark.parametrize("content", ["", "{", "3", "null"], ids=repr)
     def test_a_file_that_is_no_settings(self, tmp_path, content):
         (tmp_path / "settings.json").write_text(content)
-        with pytest.raises(ValueError, match=r"settings\.json is not readable as settings: remove"):
+        with pytest.raises(ValueError, match=r"settings\.json is not a readable settings file: remove"):
             runs.claim(tmp_path, FORMER)
 
     def test_two_processes_claim_at_once(self, tmp_path):
@@ -221,7 +221,7 @@ class TestLock:
         read, ready = os.pipe()
 
         def hold():
-            with runs.locked(tmp_path, 0):
+            with runs.lock_folder(tmp_path, 0):
                 os.write(ready, b"x")
                 time.sleep(60)
 
@@ -229,14 +229,14 @@ class TestLock:
         os.read(read, 1)
         with (
             pytest.raises(runs.BeingWrittenError, match="is being written by another process"),
-            runs.locked(tmp_path, 0),
+            runs.lock_folder(tmp_path, 0),
         ):
             pass
-        with runs.locked(tmp_path, 1):  # another rank's place is free
+        with runs.lock_folder(tmp_path, 1):  # another rank's place is free
             pass
         os.kill(pid, signal.SIGKILL)
         assert not ended(pid)
-        with runs.locked(tmp_path, 0):  # the lock went with its process
+        with runs.lock_folder(tmp_path, 0):  # the lock went with its process
             pass
 
 

@@ -1,4 +1,4 @@
-"""Packages that only some commands need: an error that says what to install, before any work."""
+"""Checks for optional packages, with errors that say what to install."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import importlib
 
 
 def require_pillow() -> None:
-    """Raise ``ImportError``, saying what to install, if pillow is missing."""
+    """Raise ``ImportError`` with the command to install pillow if it is missing."""
     require("PIL", "pillow")
 
 
 def require_matplotlib() -> None:
-    """Raise ``ImportError``, saying what to install, if matplotlib is missing."""
+    """Raise ``ImportError`` with the command to install matplotlib if it is missing."""
     require("matplotlib", "matplotlib")
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead: what comes next is read by threads while the caller works on what it has."""
+"""Reading ahead: threads read the next items while the caller works on the current one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 def prefetch(
     read: Callable[[Item], Result], items: Iterable[Item], workers: int = 1, ahead: int = 1
 ) -> Iterator[Result]:
-    """``map(read, items)``, in that order, with the reading done by threads.
+    """Yield ``read(item)`` for each item, in order; threads read ahead.
 
-    Threads, and not the processes of PyTorch's ``DataLoader``: reading files and decoding images let go of Python's
-    lock, an error arrives as it was raised, and no process is forked beside a GPU's threads.
+    It uses threads instead of the processes of PyTorch's ``DataLoader``. Reading files and decoding images release the
+    GIL, errors keep their type, and no process is forked while GPU threads run.
 
     Args:
-        read: called by ``workers`` threads at once.
-        workers: threads.
-        ahead: items that are read, or waited for, beyond the one that is given.
+        read: called by up to ``workers`` threads at the same time.
+        items: the items to read.
+        workers: number of threads.
+        ahead: number of items to read beyond the current one.
 
     Raises:
-        Exception: what ``read`` raised, in place of the item's result.
+        Exception: the error of ``read``, when its item is reached.
     """
     pool, waiting, rest = ThreadPoolExecutor(workers), deque(), iter(items)
     try:

@@ -1,4 +1,4 @@
-"""The progress bar of all long work."""
+"""The progress bar of long commands."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def progress_bar(quiet: bool = False) -> Progress:
-    """A bar with the task's description, its progress, its field ``note``, the time spent and the time left.
+    """Make a bar with the task's description, its progress, its field ``note``, the time spent and the time left.
 
     Args:
-        quiet: show nothing. A bar must not be silenced after it has started, because its thread would never stop.
+        quiet: show nothing. Do not disable a bar after it has started, because its thread would never stop.
     """
     return Progress(
         TextColumn("{task.description:<22}"),

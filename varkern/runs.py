@@ -1,8 +1,8 @@
-"""Folders of long work: settings that must match, one writer at a time, ranks, and files that are whole or not there.
+"""Folders of long work: files that are written whole or not at all, settings that must match, locks, and ranks.
 
-Whatever takes long here writes into a folder, can be killed at any time, and goes on where it stopped when the same
-command is given again. Three rules make that safe. A folder notes the settings that its files were made with, and other
-settings are refused. A file appears under its name only when it is whole. A process holds a lock while it writes.
+A long command writes to a folder. It can be killed at any time, and the same command continues where it stopped. Three
+rules make this safe. The folder holds the settings with which its files were made, and other settings are refused. A
+file gets its name only when it is complete. A process holds a lock while it writes.
 
 Under ``torchrun`` several processes, the ranks, share the work of one folder.
 """
@@ -28,9 +28,9 @@ SETTINGS, PROGRESS = "settings.json", "progress"
 
 @contextlib.contextmanager
 def atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to, renamed to it at the end; after an error the former file stays.
+    """Yield a temporary path, which is renamed to ``path`` at the end. After an error the previous file is kept.
 
-    Under ``torchrun`` every process has a temporary path of its own, so that two may write one file at the same time.
+    Under ``torchrun`` each process has another temporary path, so several processes may write the same file.
     """
     path, rank = Path(path), os.environ.get("RANK", "0")
     unfinished = path.with_name(path.name + (".partial" if rank == "0" else f".{rank}.partial"))
@@ -45,7 +45,7 @@ def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        OSError: naming the file, where the error of a full disk names none.
+        OSError: if the file cannot be written; the message names the file, also for a full disk.
     """
     try:
         with atomically(path) as unfinished, unfinished.open("wb") as file:
@@ -58,7 +58,7 @@ def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, see :func:`write_bytes`; its folder is made if it is not there."""
+    """Write a text file, see :func:`write_bytes`; its folder is made if it does not exist."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode())
 
@@ -71,35 +71,35 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, see :func:`write_bytes`; its own writer reports a full disk as no ``OSError``."""
+    """Write a safetensors file, see :func:`write_bytes`; ``save_file`` does not raise ``OSError`` for a full disk."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, save(contiguous, None if metadata is None else dict(metadata)))
 
 
 def write_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
-    """Write what ``torch.save`` makes of ``state``, see :func:`write_bytes`."""
+    """Write ``state`` in the format of ``torch.save``, see :func:`write_bytes`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_bytes(path, buffer.getbuffer())
 
 
 def open_folder(folder: Path) -> None:
-    """Make ``folder`` and check that files can be written there.
+    """Make ``folder`` and check that files can be written in it.
 
     Raises:
-        OSError: if not.
+        OSError: if they cannot.
     """
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.touch()
-    probe.unlink(missing_ok=True)  # another process may have been as quick
+    probe.unlink(missing_ok=True)  # another process may have removed it
 
 
 def check_file(name: str, path: Path | None, suffix: str) -> None:
-    """Check that the file of argument ``name`` can be written, and make its folder; None is fine.
+    """Check that the file of argument ``name`` can be written, and make its folder. ``path`` may be None.
 
     Raises:
-        ValueError: if it does not end in ``suffix``, or is a folder.
+        ValueError: if ``path`` does not end in ``suffix``, or is a folder.
         OSError: if files cannot be written in its folder.
     """
     if path is None:
@@ -112,7 +112,7 @@ def check_file(name: str, path: Path | None, suffix: str) -> None:
 
 
 def describe_file(path: str | os.PathLike | None) -> dict[str, Any] | str | None:
-    """A file as a setting: its place, size and time. What is no file, such as a short name, stays as it is."""
+    """Describe a file by path, size and time, for settings. Anything else, such as a short name, is returned as text."""
     if path is None or not Path(path).is_file():
         return path if path is None else str(path)
     stat = Path(path).stat()
@@ -122,17 +122,17 @@ def describe_file(path: str | os.PathLike | None) -> dict[str, Any] | str | None
 def check_settings(
     name: object, former: Mapping[str, Any], now: Mapping[str, Any], remedy: str = "choose another folder"
 ) -> None:
-    """Check that a thing was made with the settings that are wanted now.
+    """Check that a file or folder was made with the current settings.
 
     Args:
-        name: what the error calls the thing.
-        former, now: JSON values by name; mappings inside are compared value by value.
-        remedy: what the error proposes.
+        name: the file or folder, for the message.
+        former, now: JSON values by name; nested mappings are compared value by value.
+        remedy: what to do, for the message.
 
     Raises:
-        ValueError: naming the first three settings that differ, such as ``source.cfg was 1.5, now 2.0``.
+        ValueError: if settings differ; the message has the first three, such as ``source.cfg was 1.5, now 2.0``.
     """
-    there, here = (dict(flattened(json.loads(json.dumps(settings)))) for settings in (former, now))
+    there, here = (dict(flatten(json.loads(json.dumps(settings)))) for settings in (former, now))
     changes = [
         f"{setting} was {there.get(setting)!r}, now {here.get(setting)!r}"
         for setting in {**there, **here}
@@ -142,20 +142,20 @@ def check_settings(
         raise ValueError(f"{name} was made with other settings ({'; '.join(changes[:3])}): {remedy}")
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``{"a": {"b": 1}}`` as ``("a.b", 1)``."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``("a.b", 1)`` for ``{"a": {"b": 1}}``."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note in ``folder`` the settings that its files are made with, or check that they are these.
+    """Write the settings of a folder's files to the folder, or check them if they are there.
 
     Args:
-        folder: exists.
+        folder: a folder that exists.
         settings: JSON values by name.
 
     Raises:
@@ -168,38 +168,38 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     try:
         former = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not readable as settings: remove {folder} or choose another") from error
+        raise ValueError(f"{path} is not a readable settings file: remove {folder} or choose another folder") from error
     check_settings(folder, former, settings)
 
 
 class BeingWrittenError(ValueError):
-    """Another process holds a folder."""
+    """Another process is writing to the folder."""
 
 
 @contextlib.contextmanager
-def locked(folder: Path, rank: int) -> Iterator[None]:
-    """Holds the place of one rank in a folder, against a second run of the same command.
+def lock_folder(folder: Path, rank: int) -> Iterator[None]:
+    """Hold a folder's lock for ``rank``, so that the same command cannot run twice.
 
     Raises:
-        BeingWrittenError: if another process holds it.
+        BeingWrittenError: if another process holds the lock.
     """
-    # A record lock: it goes with its process, however that ends, and forked children do not inherit it.
+    # A record lock is released however its process ends, and forked children do not inherit it.
     (folder / PROGRESS).mkdir(exist_ok=True)
     with (folder / PROGRESS / f"rank{rank}.lock").open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise BeingWrittenError(f"{folder} is being written by another process") from error
-        except OSError:  # a file system without locks: then two runs at once only waste time
+        except OSError:  # a file system without locks: two simultaneous runs only waste time
             pass
         yield
 
 
 def find_rank() -> tuple[int, int]:
-    """This process' number and the number of processes, by ``torchrun``'s ``RANK`` and ``WORLD_SIZE``; else 0 of 1.
+    """Return ``RANK`` and ``WORLD_SIZE``, which ``torchrun`` sets; 0 and 1 without it.
 
     Raises:
-        ValueError: if they are no such numbers.
+        ValueError: if they are not such numbers.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
@@ -209,12 +209,12 @@ def find_rank() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that compute together.
+    """One of the processes that compute together.
 
     Args:
-        rank: its number, from 0.
-        size: how many there are.
-        device: where it computes.
+        rank: number of this process, from 0.
+        size: number of processes.
+        device: device of this process.
     """
 
     rank: int
@@ -222,13 +222,13 @@ class Ranks:
     device: torch.device
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """``tensor`` summed over all ranks, in place."""
+        """Sum ``tensor`` over all ranks, in place."""
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
     def agree(self, name: str, fact: bool) -> None:
-        """Raise ``ValueError`` on every rank unless ``fact`` is the same on all."""
+        """Raise ``ValueError`` on every rank unless ``fact`` is the same on all ranks."""
         count = int(self.sum(torch.tensor(int(fact), device=self.device)))
         if count not in (0, self.size):
             raise ValueError(f"{name}: true on {count} of {self.size} ranks, which must share their storage")
@@ -236,12 +236,12 @@ class Ranks:
 
 @contextlib.contextmanager
 def join_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that ``torchrun`` started, connected for sums; without it this process alone.
+    """Connect the ranks that ``torchrun`` started; without it there is one rank.
 
     Args:
-        device: of a single process; under ``torchrun`` on GPUs each rank takes the one of its ``LOCAL_RANK``.
+        device: device of a single process. Under ``torchrun`` each rank uses the GPU of its ``LOCAL_RANK``.
     """
-    if distributed.is_initialized():  # by the caller, who also ends it
+    if distributed.is_initialized():  # the caller ends it
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
         return
     rank, size = find_rank()

@@ -1,4 +1,4 @@
-"""Tables in Markdown, as reports and pages hold them."""
+"""Tables in Markdown, for reports and pages."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lines ``| cell | cell |`` under ``head``, each line with its line break.
+    """Make a table; every line ``| cell | cell |`` ends with a line break.
 
     Args:
-        head: the columns' titles.
-        rows: as many cells each as there are titles; None is an empty cell.
+        head: titles of the columns.
+        rows: rows with one cell per column; None is an empty cell.
 
     Raises:
-        ValueError: if a row has another number of cells.
+        ValueError: if a row has a different number of cells.
     """
     rows = list(rows)
     for row in rows:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from varkern.progress import progress_bar
-from varkern.runs import PROGRESS, check_settings, find_rank, locked, write_bytes
+from varkern.runs import PROGRESS, check_settings, find_rank, lock_folder, write_bytes
 
 from .manifest import FILE, Manifest, Shard
 
@@ -75,7 +75,7 @@ def write_token_maps(
         raise ValueError(f"out must be an empty folder or a dataset, got {folder}, which holds {min(names)}")
     done, finished = read_progress(folder, manifest)
     if finished is None and not done.keys() >= set(mine):
-        with locked(folder, rank):
+        with lock_folder(folder, rank):
             if not (folder / FILE).exists():
                 write_manifest(folder, manifest, rank)
             done, _ = read_progress(folder, manifest)

@@ -31,7 +31,7 @@ from varkern.metrics.gathering import Gathering, Measured
 from varkern.metrics.statistics import SPLIT, StoredStatistics
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
-from varkern.runs import PROGRESS, SETTINGS, check_settings, claim, find_rank, locked, write_json
+from varkern.runs import PROGRESS, SETTINGS, check_settings, claim, find_rank, lock_folder, write_json
 
 from .calibration import CALIBRATION_SEED, density_ratios, in_batches
 from .cells import Cell
@@ -143,7 +143,7 @@ class Sweep:
     def run(self) -> list[Entry] | None:
         """Make the missing figures; returns all figures, or None if other processes have not finished theirs."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder, self.place):
+        with lock_folder(self.folder, self.place):
             if (self.folder / SETTINGS).exists():
                 claim(self.folder, self.settings.as_json())
             self.check()
