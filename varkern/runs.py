@@ -112,7 +112,7 @@ def check_file(name: str, path: Path | None, suffix: str) -> None:
 
 
 def describe_file(path: str | os.PathLike | None) -> dict[str, Any] | str | None:
-    """Describe a file by path, size and time, for settings. Anything else, such as a short name, is returned as text."""
+    """Describe a file by path, size and time, for settings. Other text, such as a short name, is returned unchanged."""
     if path is None or not Path(path).is_file():
         return path if path is None else str(path)
     stat = Path(path).stat()
