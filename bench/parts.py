@@ -1,4 +1,4 @@
-"""Where a generation's time goes: every part of the loop between two events on the device."""
+"""The time of every part of a generation, measured between two events on the device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from varkern.draws import PhiloxDraws
-from varkern.families.var import VARSession
+from varkern.families.var import VARFeatures, VARSession
 from varkern.search import BestOfM
 
-# The owner of each method and the part it is; a part inside another is taken out of the outer one.
+# Each method's class, name and part. The time of a part inside another one is subtracted from the outer part.
 METHODS = (
     (VARSession, "logits", "blocks"),
-    (VARSession, "fuse", "F"),
+    (VARFeatures, "fuse", "F"),
     (VARSession, "commit", "winner"),
     (VARSession, "decode", "decoder"),
     (PhiloxDraws, "tokens", "sampler"),
@@ -26,7 +26,7 @@ METHODS = (
 
 
 class Stopwatch:
-    """Marks in time on a device: events on a GPU, read once at the end; the clock on a CPU."""
+    """Times on a device: events on a GPU, which are read at the end; the clock on a CPU."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.marks = device.type == "cuda", []
@@ -47,7 +47,7 @@ class Stopwatch:
 
 @contextmanager
 def timing_parts(model: Any, device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds of every part of what generates inside the block; filled in when the block ends."""
+    """Give a dictionary that has the seconds of every part when the block ends."""
     watch, spans, inside = Stopwatch(device), [], []
     seconds: dict[str, float] = defaultdict(float)
     kept = [(owner, name, vars(owner)[name]) for owner, name, _ in METHODS]
