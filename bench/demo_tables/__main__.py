@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"demo_tables: {error}", file=sys.stderr)
         return 2
     if not written:
-        print("This process has made its cells. Call again without torchrun to take times and write the tables.")
+        print("This process has finished its cells. Call again without torchrun to measure times and write the tables.")
         return 0
     print(f"wrote {len(written)} files of figures to {options.out}")
     if options.page:

@@ -1,4 +1,4 @@
-"""Puts tables into a page, between the markers ``<!-- table NAME -->`` and ``<!-- end -->``."""
+"""Tables of a page, between the markers ``<!-- table NAME -->`` and ``<!-- end -->``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from varkern.tables import markdown_table
 from . import scorers, tables
 
 REFERENCE_FIGURES = ("fid", "sfid", "inception_score", "precision", "recall")
-REFERENCES = {"real": "real digits, another draw", "reconstructed": "the same through the VQ-VAE"}
+REFERENCES = {"real": "other real digits", "reconstructed": "the same, encoded and decoded by the VQ-VAE"}
 
 
 def known_tables() -> list[str]:
@@ -23,22 +23,22 @@ def known_tables() -> list[str]:
 
 
 def fill(page: str, found: Mapping[str, str]) -> str:
-    """``page`` with every table between its markers.
+    """Put every table of ``found`` between its markers in ``page``.
 
     Raises:
-        ValueError: if the page asks for a table that is not there.
+        ValueError: if ``page`` has markers of an unknown table.
     """
 
     def block(match: re.Match) -> str:
         if match[1] not in found:
-            raise ValueError(f"the page has a place for table {match[1]!r}, known are {', '.join(found)}")
+            raise ValueError(f"the page's tables must be among {', '.join(found)}, got {match[1]!r}")
         return f"<!-- table {match[1]} -->\n{found[match[1]].strip()}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
 
 
 def read_tables(folder: Path) -> dict[str, str]:
-    """The tables of a folder of figures in Markdown, by name."""
+    """The tables of a folder of figures as Markdown, by name."""
     found = {}
     for name, preset in tables.presets().items():
         if (path := folder / f"{name}.json").exists():
@@ -49,7 +49,7 @@ def read_tables(folder: Path) -> dict[str, str]:
 
 
 def references(rows: Mapping[str, list[dict]]) -> str:
-    """What other real digits measure, and the same digits through the VQ-VAE."""
+    """The table of other real digits and of the same digits after the VQ-VAE."""
     lines = []
     for name, title in REFERENCES.items():
         entry = Entry(Cell(), rows[name])

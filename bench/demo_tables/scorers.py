@@ -1,8 +1,8 @@
-"""Ways to train the demo's scorer, compared: three scorers, and how often each is right.
+"""Three ways to train the demo's scorer, and the accuracy of each scorer.
 
-The pairwise loss beside the pointwise one (LSRS, Table 2), and with the first scale trained on or not (Table 10), each
-for a quarter of the steps that ``varkern demo train`` takes. All three see the same token maps, of the shipped VQ-VAE
-and VAR, the same pairs in the same order, and begin with the same weights.
+They compare the pairwise with the pointwise loss (LSRS, Table 2), and training with and without the first scale
+(Table 10). Each training has a quarter of the steps of ``varkern demo train``. All three use the same token maps of the
+shipped VQ-VAE and VAR, the same pairs in the same order, and the same initial weights.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from varkern.training.recipe import ScorerTraining, wins
 from varkern.training.scorer import read_facts, train_scorer
 
 RECIPE = Recipe(scorer_epochs=1.6)
-PAIRS, PAIRS_SEED = 10_000, 8_000_000  # to judge on; none of them is of a seed that a training saw
+PAIRS, PAIRS_SEED = 10_000, 8_000_000  # pairs for the accuracy; no training uses this seed
 PAIRS_ARE = "jittered digits and generated ones of other seeds than any scorer was trained on"
 BASELINE = "pairwise"
-COLUMNS = {  # of the Markdown, in the order of the paper's Table 10
+COLUMNS = {  # of the Markdown table, in the order of the paper's Table 10
     "pairwise": "pairwise, with the first scale",
     "pairwise-from-scale-1": "without the first scale",
     "pointwise": "pointwise",
@@ -42,7 +42,7 @@ COLUMNS = {  # of the Markdown, in the order of the paper's Table 10
 
 
 def trainings(recipe: Recipe) -> dict[str, ScorerTraining]:
-    """By the name of the scorer's file."""
+    """The settings of the three trainings, by the name of the scorer's file."""
     whole = recipe.scorer_training()
     first = replace(whole, first_scale=1)
     return {"pointwise": replace(whole, loss="pointwise"), "pairwise": whole, "pairwise-from-scale-1": first}
@@ -51,21 +51,23 @@ def trainings(recipe: Recipe) -> dict[str, ScorerTraining]:
 def run(
     out: Path, device: torch.device, weights: Path = WEIGHTS, recipe: Recipe = RECIPE, pairs: int = PAIRS
 ) -> dict[str, Path]:
-    """Train the three scorers and judge them and the shipped one, going on where a killed run stopped.
+    """Train the three scorers, and measure their accuracy and that of the shipped scorer.
+
+    A killed run continues where it stopped.
 
     Args:
         out: folder for ``tokens/``, the scorers (``NAME.safetensors``, each with its CSV) and ``scorers.json``.
-        device: where to train.
-        weights: folder of the VQ-VAE, the VAR and the scorer that is judged as the shipped one.
-        recipe: of the token maps and of each training.
-        pairs: of a real and a generated token map to judge on.
+        device: device of the training.
+        weights: folder of the VQ-VAE, the VAR and the shipped scorer.
+        recipe: recipe of the token maps and of each training.
+        pairs: number of pairs of a real and a generated token map for the accuracy.
 
     Returns:
-        the trained scorers' files by name.
+        the files of the trained scorers by name.
 
     Raises:
-        FileNotFoundError: if ``weights`` lacks a model.
-        ValueError: if ``out`` holds files made with other settings, or something is to be made under ``torchrun``.
+        FileNotFoundError: if a model is missing in ``weights``.
+        ValueError: if ``out`` has files made with other settings, or scorers are missing under ``torchrun``.
     """
     hashes = {name: file_sha256(weights / f"{name}.safetensors") for name in ("vae", "var", "scorer")}
     settings = {**asdict(recipe), "pairs": pairs, "pairs_seed": PAIRS_SEED, **hashes}
@@ -75,7 +77,7 @@ def run(
     if all(path.exists() for path in (*files.values(), out / "scorers.json")):
         return files
     if find_rank()[1] > 1:
-        raise ValueError(f"{out} lacks scorers, which one process trains: call once without torchrun before")
+        raise ValueError(f"{out} has no scorers yet; one process must train them: first call this without torchrun")
     datasets = write_datasets(recipe, weights, device, out / "tokens", "")
     maker = FeatureMaker.of_quantizer(load_vae(weights / "vae.safetensors").quantize)
     for name, training in trainings(recipe).items():
@@ -90,7 +92,7 @@ def run(
 def write_datasets(
     recipe: Recipe, weights: Path, device: torch.device, folder: Path, prefix: str
 ) -> tuple[TokenMaps, TokenMaps]:
-    """Token maps of real and of generated digits, in two folders whose names begin with ``prefix``."""
+    """Write token maps of real and of generated digits to two folders whose names begin with ``prefix``."""
     real = write_real_tokens(recipe, weights, device, folder / f"{prefix}real")
     return real, write_generated_tokens(recipe, weights, device, folder / f"{prefix}generated")
 
@@ -98,7 +100,7 @@ def write_datasets(
 def judge(
     files: dict[str, Path], real: TokenMaps, generated: TokenMaps, maker: FeatureMaker, device: torch.device
 ) -> dict[str, Any]:
-    """Accuracy of every scorer on the same pairs, by scale from the first that it was trained on, JSON values."""
+    """Accuracy of every scorer on the same pairs, per scale from its first trained scale on, as JSON values."""
     part = make_pairs(real, generated, 0.0, 0).training
     judged, won = {}, {}
     for name, path in files.items():
@@ -112,13 +114,13 @@ def judge(
 
 
 def changes_of(baseline: dict[int, Tensor], other: dict[int, Tensor]) -> Iterator[dict[str, float]]:
-    """How much more often another scorer is right than the baseline, at every scale that both know.
+    """The accuracy of another scorer minus that of the baseline, at every scale that both were trained on.
 
-    Both judge the same pairs, so the standard error is that of the differences pair by pair: a pair on which they
-    agree says nothing about the change.
+    Both use the same pairs, so the standard error is computed from the differences between pairs.
 
     Args:
-        baseline, other: by scale, which pairs were won, ``[N]`` float64: 1, or 1/2 for equal scores, or 0.
+        baseline, other: per scale, the result of each pair, ``[N]`` float64: 1 if the real map has the higher score,
+            1/2 for equal scores, else 0.
     """
     for scale in sorted(baseline.keys() & other.keys()):
         differences = other[scale] - baseline[scale]
@@ -127,7 +129,7 @@ def changes_of(baseline: dict[int, Tensor], other: dict[int, Tensor]) -> Iterato
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a Markdown table: a row per scale, the change of each scorer against the baseline beside it."""
+    """The report as a Markdown table: a row per scale, with each scorer's accuracy and its change to the baseline."""
     head, columns = ["scale"], []
     for name, title in COLUMNS.items():
         rows = report["scorers"][name]

@@ -1,4 +1,4 @@
-"""What is measured of the demo model, and how: sweeps of the papers' presets and of some more cells."""
+"""Measuring the demo model: sweeps of the papers' presets and of further cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varkern.data import file_sha256
-from varkern.demo.measuring import RealDigits, adapted, as_bytes, extractor, fingerprint, measure_digits
+from varkern.demo.measuring import RealDigits, adapt_preset, extractor, fingerprint, measure_digits, to_bytes
 from varkern.demo.run import WEIGHTS
 from varkern.demo.train import SAMPLING
 from varkern.metrics.evaluate import compare, measure
@@ -30,14 +30,15 @@ from varkern.studies.sweep import Entry, Settings, Sweep
 
 from . import scorers
 
-REPORTED_SEED = 5_000_000  # settings were chosen on other seeds than those reported
+REPORTED_SEED = 5_000_000  # settings were chosen with other seeds
 BATCH_SIZE, TIMED_IMAGES = 100, 24
-# One pair of candidates in ten is nearer; nearly all (99%) are nearer than the published 1.8, of another codebook.
+# 10% of all pairs of candidates are closer than this. 99% are closer than the published 1.8, which is for another
+# codebook.
 NEAR = 0.65
 
 
 def own_presets() -> list[Preset]:
-    """What is measured here and in neither paper."""
+    """The presets that are in neither paper."""
     picks = ("best", "resample")
     best = [Cell(m=m, pick=pick) for pick in picks for m in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     best += [Cell(m=m, first_scale=k, pick=pick) for pick in picks for k in (0, 2) for m in (4, 16, 64)]
@@ -49,23 +50,23 @@ def own_presets() -> list[Preset]:
     combined = [hybrid, replace(hybrid, m=4, first_scale=2), Cell(m=4, first_scale=2)]
     return [
         own("best-of-m", "Best of M: greedy and resampled, by M and first searched scale", best),
-        own("densities", "Density search: least dense, kept apart, threshold as printed", [*small, *apart]),
-        own("combined", "Density search at scale 1, best of 4 after it", combined),
-        own("without-first-scale", "Greedy, by a scorer trained with the first scale or without", first),
-        own("losses-resampled", "Resampled, by scorers trained by either loss", losses),
+        own("densities", "Density search: least dense, min_distance, threshold as printed", [*small, *apart]),
+        own("combined", "Density search at scale 1 and best of 4 after it", combined),
+        own("without-first-scale", "Greedy picks of a scorer trained with or without the first scale", first),
+        own("losses-resampled", "Resampled picks of scorers trained with the pointwise or pairwise loss", losses),
     ]
 
 
 def own(name: str, title: str, cells: Sequence[Cell]) -> Preset:
-    """A preset of this page, the model alone first."""
+    """A preset that begins with the model alone."""
     return Preset(name, title, "", tuple((cell, {}) for cell in unique([Cell(), *cells])))
 
 
 def presets() -> dict[str, Preset]:
-    """All that is measured, by name. Tables 4 and 3a are of models of other depths, Fig. 3 joins two others."""
+    """All presets by name. Tables 4 and 3a need several models, and Fig. 3 repeats other tables; they are left out."""
     left_out = ("lsrs-table4", "lsrs-fig3", "var-scaling-table3a")
-    chosen = [*own_presets(), *(adapted(preset) for preset in PRESETS.values() if preset.name not in left_out)]
-    # The longest one last, and at the very end what is only timed.
+    chosen = [*own_presets(), *(adapt_preset(preset) for preset in PRESETS.values() if preset.name not in left_out)]
+    # The longest preset comes last, followed only by those that are only timed.
     chosen.sort(key=lambda preset: (preset.timing, preset.name == "lsrs-table9"))
     return {preset.name: preset for preset in chosen}
 
@@ -73,21 +74,21 @@ def presets() -> dict[str, Preset]:
 def run(
     out: Path, images: int, repeats: int, device: torch.device, weights: Path = WEIGHTS, command: str = ""
 ) -> list[Path]:
-    """Measure and time all, going on where a killed run stopped; write tables and pictures.
+    """Measure and time all presets, and write tables and pictures. A killed run continues where it stopped.
 
     Args:
         out: folder for the figures; the scorers go to ``out/scorers``.
-        images: generated per cell and seed.
+        images: images per cell and seed.
         repeats: seeds per cell.
-        device: where to generate.
+        device: the models' device.
         weights: folder of the four models.
-        command: what makes these figures again.
+        command: the command that makes these figures, for the tables.
 
     Returns:
-        the files written; none under ``torchrun``, where times would slow one another.
+        the files written; empty under ``torchrun``, because processes that run together cannot measure times.
 
     Raises:
-        ValueError: if something is wrong, or ``out`` has figures of other settings.
+        ValueError: if an argument is wrong, or ``out`` has figures of other settings.
     """
     files = {"": weights / "scorer.safetensors", **scorers.run(out / "scorers", device, weights)}
     models = Models(
@@ -121,7 +122,7 @@ def run(
 
 
 def with_times(entries: Sequence[Entry], times: Sequence[Entry]) -> list[Entry]:
-    """Figures with the seconds, and the memory, of another sweep of the same cells."""
+    """``entries`` with the seconds and the memory of ``times``, a sweep of the same cells."""
     joined = []
     for entry, timed in zip(entries, times, strict=True):
         costs = [{name: repeat[name] for name in report.COSTS} for repeat in timed.repeats]
@@ -130,7 +131,7 @@ def with_times(entries: Sequence[Entry], times: Sequence[Entry]) -> list[Entry]:
 
 
 def references(vae: VQVAE, settings: Settings, features: Extractor, reference: Measured) -> dict[str, Any]:
-    """What other real digits measure, and real digits that went through the VQ-VAE: the floor of its decoder."""
+    """Figures of other real digits, and of the same digits after the VQ-VAE: no generated digits can be much better."""
     rows: dict[str, list[dict[str, Any]]] = {"real": [], "reconstructed": []}
     for repeat in range(settings.repeats):
         others = RealDigits(settings.images, settings.seed + 1000 + repeat)
@@ -141,7 +142,7 @@ def references(vae: VQVAE, settings: Settings, features: Extractor, reference: M
 
 
 class Reconstructed(RealDigits):
-    """Real digits as a VQ-VAE gives them back."""
+    """Real digits after encoding and decoding by a VQ-VAE."""
 
     def __init__(self, digits: RealDigits, vae: VQVAE):
         self.images, self.labels, self.size = digits.images, digits.labels, digits.size
@@ -152,4 +153,4 @@ class Reconstructed(RealDigits):
         device = next(self.vae.parameters()).device
         for batch in super().batches(batch_size):
             images = batch.to(device).float() / 127.5 - 1
-            yield as_bytes(self.vae.img_to_reconstructed_img(images, last_one=True)).cpu()
+            yield to_bytes(self.vae.img_to_reconstructed_img(images, last_one=True)).cpu()

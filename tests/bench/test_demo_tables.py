@@ -101,12 +101,13 @@ class TestCommand:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "1")
         assert main(arguments(finished, out=tmp_path / "out")) == 2
-        assert "lacks scorers, which one process trains: call once without torchrun" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "has no scorers yet; one process must train them: first call this without torchrun" in error
 
     @pytest.mark.parametrize(
         "changed, message",
         [
-            ({"page": "other.md"}, "a place for table 'fewer', known are few, "),
+            ({"page": "other.md"}, "must be among few, "),
             ({"images": 1}, "images must be >= 2, got 1"),
             ({"seeds": 0}, "seeds must be >= 1, got 0"),
             ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
@@ -210,7 +211,7 @@ class TestPage:
             assert (FIGURES / f"{name}.md").read_text() == report.page(report.from_file(path, preset))
 
     def test_an_unknown_table(self):
-        with pytest.raises(ValueError, match="a place for table 'other', known are few"):
+        with pytest.raises(ValueError, match="must be among few, got 'other'"):
             page.fill("<!-- table other -->\n<!-- end -->", {"few": "x"})
 
 

@@ -200,7 +200,7 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
         ({**PRESET, "preset": "lsrs-table1"}, "preset must be one of lsrs-table2, "),
         ({"preset": "lsrs-table5"}, "grid must not be given: lsrs-table5 has cells of its own, got"),
         ({**PRESET, "preset": "lsrs-fig6"}, "images must not be given: lsrs-fig6 takes times alone"),
-        ({**PRESET, "preset": "lsrs-table4", "var": "demo", "vae": None}, "compares models of several depths"),
+        ({**PRESET, "preset": "lsrs-table4", "var": "demo", "vae": None}, "which compares several depths"),
         ({"real": "DIR"}, "real must not be given: only lsrs-table10 takes token maps, got DIR"),
         ({"alpha": "median"}, "alpha must not be given: only density searches have it"),
         ({"images": 0}, "images must be >= 2, got 0"),

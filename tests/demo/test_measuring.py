@@ -21,7 +21,7 @@ class TestMeasuring:
         assert extracted.spatial.shape == (30, 252) and extracted.spatial[3, 7 * (6 * 2 + 5) + 4] == maps[3, 4, 2, 5]
 
     def test_other_sizes_are_refused(self):
-        with pytest.raises(ValueError, match="digits of 24x24 pixels, got 30x24"):
+        with pytest.raises(ValueError, match="24x24 pixels for features demo, got 30x24"):
             measuring.extractor(run.WEIGHTS, torch.device("cpu"))(torch.zeros(1, 3, 24, 30, dtype=torch.uint8))
 
     def test_real_digits(self):

@@ -237,10 +237,10 @@ def find_preset(name: str, demo: bool, max_m: int | None) -> Preset:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, {ACCURACIES}, got {name!r}")
     if not demo:
         return PRESETS[name]
-    from varkern.demo.measuring import MOST_CANDIDATES, adapted
+    from varkern.demo.measuring import MOST_CANDIDATES, adapt_preset
 
     whole = PRESETS[name]
-    kept = adapted(whole, MOST_CANDIDATES if max_m is None else max_m)
+    kept = adapt_preset(whole, MOST_CANDIDATES if max_m is None else max_m)
     if len(kept.rows) < len(whole.rows):
         print(
             f"left out: {len(whole.rows) - len(kept.rows)} cells that the demo lacks scales for, or of too many "

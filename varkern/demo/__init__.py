@@ -1,1 +1,1 @@
-"""The small pretrained digits model that ships with the package, and how it was trained."""
+"""The small pretrained digits model that ships with the package, and its training."""

@@ -1,4 +1,4 @@
-"""A small digit classifier whose features are the space that the demo's Fréchet distance is measured in."""
+"""A small digit classifier. The demo's Fréchet distance is measured between its features."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from varkern.models.initialization import initialize
 from .digits import NUM_CLASSES
 
 FEATURES = 64
-CONVOLUTIONS = 8  # layers of the body, the last rectifier included
+CONVOLUTIONS = 8  # number of layers of the body that return maps: the convolutions, ReLUs and poolings
 
 
 class DigitClassifier(nn.Module):
-    """Images ``[N, 3, 24, 24]`` in [-1, 1] to logits ``[N, 10]``; :meth:`features` gives what stands before them."""
+    """Images ``[N, 3, 24, 24]`` in [-1, 1] to logits ``[N, 10]``."""
 
     def __init__(self):
         super().__init__()
@@ -35,15 +35,15 @@ class DigitClassifier(nn.Module):
         initialize(self)
 
     def features(self, images: Tensor) -> Tensor:
-        """``[N, 64]`` features of images ``[N, 3, 24, 24]``."""
+        """Features ``[N, 64]`` of images ``[N, 3, 24, 24]``; the last layer computes the logits from them."""
         return self.from_maps(self.maps(images))
 
     def maps(self, images: Tensor) -> Tensor:
-        """What the convolutions give, ``[N, 64, 6, 6]``."""
+        """Output of the convolutions for images ``[N, 3, 24, 24]``, ``[N, 64, 6, 6]``."""
         return self.body[:CONVOLUTIONS](images.mean(1, keepdim=True))
 
     def from_maps(self, maps: Tensor) -> Tensor:
-        """:meth:`features` from :meth:`maps`."""
+        """The :meth:`features` ``[N, 64]`` from the :meth:`maps` ``[N, 64, 6, 6]``."""
         return self.body[CONVOLUTIONS:](maps)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the demo's digits are measured by: the classifier as an extractor, sets of real digits, the papers' cells."""
+"""Measuring the demo's digits: the classifier as a feature extractor, sets of real digits, and the papers' presets."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ DENSITY = {"alpha": MEDIAN, "min_distance": 0.0}
 
 
 def extractor(weights: Path, device: torch.device) -> Extractor:
-    """The classifier in ``weights``: 64 features, 10 logits and, for sFID, 7 of its 64 last maps, 6x6.
+    """The classifier of the folder ``weights``, a feature extractor of images of 24x24 pixels.
 
-    It takes images of 24x24 pixels.
+    It gives 64 features, 10 logits and, for sFID, the first 7 of its 64 last maps of 6x6.
     """
     classifier = load_classifier(weights, device)
 
     def extract(images: Tensor) -> Extracted:
         if images.shape[-2:] != (digits.SIDE, digits.SIDE):
             raise ValueError(
-                f"features demo are of digits of {digits.SIDE}x{digits.SIDE} pixels, "
+                f"images must have {digits.SIDE}x{digits.SIDE} pixels for features demo, "
                 f"got {images.shape[-1]}x{images.shape[-2]}"
             )
         maps = classifier.maps(images.float() / 127.5 - 1)
@@ -49,13 +49,13 @@ class RealDigits:
     """Jittered digits as a set of images; see :func:`.digits.real_batch`.
 
     Args:
-        count: how many.
-        seed: of what digits and how they are jittered.
+        count: number of images.
+        seed: seed of the choice of digits and of their jitter.
     """
 
     def __init__(self, count: int, seed: int):
         images, self.labels = digits.real_batch(count, torch.Generator().manual_seed(seed))
-        self.images, self.name, self.size = as_bytes(images), f"{count:,} real digits", (digits.SIDE, digits.SIDE)
+        self.images, self.name, self.size = to_bytes(images), f"{count:,} real digits", (digits.SIDE, digits.SIDE)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,13 +70,13 @@ class RealDigits:
         return []
 
 
-def as_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as an image file keeps them, uint8."""
+def to_bytes(images: Tensor) -> Tensor:
+    """Convert images in [-1, 1] to uint8, rounded, as in an image file."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the models' files but the scorer's, so that figures of different weights are never joined."""
+    """A hash of the files of all models except the scorer. Results of other weights are refused by it."""
     digest = hashlib.sha256()
     for name in ("vae", "var", "classifier"):
         digest.update((folder / f"{name}.safetensors").read_bytes())
@@ -84,20 +84,20 @@ def fingerprint(folder: Path) -> str:
 
 
 def measure_digits(extractor: Extractor, seed: int, keep: int) -> Measured:
-    """What 20,000 real digits measure, ``keep`` of them for precision and recall."""
+    """The statistics of 20,000 real digits, with the features of the first ``keep`` for precision and recall."""
     return measure(RealDigits(REFERENCE_IMAGES, seed), extractor, 100, keep)
 
 
-def adapted(preset: Preset, max_m: int = MOST_CANDIDATES) -> Preset:
-    """A preset as the demo model has it: its scales, alpha by rule, no distance between representatives.
+def adapt_preset(preset: Preset, max_m: int = MOST_CANDIDATES) -> Preset:
+    """Adapt a preset to the demo model: its sampling options, a measured alpha, and ``min_distance=0``.
 
-    Cells of more than ``max_m`` candidates, or of scales that the model lacks, are left out.
+    Cells with more than ``max_m`` candidates, or with scales that the model does not have, are left out.
 
     Raises:
-        ValueError: if the preset is of models of several depths, or nothing is left.
+        ValueError: if the preset compares models of several depths, or no cell is left.
     """
     if any(cell.model for cell in preset.cells):
-        raise ValueError(f"{preset.name} compares models of several depths, and there is one demo model")
+        raise ValueError(f"preset must be of one model for the demo, got {preset.name}, which compares several depths")
     rows = {}
     for cell, printed in preset.rows:
         cell = replace(cell, **(DENSITY if cell.n != 1 and cell.min_distance is None else {}))

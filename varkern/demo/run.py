@@ -1,4 +1,4 @@
-"""What ``varkern demo`` does: the ten digits with and without best-of-M, from the same seeds, in one picture."""
+"""``varkern demo``: the ten digits with and without best-of-M, from the same seeds, in one picture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Result:
-    """One of the demo's runs: ``title``, images ``[10, n, 3, H, W]``, scores ``[10]`` and seconds in all."""
+    """One run of the demo: its title, images ``[10, n, 3, H, W]`` in [0, 1], mean scores ``[10]`` and seconds."""
 
     title: str
     images: Tensor
@@ -41,19 +41,19 @@ class Result:
 
 
 def load_demo(device: torch.device | str = "cpu") -> tuple[VAR, Scorer]:
-    """The digits model and its scorer that ship with the package."""
+    """The digits model and its scorer, which ship with the package."""
     return load_var("demo", device=device), Scorer.from_pretrained(WEIGHTS / "scorer.safetensors", device=device)
 
 
 @torch.inference_mode()
 def score_images(model: VAR, scorer: Scorer, labels: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-    """What the scorer thinks of finished images, ``[B]`` float32: the score of their last scale's fused features.
+    """The scores of finished images, ``[B]`` float32: those of the fused features after the last scale.
 
     Args:
-        model: whose images they are.
-        scorer: made for it.
+        model: the model that generated the images.
+        scorer: the scorer of this model.
         labels: classes ``[B]`` int64.
-        tokens: the kept token map ``[B, l]`` of every scale, as :attr:`varkern.Generation.tokens`.
+        tokens: the kept token map ``[B, l]`` per scale, as :attr:`varkern.Generation.tokens`.
     """
     quantizer = model.vae_quant_proxy[0]
     codes = [quantizer.codes(scale_tokens, scale) for scale, scale_tokens in enumerate(tokens)]
@@ -64,17 +64,17 @@ def score_images(model: VAR, scorer: Scorer, labels: Tensor, tokens: Sequence[Te
 def run(
     out: Path, seed: int = 0, m: int = 8, num_per_class: int = 4, device: torch.device | str = "cpu"
 ) -> list[Result]:
-    """Generate every digit with one candidate a scale, with the best of ``m``, and with one of ``m`` resampled.
+    """Generate every digit with one candidate per scale, with the best of ``m``, and with one of ``m`` resampled.
 
     Args:
-        out: where the picture goes, a ``.png`` file.
-        seed: of all three runs; image for image they begin with the same candidates.
-        m: candidates a scale, >= 2.
-        num_per_class: images a digit, >= 1.
-        device: where to generate.
+        out: the ``.png`` file for the picture.
+        seed: seed of all three runs; an image has the same first candidates in each of them.
+        m: candidates per scale, >= 2.
+        num_per_class: images per digit, >= 1.
+        device: the models' device.
 
     Raises:
-        ImportError, OSError, ValueError: if something is wrong, before any work.
+        ImportError, OSError, ValueError: if an argument is wrong or matplotlib is missing, before any work.
     """
     require_matplotlib()
     if m < 2:
@@ -87,10 +87,10 @@ def run(
     model, scorer = load_demo(device)
     searches = {
         "M=1: the model alone": None,
-        f"M={m}, greedy: the best scored candidate of every scale from the second": BestOfM(scorer, m),
-        f"M={m}, resample: a candidate drawn by softmax of score": BestOfM(scorer, m, pick="resample"),
+        f"M={m}, greedy: the candidate with the highest score, from the second scale on": BestOfM(scorer, m),
+        f"M={m}, resample: a candidate drawn by the softmax of the scores": BestOfM(scorer, m, pick="resample"),
     }
-    generate(model, labels[:1], seeds=seeds[:1], **SAMPLING)  # the first call of a process is slower than the rest
+    generate(model, labels[:1], seeds=seeds[:1], **SAMPLING)  # warm-up
     results = []
     for title, search in searches.items():
         start = time.perf_counter()
@@ -113,8 +113,8 @@ def draw(results: Sequence[Result]) -> Figure:
 
 
 def as_table(results: Sequence[Result], m: int) -> Table:
-    """The demo's scores and seconds, to be printed."""
-    table = Table(title="Mean score of the finished images", caption="log-odds of being real, plus a constant a digit")
+    """The demo's scores and seconds, as a table to print."""
+    table = Table(title="Mean score of the finished images", caption="log-odds of being real + a constant per digit")
     table.add_column("digit")
     for name in ("M=1", f"M={m} greedy", f"M={m} resample"):
         table.add_column(name, justify="right")

@@ -1,8 +1,7 @@
-"""Trains the demo's models from nothing: VQ-VAE, VAR, digit classifier, scorer. ``varkern demo train`` runs it.
+"""Training of the demo's models from scratch: VQ-VAE, VAR, digit classifier and scorer (``varkern demo train``).
 
-The scorer is made as for any other model: two token-map datasets, then what ``varkern scorer train`` does. Each stage
-writes its weights when it is done and is skipped when they are there; a stage that was killed goes on from
-its last checkpoint.
+The scorer is trained as for any other model: on two token-map datasets, by the code of ``varkern scorer train``. Each
+stage writes its weights at its end, and is skipped if they exist. A killed stage continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ BATCHES = {"batch_size": 500, "shard_size": 5000}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long each stage trains; the defaults make models like those that ship with the package."""
+    """The length of each stage. The defaults make models like those that ship with the package."""
 
     seed: int = 0
     batch_size: int = 64
@@ -60,7 +59,7 @@ class Recipe:
     scorer_epochs: float = 6.4
     real_maps: int = 60_000
     generated_maps: int = 30_000
-    sampling_seed: int = 1_000_000  # far from the seeds that evaluation uses
+    sampling_seed: int = 1_000_000  # not a seed of any evaluation
 
     def scorer_training(self) -> ScorerTraining:
         """The settings of ``varkern scorer train``."""
@@ -77,7 +76,7 @@ class Recipe:
 
 
 def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """Reconstruction plus the quantizer's loss, with codes that nothing chooses restarted from live residuals."""
+    """Train the VQ-VAE by reconstruction and quantizer loss. Residuals of the last batch replace unused codes."""
     vae = VQVAE(**VAE_SIZES, test_mode=False).to(device)
     quantizer = vae.quantize
     hits = torch.zeros(quantizer.vocab_size, device=device)
@@ -124,7 +123,7 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
 
 @torch.inference_mode()
 def real_token_maps(vae: VQVAE, count: int, seed: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """``count`` jittered real digits as K token maps ``[N, l]`` and labels ``[N]``."""
+    """Encode ``count`` jittered real digits: K token maps ``[N, l]`` and labels ``[N]``."""
     generator = torch.Generator().manual_seed(seed)
     maps, labels = [], []
     with progress_bar() as progress:
@@ -138,12 +137,12 @@ def real_token_maps(vae: VQVAE, count: int, seed: int, device: torch.device) -> 
 
 
 def split_scales(tokens: Tensor) -> list[Tensor]:
-    """Tokens of all scales ``[N, L]`` to K token maps ``[N, l]``."""
+    """Split the tokens of all scales ``[N, L]`` into K token maps ``[N, l]``."""
     return list(tokens.split([side * side for side in PATCH_NUMS], dim=1))
 
 
 def train_var(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """Cross-entropy of every token, teacher-forced."""
+    """Train the VAR by the cross-entropy of every token, with teacher forcing."""
     vae = load_vae(folder / "vae.safetensors", device=device)
     maps, labels = real_token_maps(vae, recipe.real_maps, recipe.seed + 2, device)
     torch.manual_seed(recipe.seed + 2)
@@ -171,7 +170,7 @@ def train_var(recipe: Recipe, folder: Path, device: torch.device) -> None:
 
 
 def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """The classifier whose features and probabilities the demo's table is measured by."""
+    """Train the digit classifier."""
     torch.manual_seed(recipe.seed + 4)
     classifier = DigitClassifier().to(device)
 
@@ -195,7 +194,7 @@ def train_classifier(recipe: Recipe, folder: Path, device: torch.device) -> None
 
 
 def write_real_tokens(recipe: Recipe, folder: Path, device: torch.device, out: Path) -> TokenMaps:
-    """The dataset of real digits, in ``out``: every batch is jittered by random numbers of its own."""
+    """Write the dataset of real digits to the folder ``out``. Each batch has its own seed for choice and jitter."""
     vae = load_vae(folder / "vae.safetensors", device=device)
     seed = recipe.seed + 6
     source = {"images": "digits of scikit-learn, jittered", "seed": seed, "vae": checkpoint_facts(folder, "vae")}
@@ -214,7 +213,7 @@ def write_real_tokens(recipe: Recipe, folder: Path, device: torch.device, out: P
 
 
 def write_generated_tokens(recipe: Recipe, folder: Path, device: torch.device, out: Path) -> TokenMaps:
-    """The dataset, in ``out``, of digits that the model draws without any search, every class equally often."""
+    """Write a dataset of generated digits to the folder ``out``: no search, the same number of images per class."""
     var = load_var(folder / "var.safetensors", vae=folder / "vae.safetensors", device=device)
     generate_token_maps(
         out,
@@ -235,7 +234,7 @@ def checkpoint_facts(folder: Path, name: str) -> dict[str, str]:
 
 
 def train_scorer(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """Token maps of real and of generated digits, then ``varkern scorer train`` on them."""
+    """Write token maps of real and of generated digits, and train the scorer on them."""
     real = write_real_tokens(recipe, folder, device, folder / "tokens" / "real")
     generated = write_generated_tokens(recipe, folder, device, folder / "tokens" / "generated")
     maker = FeatureMaker.of_quantizer(load_vae(folder / "vae.safetensors").quantize)
@@ -254,7 +253,7 @@ STAGES: dict[str, Callable[[Recipe, Path, torch.device], None]] = {
 
 
 def train(folder: Path, recipe: Recipe | None = None, device: torch.device | str = "cpu") -> None:
-    """Run every stage whose weights are not in ``folder`` yet."""
+    """Run every stage whose weights are missing in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe or Recipe()
     for name, stage in STAGES.items():
