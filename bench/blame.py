@@ -1,7 +1,7 @@
-"""A pytest plugin (``-p bench.blame``): a failed test or benchmark says which kernel's launch failed.
+"""A pytest plugin (``-p bench.blame``) that adds the kernel whose launch failed to the report of a failed test.
 
-The line ``failed kernel: NAME`` goes among the sections of the failure, where ``bench/gpu.sh`` finds it. A kernel that
-fails while it runs shows at a later wait, at which no launch is under way: compute-sanitizer names those.
+It adds the line ``failed kernel: NAME`` as a section of the failure, where ``bench/gpu.sh`` finds it. A kernel that
+fails while it runs is not found, because its error is raised by a later synchronization; use compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LAUNCHER = ("varkern.kernels.launching", "launch")
 
 
 def find_kernel(traceback: TracebackType | None) -> str | None:
-    """The kernel whose compilation or launch raised; None: another line did."""
+    """The kernel whose compilation or launch raised; None if the error has another origin."""
     name = None
     while traceback is not None:
         frame = traceback.tb_frame

@@ -1,14 +1,14 @@
-"""Compare two files that pytest-benchmark wrote, two generation.json, or two of ``bench.compiled``: is anything slower?
+"""Compare two files of pytest-benchmark, two generation.json, or two files of ``bench.compiled``.
 
     python -m bench.compare BASE.json NEW.json [--threshold 0.1]
 
-Of ``bench.compiled``, whose counts have no noise, every figure that grew by more than 3% has regressed.
+The times of a generation.json are divided by the published loop's median of the same cell. If both files of
+pytest-benchmark have ``test_calibration``, a fixed piece of work without varkern, every time is divided by its median
+in the same file. This makes files of two machines, or of a busy and an idle hour, more comparable.
 
-Every cell of a generation.json is taken over the published loop's median beside it, which took turns with it. Where
-both files hold ``test_calibration``, a fixed piece of work that is none of ours, every time is first divided by
-its median in the same file, so that files of two machines, or of a busy and an idle hour, compare as far as they can.
-A benchmark has regressed if its median grew by more than the threshold and its lower quartile lies above the former
-upper quartile: then the two runs' middle halves do not even touch. Exit code 1: something regressed; 2: bad input.
+A benchmark has regressed if its median grew by more than the threshold, and its lower quartile is above the upper
+quartile of the base. A count of ``bench.compiled``, which has no noise, has regressed if it grew by more than 3%. Exit
+code 1: something regressed; 2: bad input.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Timing:
 
 
 def read(path: Path) -> dict[str, Timing]:
-    """Every benchmark's timing by its name.
+    """The timing of every benchmark, by name.
 
     Raises:
-        ValueError: if ``path`` is no such file.
+        ValueError: if ``path`` is not a file of pytest-benchmark or a generation.json.
     """
     try:
         content = json.loads(path.read_text())
@@ -52,11 +52,11 @@ def read(path: Path) -> dict[str, Timing]:
         benchmarks = content["benchmarks"]
         return {b["fullname"]: Timing(*(b["stats"][key] for key in ("q1", "median", "q3"))) for b in benchmarks}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of pytest --benchmark-json: {error!r}") from error
+        raise ValueError(f"{path} must be a file of pytest --benchmark-json or a generation.json: {error!r}") from error
 
 
 def of_row(row: dict) -> Iterator[tuple[str, Timing]]:
-    """One cell of a generation.json: every way of generating over the published loop's median."""
+    """The timings of one cell of a generation.json, divided by the published loop's median."""
     unit = statistics.median(row["seconds"]["published"])
     for way, times in row["seconds"].items():
         if way not in ("published", "upstream"):
@@ -64,7 +64,7 @@ def of_row(row: dict) -> Iterator[tuple[str, Timing]]:
             yield f"d{row['depth']} B={row['B']} M={row['M']} {way}{BESIDE}", Timing(*quartiles).over(unit)
 
 
-def calibrated(timings: dict[str, Timing], calibration: str) -> dict[str, Timing]:
+def calibrate(timings: dict[str, Timing], calibration: str) -> dict[str, Timing]:
     return {name: timing.over(timings[calibration].median) for name, timing in timings.items() if name != calibration}
 
 
@@ -78,10 +78,10 @@ def verdict(base: Timing, new: Timing, threshold: float) -> str:
 
 
 def compare(base: dict[str, Timing], new: dict[str, Timing], threshold: float) -> tuple[str, int]:
-    """The report, and how many benchmarks regressed."""
+    """The report, and the number of benchmarks that regressed."""
     calibration = next((n for n in base if n.endswith(f"::{CALIBRATION}") and n in new), None)
     if calibration:
-        base, new = calibrated(base, calibration), calibrated(new, calibration)
+        base, new = calibrate(base, calibration), calibrate(new, calibration)
     relative = calibration or all(name.endswith(BESIDE) for name in base)
     unit, factor = ("calibrations" if calibration else "x", 1.0) if relative else ("ms", 1e3)
     lines = [f"{'new/base':>8}  {'base':>10}  {'new':>10}  {unit}"]
@@ -100,7 +100,7 @@ def compare(base: dict[str, Timing], new: dict[str, Timing], threshold: float) -
 
 
 def read_counts(path: Path) -> dict[str, float] | None:
-    """Every figure of a file of ``bench.compiled`` by its name; None if ``path`` is no such file."""
+    """The counts of a file of ``bench.compiled`` by name; None if ``path`` is another file."""
     try:
         content = json.loads(path.read_text())
         rows = content["executed"] + content["compiled"]
@@ -115,7 +115,7 @@ def read_counts(path: Path) -> dict[str, float] | None:
 
 
 def compare_counts(base: dict[str, float], new: dict[str, float]) -> tuple[str, int]:
-    """The report of what grew by more than COUNT_THRESHOLD, and how many figures did."""
+    """The report of the figures that grew by more than COUNT_THRESHOLD, and their number."""
     common = base.keys() & new.keys()
     grown = sorted(name for name in common if new[name] > base[name] * (1 + COUNT_THRESHOLD))
     lines = [f"{base[name]:,.1f} -> {new[name]:,.1f}  {name}" for name in grown]
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         base, new = read(options.base), read(options.new)
         if not base.keys() & new.keys():
-            raise ValueError(f"{options.base} and {options.new} share no benchmark")
+            raise ValueError(f"base and new must have a benchmark in common, got {options.base} and {options.new}")
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2

@@ -1,12 +1,12 @@
-"""Compile the kernels of the generation benchmark on all cores, so that no timed stage waits for them.
+"""Compile the kernels of the generation benchmark on all cores, before any stage is timed.
 
     python -m bench.compile_kernels
 
-Runs every cell of ``bench/test_generation.py`` with a transformer of one narrow block: no launch depends on the
-transformer's depth and width. A launch only compiles, into Triton's cache on disk, where every later process finds it;
-nothing runs but PyTorch's own kernels, on whatever the results' memory held. Processes, not threads, because Triton's
-compiler holds Python's lock: each goes through all launches and compiles its share of them. Prints each kernel's number
-of compiled variants and their seconds, and which failed (exit code 1).
+This runs every cell of ``bench/test_generation.py`` with a transformer of one narrow block, because no launch depends
+on the transformer's depth and width. Each launch only compiles its kernel, into Triton's cache on disk. Only PyTorch's
+own kernels run, on uninitialized results. Several processes go through all launches, and each compiles its share;
+threads would not help, because Triton's compiler holds Python's lock. The number of compiled variants and the seconds
+per kernel are printed, and the failures (exit code 1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from varkern.scorer import Scorer
 
 
 def launch_all(device: torch.device, batches: Iterable[int], candidates: Iterable[int], sampling: dict) -> None:
-    """Launch, once or more, what the generations of the published sizes launch."""
+    """Launch all kernels of generations of the published sizes."""
     with torch.device(device):
         vae = VQVAE(ch=32)
         var = VAR(vae, depth=1, embed_dim=64, num_heads=1).eval().requires_grad_(False)
@@ -40,10 +40,10 @@ def launch_all(device: torch.device, batches: Iterable[int], candidates: Iterabl
 
 
 def compile_share(launches: Callable[[], None], share: int, shares: int) -> list[tuple[str, float, str]]:
-    """Call ``launches`` and compile every ``shares``-th kernel that they launch, from ``share`` on; run none.
+    """Call ``launches``, but compile every ``shares``-th kernel from number ``share`` on instead of running it.
 
     Returns:
-        name, seconds and error (empty: none) of each.
+        name, seconds and error (empty: none) of each compiled kernel.
     """
     from triton.runtime.jit import JITFunction
 

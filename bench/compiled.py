@@ -1,12 +1,13 @@
-"""What the kernels compile to, without a GPU: registers, spills, shared memory, and what they execute when emulated.
+"""Registers, spills, shared memory and executed instructions of the kernels, without a GPU.
 
-    python -m bench.compiled                              # all of it, to bench/results/compiled-triton-<version>.json
+    python -m bench.compiled                              # everything, to bench/results/compiled-triton-<version>.json
     python -m bench.compiled --targets cuda:90 --out FILE # one target, to compare: python -m bench.compare BASE FILE
-    python -m bench.compiled --count                      # how many compilations each generation causes, and their time
+    python -m bench.compiled --count                      # number and time of the compilations per generation
 
-What is compiled is what launches specialise (``bench/launches.py``): which integers became constants, which are
-multiples of 16, which pointers are None. What is executed is counted on the emulated GPU (``tests/emulator``), for
-``sm_90``: no figure here is a time. Run it under each Triton version; ``compiled.md`` has a column for each.
+Each launch of ``bench/launches.py`` is compiled with its specialisation: which integers are constants, which are
+multiples of 16, which pointers are None. The executed instructions are counted on the emulated GPU
+(``tests/emulator``), for ``sm_90``. No figure is a time. Run it with each Triton version; ``compiled.md`` has a column
+for each.
 """
 
 from __future__ import annotations
@@ -38,26 +39,26 @@ TARGETS = {f"cuda:{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100,
 TARGETS["hip:gfx942"] = GPUTarget("hip", "gfx942", 64)
 RESULTS = Path(__file__).parent / "results"
 PAGE = """\
-# What the kernels compile to
+# Compiled kernels
 
-By `python -m bench.compiled`, without a GPU: nothing here is a time. One column per Triton version.
+Made by `python -m bench.compiled` without a GPU: no figure is a time. One column per Triton version.
 
-## What is executed
+## Executed instructions
 
-On `sm_90`, emulated, for one unit: warp instructions / barriers (counted for each warp) / wavefronts of
-shared memory / bytes of 32-byte sectors that move between a warp and the caches, over the bytes that must.
+Per unit, on an emulated `sm_90`: warp instructions / barriers (counted per warp) / wavefronts of shared memory /
+bytes in 32-byte sectors that move between warps and caches / bytes that must move at least.
 
 {executed}
 ## Registers, shared memory, spills
 
-Registers per thread / bytes of shared memory per program / bytes that a thread spills, of every launch that
-generations of the published sizes make (`bench/launches.py`); of the targets, the largest of each.
+For every launch of generations of the published sizes (`bench/launches.py`): registers per thread / bytes of shared
+memory per program / bytes spilled per thread. Each is the largest over the targets.
 
 {compiled}"""
 
 
 def record(target: str) -> dict[str, tuple[emulator.Totals, list[str], float]]:
-    """Every distinct launch of ``bench/launches.py``: how it is compiled, who makes it, seconds to assembly."""
+    """Every distinct launch of ``bench/launches.py``: its specialisation, its scenarios, and seconds to assembly."""
     from .launches import scenarios, zero_memory
 
     emulator.install(90, run=False)
@@ -80,7 +81,7 @@ def record(target: str) -> dict[str, tuple[emulator.Totals, list[str], float]]:
 
 
 def forget_compilations() -> None:
-    """Make every kernel compile anew at its next launch: what it compiled was for the former target."""
+    """Make every kernel compile again at its next launch, because the target has changed."""
     emulator.launched.clear()
     for info in pkgutil.iter_modules(varkern.kernels.__path__):
         for thing in vars(importlib.import_module(f"varkern.kernels.{info.name}")).values():
@@ -89,7 +90,7 @@ def forget_compilations() -> None:
 
 
 def describe(totals: emulator.Totals) -> str:
-    """The sizes of a specialisation that a reader knows it by, and a digest of all else that it was compiled for."""
+    """The sizes and pointer types of a specialisation, and a digest of all its properties."""
     sizes = {name: value for name, value in totals.constants.items() if name.isupper() and value is not None}
     types = sorted({kind for kind in totals.signature.values() if str(kind).startswith("*")})
     whole = repr((sorted(totals.signature.items()), sorted(map(repr, totals.constants.items())), totals.options))
@@ -100,7 +101,7 @@ def describe(totals: emulator.Totals) -> str:
 
 
 def compile_for(totals: emulator.Totals, target: str) -> dict[str, int]:
-    """Registers per thread, bytes of shared memory per program and bytes spilled per thread of a recorded launch."""
+    """Registers and spilled bytes per thread and bytes of shared memory per program of a recorded launch."""
     options = {name: value for name, value in totals.options.items() if value is not None}
     with emulator.machine_code():
         compiled = triton.compile(totals.source, target=TARGETS[target], options=options)
@@ -119,7 +120,7 @@ def cuda_usage(cubin: bytes) -> dict[str, int]:
 
 
 def hip_usage(assembly: str) -> dict[str, int]:
-    # Scratch bytes, not spill counts: scalar registers spill into lanes of vector registers, which touches no memory.
+    # Scratch bytes, not spill counts: scalar registers are spilled to lanes of vector registers, not to memory.
     def largest(name: str) -> int:
         return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", assembly))
 
@@ -137,7 +138,7 @@ def compile_all(targets: list[str]) -> list[dict]:
 
 
 def execute_all() -> list[dict]:
-    """Counts of what is executed on sm_90, each for one unit of work."""
+    """Counts of executed instructions on sm_90 per unit of work."""
     from .counted import cases
 
     emulator.install(90)
@@ -162,7 +163,7 @@ def execute_all() -> list[dict]:
 
 
 def tabulate(folder: Path) -> str:
-    """The Markdown page of all versions' results in ``folder``."""
+    """The Markdown page of the results of all Triton versions in ``folder``."""
     paths = {path.stem.removeprefix("compiled-triton-"): path for path in folder.glob("compiled-triton-*.json")}
     names = sorted(paths, key=lambda v: [int(n) for n in re.findall(r"\d+", v)], reverse=True)
     found = {name: json.loads(paths[name].read_text()) for name in names}
@@ -173,10 +174,10 @@ def tabulate(folder: Path) -> str:
 
 
 def over_targets(rows: list[dict]) -> list[dict]:
-    """One row per launch: the largest figures of its targets, and where it spills.
+    """One row per launch: the largest figures over the targets, and the targets with spills.
 
-    Launches of the same sizes that differ in what Triton found out about their arguments are numbered as they come,
-    which is the same order under every Triton version; their digests are not the same.
+    Several specialisations of the same sizes are numbered in their order, which is the same for all Triton versions,
+    unlike their digests.
     """
     merged: dict[tuple, dict] = {}
     for row in rows:
@@ -213,7 +214,7 @@ def table(heads, names, found, part, keys, cell) -> str:
 
 
 def count_compilations() -> None:
-    """Print, for each scenario, how many launches are compiled for it that none before it needed."""
+    """Print the number of compilations of each scenario that earlier scenarios have not made yet."""
     found = record("cuda:90")
     by_scenario: dict[str, list[float]] = {}
     for _, names, seconds in found.values():

@@ -1,4 +1,4 @@
-"""The work whose instructions ``bench/compiled.py`` counts: each op at the published sizes, few units of it."""
+"""The calls whose instructions ``bench/compiled.py`` counts: each op at the published sizes, with few units of work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from varkern.ops import philox
 
 
 def cases() -> Iterator[tuple[str, str, int, Callable[[], object]]]:
-    """Name, unit of work, units, and the call."""
+    """Yield name, unit of work, number of units, and the call."""
     yield from sampling()
     yield from fusion()
     yield from density()

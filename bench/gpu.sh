@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything there is to run on a GPU: every benchmark, the report, the tests, a memory check. One command, from anywhere:
+# Runs everything that needs a GPU: all benchmarks, the report, the tests and a memory check. From any folder:
 #
 #     bench/gpu.sh [folder [stage ...]]        # default: bench/results/<device>, all stages
 #
-# Writes <folder>/environment.txt, one .txt and -rounds.json per benchmark, generation.json and parts.json with REPORT.md
-# and its plots, tests.txt, memcheck.txt (where compute-sanitizer exists), stages.txt and summary.txt; and
-# results.tar.gz, which holds all of these.
+# It writes <folder>/environment.txt, a .txt and a -rounds.json per benchmark, generation.json, parts.json, REPORT.md
+# with its plots, tests.txt, memcheck.txt (if compute-sanitizer exists), stages.txt and summary.txt, and results.tar.gz
+# with all of these.
 #
-# The kernels of whole generations are compiled first, on all cores, into Triton's cache, where every later stage finds
-# them. Then come the generations, those of d16 and d30 with 24 images and with one first of all.
+# The kernels of whole generations are compiled first, on all cores, into Triton's cache, which all stages use. The
+# generations come next, starting with d16 and d30 with 24 images and with one image.
 #
-# Every stage has a share of VARKERN_BENCH_SECONDS (default 530). What a stage does not use goes to those after it. A
-# stage that runs longer is stopped, and what it had written by then counts. A stage that fails or is stopped does not
-# stop the others: stages.txt says what became of each, and which kernel's launch failed; the exit code says whether all
-# is well. VARKERN_UPSTREAM=DIR also times the published class from a checkout.
+# Every stage has a share of VARKERN_BENCH_SECONDS (default 530). The time that a stage does not use goes to the stages
+# after it. A stage that takes longer is stopped, and the files that it has written are kept. The other stages run even
+# if a stage fails or is stopped. stages.txt has the result of each stage, and the kernels whose launch failed; the exit
+# code is 0 if no stage failed or was stopped. VARKERN_UPSTREAM=DIR also times the published class from a checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -21,23 +21,23 @@ TINY=${VARKERN_BENCH_TINY:-0}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
-# Stage and share in hundredths, in the order in which they run. The report reads what generation wrote.
+# The stages and their shares in hundredths, in the order in which they run. The report reads the files of generation.
 STAGES=(compile:8 generation:34 report:3 tests:21 sampling:10 fusion:8 scorer:6 density:6 memcheck:4)
-GRACE=5 # seconds between asking a stage to end and ending it
+GRACE=5 # seconds between the interrupt and the kill of a stage
 
 folder=${1:-}
 [ $# -gt 0 ] && shift
 wanted=("$@")
 for name in "${wanted[@]}"; do
     if [[ " ${STAGES[*]} " != *" $name:"* ]]; then
-        echo "no stage $name; there are: ${STAGES[*]%:*}" >&2
+        echo "stage must be one of ${STAGES[*]%:*}, got $name" >&2
         exit 2
     fi
 done
 
 device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu")')
 if [ "$device" = cpu ] && [ "$TINY" != 1 ]; then
-    echo "no GPU found; VARKERN_BENCH_TINY=1 rehearses on the CPU" >&2
+    echo "no GPU found; use VARKERN_BENCH_TINY=1 to rehearse on the CPU" >&2
     exit 2
 fi
 folder=${folder:-bench/results/$device}
@@ -90,7 +90,7 @@ stage() { # name, then the command; its output goes to <folder>/<name>.txt
 run_stage() {
     case $1 in
         tests)
-            # What the device changes comes first; all workers share it, and compile kernels side by side.
+            # The tests that depend most on the device come first. All workers share the device.
             local order=(tests/test_graphs.py tests/test_waiting.py tests/test_chunks.py tests/ops tests/test_generation.py tests)
             local workers=()
             "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8)

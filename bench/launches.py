@@ -1,8 +1,8 @@
-"""The launches that generations of the published sizes make, recorded: nothing here says by hand how one is compiled.
+"""Recording all launches of generations of the published sizes.
 
-Whole generations run through varkern's own loop, with the published vocabularies, widths of codes and schedules, and
-with a transformer so small that a CPU does it at once: what is launched does not depend on the transformer's depth, so
-d16, d20, d24 and d30 of VAR are one case. The kernels are recorded and not run; what they would write is zero.
+Whole generations run through varkern's loop, with the published vocabularies, code widths and schedules. The
+transformer is very small, because the launches do not depend on it: d16, d20, d24 and d30 of VAR are one case. The
+kernels are recorded and do not run; their results are zeros.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tests.standins.models import small_flexvar, small_infinity, texts
 from varkern import ops
 from varkern.models import PATCH_NUMS_256, VAR, VQVAE
 
-BATCH = 24  # as the LSRS paper times it
+BATCH = 24  # the batch size of the times in the LSRS paper
 CANDIDATES = (1, 4, 128)
 INFINITY_SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)  # one megapixel, square
 FILTERS = {"top_k": 900, "top_p": 0.96}
 
 
 class BlankScorer:
-    """Takes features as a scorer on a GPU does, and scores every map alike."""
+    """Takes features in the format of a scorer on a GPU, and gives every map the same score."""
 
     input_dtype, channels_last = torch.bfloat16, True
 
@@ -65,7 +65,7 @@ def generate_infinity(batch: int, search) -> None:
 
 
 def score(dtype: torch.dtype, train: bool) -> None:
-    """The ImageNet scorer on a few maps: how many does not decide how its norms are compiled."""
+    """The ImageNet scorer on a few maps; their number does not change how its norms are compiled."""
     scorer = varkern.Scorer().to(dtype).train(train)
     features = torch.zeros(2, 4, 32, 16, 16, dtype=dtype, requires_grad=train)
     scores = scorer(torch.tensor([1, 2]), features, 3)
@@ -74,11 +74,11 @@ def score(dtype: torch.dtype, train: bool) -> None:
 
 
 def scenarios() -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is recorded, by name."""
+    """Yield the name of every scenario and the function that runs it."""
     density = varkern.DensitySearch(n=50, min_distance=0)
     for m in CANDIDATES:
         yield f"VAR M={m}", lambda m=m: generate_var(BATCH, best_of(m))
-    yield "VAR M=4, top-p alone", lambda: generate_var(BATCH, best_of(4), top_k=0)
+    yield "VAR M=4, top-p only", lambda: generate_var(BATCH, best_of(4), top_k=0)
     yield "VAR, one image, M=4", lambda: generate_var(1, best_of(4))
     yield "VAR, density n=50", lambda: generate_var(BATCH, density)
     for m in CANDIDATES:
@@ -95,7 +95,7 @@ def scenarios() -> Iterator[tuple[str, Callable[[], None]]]:
 
 @contextlib.contextmanager
 def zero_memory() -> Iterator[None]:
-    """``torch.empty`` gives zeros inside: what a recorded kernel does not write is a valid token id all the same."""
+    """Make ``torch.empty`` return zeros: a recorded kernel writes nothing, and zeros are valid token ids."""
     makers = {(torch, "empty"): torch.empty, (torch, "empty_like"): torch.empty_like}
     makers[torch.Tensor, "new_empty"] = torch.Tensor.new_empty
     for (owner, name), make in makers.items():

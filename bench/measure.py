@@ -1,4 +1,4 @@
-"""What the benchmarks share: a device's data-sheet rates, and how the time of a step is taken."""
+"""Shared by the benchmarks: data-sheet rates of devices, and timing of a step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Step = Callable[[], object]
 
 
 class Rates(NamedTuple):
-    """What a device can do at most, without sparsity."""
+    """The largest rates of a device, without sparsity."""
 
-    bandwidth: float  # bytes a second
-    half: float  # operations a second on the matrix units, float16 or bfloat16
+    bandwidth: float  # bytes per second
+    half: float  # operations per second of the matrix units, float16 or bfloat16
 
 
-# From the vendors' data sheets, SXM or OAM variants.
+# From the vendors' data sheets, for SXM or OAM variants.
 DEVICES = {
     "A100": Rates(2.04e12, 312e12),
     "H100": Rates(3.35e12, 989e12),
@@ -35,7 +35,7 @@ def device_name(device: torch.device) -> str:
 
 
 def rates_of(device: torch.device) -> Rates | None:
-    """The data sheet of ``device``; None if it is not in the table."""
+    """The data-sheet rates of ``device``; None if it is not in the table."""
     name = device_name(device)
     return next((rates for key, rates in DEVICES.items() if key in name), None)
 
@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def call_seconds(step: Step, device: torch.device, budget: float = 0.15, least: int = 3, most: int = 50) -> list[float]:
-    """Seconds of plain calls, launches and all, sorted: as many calls as fit ``budget`` seconds, ``least`` at least."""
+    """Sorted seconds of ``least`` to ``most`` plain calls, launches included, until ``budget`` seconds are used."""
     step()
     times: list[float] = []
     while len(times) < least or (sum(times) < budget and len(times) < most):
@@ -59,7 +59,7 @@ def call_seconds(step: Step, device: torch.device, budget: float = 0.15, least: 
 
 
 def graph_seconds(step: Step, device: torch.device, repeats: int = 10, replays: int = 5) -> float:
-    """Median device seconds of ``step``: ``repeats`` of it in one CUDA graph, replayed. On a CPU one plain call."""
+    """Median device seconds of ``step``, from a CUDA graph of ``repeats`` steps; on a CPU, seconds of a plain call."""
     if device.type != "cuda":
         return call_seconds(step, device, budget=0, least=1)[0]
     stream = torch.cuda.Stream(device)
@@ -82,7 +82,7 @@ def graph_seconds(step: Step, device: torch.device, repeats: int = 10, replays: 
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / repeats)
     del graph
-    torch.cuda.empty_cache()  # or the memory of every graph so far would stand in the next peak
+    torch.cuda.empty_cache()  # otherwise the memory of earlier graphs would count in the next peak
     return statistics.median(times)
 
 

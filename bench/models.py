@@ -1,4 +1,4 @@
-"""The models that whole generations are timed with: random weights of the published sizes, and the published loop."""
+"""The models of the generation benchmark: random weights of the published sizes, and the published loop."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from varkern.models import VAR, VQVAE
 from varkern.models.transformer import SelfAttention
 from varkern.scorer import Scorer, ScorerConfig
 
-LOGITS_SPREAD = (
-    2.5  # about that of a trained VAR; freshly initialised weights give flat logits, which sample unlike them
-)
+# About the standard deviation of a trained VAR's logits. Initial weights give flat logits, which take other time to
+# sample.
+LOGITS_SPREAD = 2.5
 
 
 class ConcatenatingAttention(SelfAttention):
-    """Attention whose cache grows by concatenation at every scale, as the published class keeps it."""
+    """Attention whose cache grows by concatenation at every scale, as in the published class."""
 
     def _append(self, cache: Tensor | None, x: Tensor, end: int) -> Tensor:
         return x if cache is None else torch.cat((cache, x), dim=2)
@@ -30,7 +30,7 @@ class ConcatenatingAttention(SelfAttention):
 
 @contextmanager
 def as_published(var: VAR) -> Iterator[VAR]:
-    """``var`` with the published loop's cost: per-scale eager sampling, which is its own method, on growing caches."""
+    """Let ``var`` take the time of the published loop: its own eager method, with caches that grow."""
     for block in var.blocks:
         block.attn.__class__ = ConcatenatingAttention
     try:
@@ -41,7 +41,7 @@ def as_published(var: VAR) -> Iterator[VAR]:
 
 
 def random_models(depth: int, device: torch.device, small: bool = False) -> tuple[VAR, Scorer]:
-    """VAR of the published sizes (``small``: sizes for a rehearsal) and its scorer, as users load them: float32."""
+    """VAR in float32 with the published sizes and its scorer; ``small``: small sizes for a rehearsal."""
     torch.manual_seed(depth)
     if small:
         sides = (1, 2, 4)
@@ -70,7 +70,7 @@ def upstream_model(folder: Path, ours: VAR) -> Any:
     """The published class from a checkout at ``folder``, with the weights of ``ours``.
 
     Raises:
-        ValueError: if there is no such checkout.
+        ValueError: if ``folder`` is not a checkout of FoundationVision/VAR.
     """
     if not (folder / "models" / "var.py").is_file():
         raise ValueError(f"--upstream must be a checkout of FoundationVision/VAR, got {folder}")
@@ -80,8 +80,8 @@ def upstream_model(folder: Path, ours: VAR) -> Any:
     finally:
         sys.path.remove(str(folder))
     device = ours.lvl_1L.device
-    # It takes the initialisation off PyTorch's own layers, for good: models made after it would hold what the memory
-    # happened to hold.
+    # build_vae_var removes the initialization from PyTorch's layers permanently. It is restored below, because the
+    # weights of models made later would be uninitialized memory.
     kept = [(c, vars(c)["reset_parameters"]) for c in layers_of(nn.Module) if "reset_parameters" in vars(c)]
     try:
         vae, var = build_vae_var(

@@ -1,11 +1,11 @@
-"""Render a device's figures as REPORT.md with plots.
+"""Render the figures of a device as REPORT.md with plots.
 
     python -m bench.report bench/results/<device>
 
-Reads generation.json and parts.json of ``bench/test_generation.py``, finished or cut off; writes REPORT.md,
-overhead.png (time against M, as the left of the LSRS paper's Fig. 6), memory.png (peak memory against M, as its right)
-and parts.png (the share of each part). Floors are those of ``bench/roofline.py`` where the device is in its table.
-Every verdict and every sentence is made from the figures. Exit code 2: there is nothing to report.
+This reads generation.json and parts.json of ``bench/test_generation.py``, even of a stopped run. It writes REPORT.md,
+overhead.png (time against M, as the left side of the LSRS paper's Fig. 6), memory.png (peak memory against M, as its
+right side) and parts.png (the share of each part). Floors are those of ``bench/roofline.py``, if it knows the device.
+Exit code 2: there is nothing to report.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bench.roofline import PARTS, Part, count_model, published_models
 from varkern.studies.report import COLOURS
 from varkern.tables import markdown_table
 
-# Time over the published loop's, as it is asked for: (depth, B, M) -> at most.
+# The bars: the largest accepted time over that of the published loop, by (depth, B, M).
 BARS = {(16, 24, 4): 1.00, (20, 24, 4): 1.00, (24, 24, 4): 1.00, (30, 24, 4): 1.00}
 BARS |= {(30, 24, 128): 1.05, (16, 24, 128): 1.15, (16, 1, 1): 0.5, (16, 1, 4): 0.5}
 CPU_BARS = {(8, 2, 4): 1.05}
 WAYS = ("published", "patched", "graph", "upstream", "upstream patched")
 MEMORY_BAR = 1.05  # peak at M=128 over that at M=1
-FAR = 2.0  # times its floor at which a part is spoken of
+FAR = 2.0  # the report has a sentence on a part that takes more than FAR times its floor
 
 
 def median(row: dict, way: str) -> float | None:
@@ -37,7 +37,7 @@ def median(row: dict, way: str) -> float | None:
 
 
 def best_way(row: dict) -> str:
-    """Ours at its fastest: captured where there is a graph."""
+    """The fastest of our ways: a captured graph, if it was timed."""
     return "graph" if "graph" in row["seconds"] else "patched"
 
 
@@ -70,7 +70,7 @@ def verdict(value: float, bar: float) -> str:
 
 
 def bar_lines(rows: list[dict], bars: dict) -> list[str]:
-    """One line on whether all that is asked was measured and met."""
+    """Lines with the number of bars that were met, and those that were missed or not measured."""
     ratios = {(row["depth"], row["B"], row["M"]): ratio(row) for row in rows}
     met = [key for key, bar in bars.items() if key in ratios and ratios[key] <= bar]
     missed = [key for key, bar in bars.items() if key in ratios and ratios[key] > bar]
@@ -89,9 +89,9 @@ def cell_name(depth: int, batch: int, m: int) -> str:
 def upstream_line(rows: list[dict]) -> list[str]:
     near = [median(row, "published") / median(row, "upstream") for row in rows if "upstream" in row["seconds"]]
     if not near:
-        return ["The published class itself was not timed in this run (`--upstream DIR` does)."]
+        return ["The published class was not timed in this run (use `--upstream DIR`)."]
     span = f"{min(near):.3f} to {max(near):.3f}"
-    return [f"Our restatement of the published loop takes {span} times what the published class takes."]
+    return [f"Our version of the published loop takes {span} times as long as the published class."]
 
 
 def memory_lines(rows: list[dict]) -> list[str]:
@@ -120,7 +120,7 @@ models_of = cache(published_models)
 
 
 def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> str:
-    """Measured and least milliseconds of every part; parts beyond twice their floor are marked."""
+    """Measured time and floor of every part in milliseconds; ratios above ``FAR`` are bold."""
     lines = []
     for cell, seconds in parts.items():
         cells = [cell]
@@ -137,8 +137,7 @@ def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> str:
 
 
 def far_lines(parts: dict[str, dict[str, float]], rows: list[dict], rates: Rates | None) -> list[str]:
-    """A sentence on each part that takes more than ``FAR`` times its floor somewhere: where, how far, and how much of
-    that the host's launching may be."""
+    """A sentence per part: in how many cells it takes more than ``FAR`` times its floor, and the largest ratio."""
     if rates is None:
         return ["No floors: the device is not in the table of `bench/measure.py`."]
     by_cell = {cell_name(row["depth"], row["B"], row["M"]): row for row in rows}
@@ -149,7 +148,7 @@ def far_lines(parts: dict[str, dict[str, float]], rows: list[dict], rates: Rates
         far = [cell for cell in over if over[cell] > FAR]
         if not far:
             if over:
-                lines.append(f"- **{name}**: within {FAR:g} times its floor in all of {len(over)} cells.")
+                lines.append(f"- **{name}**: at most {FAR:g} times its floor in all {len(over)} cells.")
             continue
         largest = max(int(cell.split()[1].removeprefix("B=")) for cell in over)
         worst = max(far, key=over.get)
@@ -160,7 +159,7 @@ def far_lines(parts: dict[str, dict[str, float]], rows: list[dict], rates: Rates
         elif not at_size:
             said.append(f"never at {largest} images")
         lines.append(
-            f"- **{name}**: beyond {FAR:g} times its floor in {len(far)} of {len(over)} cells; " + "; ".join(said) + "."
+            f"- **{name}**: above {FAR:g} times its floor in {len(far)} of {len(over)} cells; " + "; ".join(said) + "."
         )
     return lines
 
@@ -168,17 +167,17 @@ def far_lines(parts: dict[str, dict[str, float]], rows: list[dict], rates: Rates
 def distance(name: str, cell: str, times: dict, over: dict, row: dict | None, rates: Rates) -> str:
     part = counts_of(cell)[name]
     text = (
-        f"at most x{over[cell]:.1f}, in {cell}: {times[cell] * 1e3:.3f} ms against {part.floor(rates) * 1e3:.3f}, "
-        f"which {part.bound(rates)} bound"
+        f"at most x{over[cell]:.1f}, in {cell}: {times[cell] * 1e3:.3f} ms, floor {part.floor(rates) * 1e3:.3f} ms "
+        f"by {part.bound(rates)}"
     )
     if row and "graph" in row["seconds"]:
         saved = 1 - median(row, "graph") / median(row, "patched")
-        text += f" (a graph takes {saved:.0%} off that whole generation: launching)"
+        text += f" (a graph saves {saved:.0%} of this whole generation, by launching faster)"
     return text
 
 
 def predicted_table(rows: list[dict], rates: Rates | None) -> list[str]:
-    """The sum of floors beside the measured time, and the cost of candidates by either."""
+    """The sum of floors and the measured time per cell, and both over those of M=1."""
     if rates is None:
         return []
     head = ["cell", "sum of floors ms", "ours ms", "ratio", "predicted M / M=1", "measured M / M=1"]
@@ -192,7 +191,7 @@ def predicted_table(rows: list[dict], rates: Rates | None) -> list[str]:
             predicted = floor / floor_of(cell_name(row["depth"], row["B"], 1), rates)
             grown = [f"{predicted:.3f}", f"{taken / median(one, best_way(one)):.3f}"]
         lines.append([cell, f"{floor * 1e3:.2f}", f"{taken * 1e3:.2f}", f"{taken / floor:.2f}", *grown])
-    return ["Predicted by floors, and measured:", "", markdown_table(head, lines)]
+    return ["The sum of all floors and the measured time:", "", markdown_table(head, lines)]
 
 
 def floor_of(cell: str, rates: Rates) -> float:
@@ -200,7 +199,7 @@ def floor_of(cell: str, rates: Rates) -> float:
 
 
 def plot_against_m(folder: Path, rows: list[dict], value, quantity: str, name: str) -> None:
-    """One line a depth (colour) and batch (stroke), over M."""
+    """Plot ``value`` against M, with one line per depth (colour) and batch size (line style)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
@@ -225,7 +224,7 @@ def plot_against_m(folder: Path, rows: list[dict], value, quantity: str, name: s
 
 
 def plot_parts(folder: Path, parts: dict[str, dict[str, float]]) -> None:
-    """A bar a cell of the largest batch."""
+    """Plot the shares of the parts, with one bar per cell of the largest batch."""
     from matplotlib.figure import Figure
 
     largest = max((cell.split()[1] for cell in parts), key=lambda batch: int(batch.removeprefix("B=")))
@@ -246,8 +245,8 @@ def plot_parts(folder: Path, parts: dict[str, dict[str, float]]) -> None:
 
 
 def plots(folder: Path, rows: list[dict], parts: dict[str, dict[str, float]]) -> tuple[list[str], list[str]]:
-    """Draw what there are figures for; returns Markdown for the generations and for their parts."""
-    plot_against_m(folder, rows, ratio, "time over the published loop's", "overhead.png")
+    """Draw the plots that have figures; returns their Markdown for the generations and for the parts."""
+    plot_against_m(folder, rows, ratio, "time / time of the published loop", "overhead.png")
     pictures = ["![time against M](overhead.png)"]
     if all(row["peak"].get(best_way(row)) for row in rows):
         plot_against_m(folder, rows, lambda r: r["peak"][best_way(r)] / 2**30, "peak memory, GiB", "memory.png")
@@ -259,13 +258,13 @@ def plots(folder: Path, rows: list[dict], parts: dict[str, dict[str, float]]) ->
 
 
 def versions_line(generation: dict) -> str:
-    """Device and versions, as far as the run wrote them."""
+    """The versions that the run has written."""
     names = ("torch", "triton", "cuda", "driver", "python")
     return ", ".join(f"{name} {generation[name]}" for name in names if generation.get(name))
 
 
 def render(folder: Path) -> str:
-    """Write the report of ``folder``; returns its text.
+    """Write the report of ``folder`` and return its text.
 
     Raises:
         ValueError: if there are no figures.
@@ -273,7 +272,7 @@ def render(folder: Path) -> str:
     generation, parts = (read(folder / name) for name in ("generation.json", "parts.json"))
     rows = sorted(generation.get("rows", []), key=lambda row: (row["depth"], row["B"], row["M"]))
     if not rows:
-        raise ValueError(f"{folder} has no generation.json with figures in it")
+        raise ValueError(f"folder must have a generation.json with figures, got {folder}")
     order = [cell_name(row["depth"], row["B"], row["M"]) for row in rows]
     parts = {cell: parts[cell] for cell in order if cell in parts}
     device, unfinished = generation["device"], not generation.get("finished", True)
@@ -282,10 +281,10 @@ def render(folder: Path) -> str:
     sections = [
         [f"# Generations on {device}"],
         [
-            f"{versions_line(generation)}. Median (least-most) of generations that took turns in one run, by",
-            "`python -m pytest bench/test_generation.py -q -s`; this page by `python -m bench.report FOLDER`.",
+            f"{versions_line(generation)}. Median (minimum-maximum) of generations that took turns in one run of",
+            "`python -m pytest bench/test_generation.py -q -s`. Page by `python -m bench.report FOLDER`.",
         ],
-        ["**The run was cut off: cells are missing.**"] if unfinished else [],
+        ["**The run was stopped: cells are missing.**"] if unfinished else [],
         [times_table(rows, bars)],
         bar_lines(rows, bars),
         upstream_line(rows),
@@ -293,8 +292,8 @@ def render(folder: Path) -> str:
         [" ".join(pictures)],
         ["## Parts"],
         [
-            "Milliseconds of each part without a graph / the least it must take (`bench/roofline.py`), and the ratio;",
-            "bold beyond twice the floor. Without a graph the parts hold what the host takes to launch them.",
+            "Milliseconds of each part without a graph / its floor (`bench/roofline.py`), and the ratio, which is bold",
+            "above 2. Without a graph, the times include launching by the host.",
         ],
         [parts_table(parts, rates)],
         far_lines(parts, rows, rates),

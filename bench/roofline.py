@@ -1,15 +1,15 @@
-"""The least time that every part of a generation must take on a device, from its operations and its bytes.
+"""The floor of every part of a generation on a device: the least time that its operations and bytes can take.
 
     python -m bench.roofline --device H200                       # d16, d20, d24, d30 at 24 images, M in 1, 4, 128
     python -m bench.roofline --device H200 --depth 30 --batch 1 --m 4
     python -m bench.roofline --device H200 --measured bench/results/<device>/parts.json
 
-Parts: the transformer's blocks, its head, the sampler, F(.) of the candidates, the scorer, the step that keeps the
-winner, the decoder. Every matrix product, convolution and attention must at least read its operands and write its
-result once, and do its multiplications; its floor is the larger of bytes over bandwidth and operations over the matrix
-units' rate, and a part's floor is the sum over its steps. What stands between them (norms, activations, residuals) is
-taken as free, as if fused, so the true floor is somewhat higher. Weights and activations in half precision, logits in
-float32, as under float16 autocast with half weights.
+The parts are the transformer's blocks, its head, the sampler, F(.) of the candidates, the scorer, the step that keeps
+the winner, and the decoder. Every matrix product, convolution and attention must at least do its multiplications, read
+its operands once and write its result once. Its floor is the larger of bytes / bandwidth and operations / rate of the
+matrix units. A part's floor is the sum over its steps. Norms, activations and residuals count as free, as if they were
+fused, so the true floor is slightly higher. Weights and activations are in half precision and logits in float32, as
+under float16 autocast with half weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS = ("blocks", "head", "sampler", "F", "scorer", "winner", "decoder")
 
 @dataclass
 class Part:
-    """Operations and bytes of a part, step by step."""
+    """Operations and bytes of each step of a part."""
 
     steps: list[tuple[float, float]] = field(default_factory=list)  # (operations, bytes)
 
@@ -50,11 +50,11 @@ class Part:
         return sum(moved for _, moved in self.steps)
 
     def floor(self, rates: Rates) -> float:
-        """Seconds at least."""
+        """The least time in seconds."""
         return sum(max(operations / rates.half, moved / rates.bandwidth) for operations, moved in self.steps)
 
     def bound(self, rates: Rates) -> str:
-        """What most of the floor is due to: ``"operations"`` or ``"bytes"``."""
+        """The cause of more than half of the floor: ``"operations"`` or ``"bytes"``."""
         by_bytes = sum(m / rates.bandwidth for o, m in self.steps if m / rates.bandwidth > o / rates.half)
         return "bytes" if 2 * by_bytes > self.floor(rates) else "operations"
 
@@ -64,7 +64,7 @@ def size_of(*tensors: Tensor | None) -> int:
 
 
 class Tally(TorchFunctionMode):
-    """Counts matrix products, convolutions and attentions while it is on; works on tensors that hold no data."""
+    """Counts matrix products, convolutions and attentions while it is active; also works on the meta device."""
 
     def __init__(self, part: Part):
         self.part = part
@@ -107,7 +107,7 @@ def count_model(
     pixels, channels = size * size, var.Cvae
     dtype, scorer_dtype = var.head.weight.dtype, next(scorer.parameters()).dtype
     cond = empty(rows, var.C, dtype=dtype)
-    block, alike = var.blocks[0], Part()  # all blocks do the same work, so one is counted for all
+    block, alike = var.blocks[0], Part()  # all blocks do the same work, so only one is counted
     block.attn.kv_caching(True)
     for k, side in enumerate(var.patch_nums):
         length = side * side
@@ -128,7 +128,7 @@ def count_model(
                 labels = torch.empty(batch, dtype=torch.int64, device="meta")
                 scorer(labels, empty(batch, count, channels, size, size, dtype=scorer_dtype), k)
         following = var.patch_nums[min(k + 1, len(var.patch_nums) - 1)] ** 2
-        moved = 4 * batch * channels * (3 * pixels + following)  # f_hat read, written, read for the next input
+        moved = 4 * batch * channels * (3 * pixels + following)  # f_hat is read, written, and read for the next input
         parts["winner"].steps.append((2 * 9 * channels * channels * pixels * batch, moved))
     block.attn.kv_caching(False)
     parts["blocks"].steps += alike.steps * len(var.blocks)
@@ -138,7 +138,7 @@ def count_model(
 
 
 def published_models(depth: int) -> tuple[VAR, Scorer]:
-    """VAR of the published sizes at 256 px and its scorer, without data."""
+    """VAR of the published sizes at 256 px and its scorer, on the meta device."""
     with torch.device("meta"):
         var = VAR(VQVAE(), depth=depth).half()
         var.vae_proxy[0].half()
@@ -146,7 +146,7 @@ def published_models(depth: int) -> tuple[VAR, Scorer]:
 
 
 def table(depth: int, batch: int, candidates: list[int], rates: Rates, measured: dict | None = None) -> str:
-    """Markdown: a row a part, for each M its operations, bytes and floor, and the measured time where there is one."""
+    """Markdown with one row per part: for each M its operations, bytes and floor, and its measured time if known."""
     var, scorer = published_models(depth)
     counts = {m: count_model(var, scorer, batch, m) for m in candidates}
     head, lines = ["part"], []

@@ -1,10 +1,10 @@
-"""Every op's PyTorch form on a CPU, and a calibration beside them: what continuous integration watches for regressions.
+"""The PyTorch form of every op on a CPU, and a calibration. Continuous integration compares them to find regressions.
 
     python -m pytest bench/test_cpu.py -q --benchmark-json=NEW.json
     python -m bench.compare bench/results/cpu/ops.json NEW.json
 
-Sizes are a published VAR's at one scale in the middle, two images, small enough for a few milliseconds each. The
-figures are for comparing one run with another, never with a GPU's.
+The sizes are those of a published VAR at one scale in the middle, with two images, so each call takes a few
+milliseconds. Compare the figures only with other runs on a CPU.
 """
 
 import pytest
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """One thread: on a shared machine the second core comes and goes."""
+    """Use one thread: on a shared machine, other cores are not always free."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad(), use_backend("torch"):
@@ -34,7 +34,7 @@ def timed(benchmark, step):
 
 
 def test_calibration(benchmark):
-    """A matrix product, a sort and a pass over memory: none of it ours."""
+    """A matrix product, a sort and a pass over memory, all by PyTorch."""
     a, b = torch.randn(384, 384), torch.randn(2**18)
     timed(benchmark, lambda: (a @ a, b.sort(), b.add(1).exp()))
 

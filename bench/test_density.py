@@ -1,13 +1,13 @@
-"""Kernel densities against chains of ``torch.cdist``: time over the floor, and peak memory.
+"""Kernel densities compared with chains of ``torch.cdist``: time over the floor, and peak memory.
 
-    python -m pytest bench/test_density.py -q -s      # prints the tables, some three minutes on one GPU
-    VARKERN_BENCH_TINY=1 ...                          # two small sizes through the interpreter: a rehearsal only
+    python -m pytest bench/test_density.py -q -s      # prints the tables; about three minutes on one GPU
+    VARKERN_BENCH_TINY=1 ...                          # a rehearsal of two small sizes in the interpreter
 
-The work: samples ``x[B, N, D]`` with Silverman's bandwidths; token maps as the search sees them; binary codes. The
-peers: the chain of the released VAR-Scaling code (cdist, power, exp, sum), the same under ``torch.compile``, and
-pykeops where it is installed, which is handed its bandwidth. The floor is arithmetic, two float32 instructions for each
-pair and coordinate, each pair once, at the data sheet's rate. Times are device times, of captured CUDA graphs where the
-step can be captured, else of plain calls. Bars that are asked of the op are printed as lines.
+The work: samples ``x[B, N, D]`` with Silverman's bandwidths, token maps as in a search, and binary codes. The peers:
+the chain of the released VAR-Scaling code (cdist, power, exp, sum), the same under ``torch.compile``, and pykeops if
+it is installed, which is given the bandwidth. The floor is arithmetic: two float32 instructions per pair and
+coordinate, each pair once, at the data sheet's rate. Times are device times of CUDA graphs; those of pykeops are of
+plain calls. The bars of the op are printed as lines.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ SIZES = [(2, 20, 8), (1, 30, 5)] if TINY else [
     (1, 3000, 32), (24, 3000, 32), (1, 3000, 128), (1, 4096, 32), (1, 4096, 1024), (24, 100, 8192), (1, 1000, 8192),
     (1, 4096, 8192),
 ]  # fmt: skip
-# Float32 instructions a second: lanes times the boost clock, half of the data sheets' operations.
+# Float32 instructions per second: lanes times the boost clock, half of the data sheets' operations.
 INSTRUCTIONS = {"H100": 33.5e12, "H200": 33.5e12, "A100": 9.75e12, "B200": 37e12}
 
 
@@ -47,7 +47,7 @@ def wait():
 
 
 def call_seconds(step):
-    """Median seconds of a plain call with what it launches; one call at least, for the chain at its largest is slow."""
+    """Median seconds of a plain call, launches included; often of one call, because the largest chain is slow."""
     return statistics.median(measure.call_seconds(step, DEVICE, 0 if TINY else 0.2, 1))
 
 
@@ -56,7 +56,7 @@ def graph_seconds(step):
 
 
 def peak_bytes(step):
-    """Memory that a call takes on top of what was there; NaN without a GPU."""
+    """Peak memory of a call, without the memory that was in use before; NaN without a GPU."""
     if DEVICE.type != "cuda":
         return float("nan")
     step()
@@ -78,10 +78,10 @@ def keops_density(x, h):
 
 
 def peers(x):
-    """{name: step()} of what a user without the op would run on ``x[B, N, D]``."""
+    """{name: step()}: what a user without the op would run on ``x[B, N, D]``."""
     codes = x[:, :, None]
     steps = {"chain": lambda: chain(codes)}
-    if DEVICE.type == "cuda" and x.shape[2] <= 128:  # each size compiles for some seconds
+    if DEVICE.type == "cuda" and x.shape[2] <= 128:  # compiling takes some seconds per size
         torch._dynamo.reset()
         compiled = torch.compile(chain)
         steps["compiled"] = lambda: compiled(codes)
@@ -92,7 +92,7 @@ def peers(x):
 
 
 def row_of(ours, others, operations, flops=1.5):
-    """A row of a table; ``flops`` in an instruction: of a subtraction and a multiply-add, 1.5."""
+    """A row of a table; ``flops``: operations per instruction, 1.5 for a subtraction and a multiply-add."""
     row = {"floor": operations / instructions(), "graph": graph_seconds(ours), "call": call_seconds(ours)}
     row |= {"tflops": flops * operations / row["graph"] / 1e12, "peak": peak_bytes(ours)}
     for name, step in others.items():
@@ -138,7 +138,7 @@ def test_samples(benchmark):
             share = row["peak"] / row["chain peak"]
             print(
                 f"bar, B={row['B']} N=3000 D={row['D']}: {row['chain'] / row['graph']:.1f} times the chain "
-                f"(wanted: 10), peak memory {share:.1%} of it (wanted: below 5%)"
+                f"(bar: 10), peak memory {share:.1%} of it (bar: below 5%)"
             )
         print(f"largest relative error {max(row['error'] for row in rows):.1e}; torch {torch.__version__}")
         benchmark.extra_info["rows"] = rows
@@ -154,7 +154,7 @@ MAPS = [(2, 20, 4, 50, 8)] if TINY else [
 
 @pytest.mark.parametrize("per", ["position", "map"])
 def test_token_maps(per):
-    """What a density search adds at its scale, without drawing the candidates; scale 1 is l=4."""
+    """The density computation of a search at its scale, without sampling the candidates; scale 1 has l=4."""
     print_head(["chain"])
     with torch.no_grad(), use_backend("triton"):
         for batch, n, length, vocabulary, width in MAPS:
@@ -172,7 +172,7 @@ def test_token_maps(per):
             row = row_of(ours, {"chain": released}, batch * n * (n + 1) * length * width)
             print_row(f"{per} B={batch} N={n} l={length}", row, ["chain"])
             if (batch, n, length, per) == (24, 100, 4, "position"):
-                print(f"bar: N=100, B=24, scale 1: {row['graph'] * 1e6:.1f} us (wanted: below 30)")
+                print(f"bar, N=100, B=24, scale 1: {row['graph'] * 1e6:.1f} us (bar: below 30)")
 
 
 # B, N, l, d
@@ -180,7 +180,7 @@ BITS = [(2, 20, 2, 8)] if TINY else [(1, 500, 4, 32), (1, 3000, 4, 32), (24, 300
 
 
 def test_bits():
-    """Infinity's codes. The floor counts an exclusive or, a count and an exponential for each pair of words."""
+    """Infinity's codes. The floor counts an exclusive or, a bit count and an exponential per pair of words."""
     print_head(["chain"])
     with torch.no_grad(), use_backend("triton"):
         for batch, n, length, d in BITS:

@@ -1,13 +1,13 @@
-"""F(.) of M candidates against PyTorch's chain of operations, scale by scale, and the step that keeps the winner.
+"""F(.) of M candidates compared with PyTorch's chain of operations, per scale, and the step that keeps the winner.
 
-    python -m pytest bench/test_fusion.py -q -s       # prints the tables, under two minutes on one GPU
-    VARKERN_BENCH_TINY=1 ...                          # two small scales through the interpreter: a rehearsal only
+    python -m pytest bench/test_fusion.py -q -s       # prints the tables; under two minutes on one GPU
+    VARKERN_BENCH_TINY=1 ...                          # a rehearsal of two small scales in the interpreter
 
 The work: VAR at 256 px, 24 images, M in 1, 4, 32, 128, result bfloat16 channels-last with ``f_hat`` added. The peers:
 the chain (embedding, interpolate, conv2d with its blend, add) in float32, in bfloat16 channels-last, and the latter
-compiled by ``torch.compile``. Times are of captured CUDA graphs, so they hold no launch overhead of either side; the
-last table gives the wall-clock time of plain calls too. The floor is the larger of bytes over the memory's bandwidth
-and operations over the matrix units' rate, for the operations that the kernels execute.
+under ``torch.compile``. Times are those of CUDA graphs, without launch overhead; the last table also has the wall-clock
+time of plain calls. The floor is the larger of bytes / memory bandwidth and operations / rate of the matrix units, for
+the operations that the kernels execute.
 """
 
 import functools
@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def peaks():
-    """Bytes a second, half-precision operations a second."""
+    """Bytes per second, half-precision operations per second."""
     rates = measure.rates_of(DEVICE)
     return (rates.bandwidth, rates.half) if rates else (float("nan"), float("nan"))
 
@@ -45,7 +45,7 @@ def seconds(step):
 
 
 def wall_seconds(step, repeats=20):
-    """Seconds a plain call takes, launches and all."""
+    """Seconds of a plain call, launches included."""
     repeats = 1 if TINY else repeats
     step()
     if DEVICE.type == "cuda":
@@ -59,7 +59,7 @@ def wall_seconds(step, repeats=20):
 
 
 def work(side, M):
-    """(bytes that must move, operations on the matrix units) of one call."""
+    """(bytes that must move, operations on the matrix units) per call."""
     N, pixels = B * M, SIZE * SIZE
     rows_read = min(V, N * side * side) * (1 if side == SIZE else 9)
     moved = N * side * side * 8 + N * pixels * C * 2 + B * pixels * C * 4 + rows_read * C * 2
@@ -72,7 +72,7 @@ def work(side, M):
 
 
 def peers(side, codebook, f_hat, phi):
-    """{name: step(tokens)} of what a user without the op would run."""
+    """{name: step(tokens)}: what a user without the op would run."""
     half = torch.bfloat16
     weight, bias, blend = phi
     phi_half = (weight.to(half, memory_format=torch.channels_last), bias.to(half), blend)
@@ -92,7 +92,7 @@ def peers(side, codebook, f_hat, phi):
 
 
 def compare(side, rows):
-    """Check and time one scale at every M; append the rows that the table prints."""
+    """Check and time one scale at every M; append the rows of the table to ``rows``."""
     bandwidth, rate = peaks()
     _, codebook, f_hat, phi = case(DEVICE, side, SIZE, B=B, M=1, V=V, C=C)
     others = peers(side, codebook, f_hat, phi)
@@ -150,7 +150,7 @@ def test_scales(benchmark):
 
 
 def generation_of_candidates(M):
-    """All scales' candidates of one generation, waited for: what pytest-benchmark times."""
+    """A function that computes F(.) of all candidates of one generation and waits for the device."""
     cases = [(side, *case(DEVICE, side, SIZE, B=B, M=M, V=V, C=C)) for side in SIDES]
 
     def run():
@@ -165,7 +165,7 @@ def generation_of_candidates(M):
 
 
 def unpatched_step(tokens, f_hat, codebook, side, next_side, phi):
-    """What the published quantizer does after a scale: add the map's features, pool the next scale's input."""
+    """The published quantizer's step after a scale: add the map's features, and pool the next scale's input."""
     weight, bias, blend = phi
     x = F.embedding(tokens, codebook).transpose(1, 2).reshape(B, C, side, side)
     if side != SIZE:
@@ -180,7 +180,7 @@ def winner_step(tokens, f_hat, codebook, side, next_side, phi):
 
 
 def test_winner():
-    """Two launches a scale against the unpatched step, float32, device time and wall-clock time."""
+    """Two launches per scale compared with the unpatched step, in float32: device time and wall-clock time."""
     print("\nside | commit + resize us | unpatched us    x | wall-clock us | unpatched us    x")
     sums = [0.0] * 4
     with torch.no_grad(), use_backend("triton"):

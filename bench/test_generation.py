@@ -1,21 +1,21 @@
-"""Whole generations, patched against unpatched, side by side in one run: the figures that count.
+"""Whole generations, patched and unpatched, timed in the same run.
 
     python -m pytest bench/test_generation.py -q -s                     # on a GPU: under four minutes
-    python -m pytest bench/test_generation.py -q -s --upstream DIR      # and the published class from a checkout
-    VARKERN_BENCH_TINY=1 ...                                            # tiny models: a rehearsal, times mean nothing
+    python -m pytest bench/test_generation.py -q -s --upstream DIR      # also times the published class of a checkout
+    VARKERN_BENCH_TINY=1 ...                                            # a rehearsal with tiny models
 
 On a GPU: VAR of the published sizes with random weights, d16 to d30, B in 1, 8, 24, M in 1, 4, 16, 128, guidance,
-top_k=900, top_p=0.96, float16 autocast, weights in float32, as users call it; from the second scale on the best of M by
-a bfloat16 scorer. On a CPU: depth 8, two images, M in 1, 4. The baseline is the published loop: eager sampling of every
-scale, caches that grow by concatenation, PyTorch's fused attention.
+top_k=900, top_p=0.96, float16 autocast and float32 weights, as users call it. From the second scale on, a bfloat16
+scorer chooses the best of M. On a CPU: depth 8, two images, M in 1, 4. The baseline is the published loop: eager
+sampling of every scale, caches that grow by concatenation, PyTorch's fused attention.
 
-In a cell all ways of generating take turns, first in one order, then in the other, so that what slows one (clocks,
-heat) slows all. The time of a generation is the host's, from an idle device to an idle device. Each way's first
-generation is not timed: it compiles, captures, and shows the peak of memory.
+In a cell, all ways of generating take turns, alternately in both orders, so that clocks and heat affect all of them.
+The time of a generation is measured on the host, from an idle device to an idle device. The first generation of each
+way is not timed, because it compiles and captures; its peak memory is measured.
 
-``$VARKERN_BENCH_OUT`` (default: the working folder) gets generation.json and parts.json, which hold what is done so far
-after every cell. The cells that bars are set for come first: 24 images, then one image, of d16 and d30. A cell that
-fails says so, and the others run.
+``$VARKERN_BENCH_OUT`` (default: the working folder) gets generation.json and parts.json, which are written after every
+cell. The cells that have bars come first: 24 images, then one image, of d16 and d30. If a cell fails, its error is
+printed and the other cells run.
 """
 
 import importlib.metadata
@@ -45,7 +45,7 @@ DEPTHS = (2,) if TINY else (16, 30, 20, 24) if CUDA else (8,)
 BATCHES = (2,) if TINY or not CUDA else (24, 1, 8)
 CANDIDATES = (1, 4) if TINY or not CUDA else (1, 4, 128, 16)
 SAMPLING = {"cfg": 1.5, "top_k": 20 if TINY else 900, "top_p": 0.96}
-BUDGET = 0.0 if TINY else 0.9 if CUDA else 60.0  # seconds a way of generating gets in each cell
+BUDGET = 0.0 if TINY else 0.9 if CUDA else 60.0  # seconds per way of generating and cell
 LEAST, MOST = (1, 1) if TINY else (3, 15)
 METHOD = "autoregressive_infer_cfg"
 OUT = Path(os.environ.get("VARKERN_BENCH_OUT", "."))
@@ -70,13 +70,13 @@ def timed(model, batch, seed):
 
 
 def own_bytes(*modules):
-    """Bytes of all weights and buffers, each counted once."""
+    """Bytes of all weights and buffers; shared ones count once."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def peak_bytes(model, scorer, batch):
-    """The most memory of one generation: its own weights and what it allocates, whatever else is on the device."""
+    """Peak memory of one generation: its models and its allocations, without anything else on the device."""
     if not CUDA:
         generate(model, batch, 0)
         return None
@@ -88,7 +88,7 @@ def peak_bytes(model, scorer, batch):
 
 
 def taking_turns(ways, batch):
-    """{name: sorted seconds} of ways to generate, each a (model, context) pair, one after the other in every round."""
+    """{name: sorted seconds} of ways to generate, each a (model, context) pair, which take turns."""
     times = {name: [] for name in ways}
     for seed in range(1, MOST + 1):
         for name, (model, context) in list(ways.items())[:: 1 if seed % 2 else -1]:
@@ -99,8 +99,8 @@ def taking_turns(ways, batch):
     return {name: sorted(found) for name, found in times.items()}
 
 
-def captured(var, search):
-    """A context in which ``var`` replays captured generations: one patch, so that captures outlive the context."""
+def capture(var, search):
+    """A context in which ``var`` replays captured generations. All contexts share one patch and so its captures."""
     varkern.patch(var, search, cuda_graph=True)
     method = vars(var)[METHOD]
     varkern.unpatch(var)
@@ -121,7 +121,7 @@ def ways_of(var, scorer, m, upstream):
     search = varkern.BestOfM(scorer, m=m) if m > 1 else None
     ways = {"published": (var, partial(as_published, var)), "patched": (var, partial(varkern.patched, var, search))}
     if CUDA:
-        ways["graph"] = (var, captured(var, search))
+        ways["graph"] = (var, capture(var, search))
     if upstream is not None:
         ways["upstream"] = (upstream, nullcontext)
         ways["upstream patched"] = (upstream, partial(varkern.patched, upstream, search))
@@ -144,14 +144,14 @@ def models(depth, folder):
 
 
 def in_order(depths):
-    """(depth, B, M) of all cells, those first that the first two depths, and the first two batches, are asked for."""
+    """(depth, B, M) of all cells. Those of the first two depths, two batch sizes and three M come first."""
     cells = [(depth, batch, m) for batch in BATCHES for depth in depths for m in CANDIDATES]
 
     def is_core(cell):
         depth, batch, m = cell
         return depth in depths[:2] and batch in BATCHES[:2] and m in CANDIDATES[:3]
 
-    return sorted(cells, key=is_core, reverse=True)  # the order within both halves stays
+    return sorted(cells, key=is_core, reverse=True)  # the sort is stable
 
 
 def parts_of(depth, batch, m, folder=None):
@@ -176,7 +176,7 @@ def print_row(row):
 
 
 def write(rows, parts, finished):
-    """What is done so far; a run that is stopped leaves whole files."""
+    """Write the results so far; a run that is stopped leaves complete files."""
     versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     versions |= {"cuda": torch.version.cuda, "python": platform.python_version()}
     content = {"device": device_name(DEVICE), **versions, "sampling": SAMPLING, "finished": finished, "rows": rows}
@@ -188,7 +188,7 @@ def write(rows, parts, finished):
 
 
 def attempt(what, failures, do, *arguments):
-    """``do(*arguments)``; None where it fails, which is said and noted, with the kernel if a launch failed."""
+    """``do(*arguments)``, or None if it fails; then the error, and the kernel if a launch failed, are printed."""
     try:
         return do(*arguments)
     except Exception as error:
@@ -205,7 +205,7 @@ def test_generations(benchmark, request):
     depths = tuple(int(part) for part in chosen.split(",")) if chosen else DEPTHS
     folder = request.config.getoption("--upstream")
     rows, parts, failures = [], {}, []
-    print(f"\n{device_name(DEVICE)}, torch {torch.__version__}; times over the published loop's median")
+    print(f"\n{device_name(DEVICE)}, torch {torch.__version__}; x: time / median time of the published loop")
     for key in in_order(depths):
         row = attempt("d{} B={} M={}".format(*key), failures, cell, *key, folder)
         if row is not None:
@@ -230,7 +230,7 @@ def test_generations(benchmark, request):
 
 @pytest.mark.parametrize("m", CANDIDATES)
 def test_the_parts_make_up_the_generation(m):
-    """No part is negative, and together they are most of a generation's time."""
+    """Every part is timed, and no time is negative."""
     parts = parts_of(DEPTHS[0], BATCHES[0], m)
     assert {"blocks", "head", "sampler", "winner", "decoder"} <= set(parts)
     assert min(parts.values()) >= 0

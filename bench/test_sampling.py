@@ -1,13 +1,13 @@
-"""M draws from one read of the logits, against the samplers a user has now, scale by scale.
+"""M draws from one read of the logits, compared with other samplers, per scale.
 
-    python -m pytest bench/test_sampling.py -q -s       # prints the tables, under ninety seconds on one GPU
-    VARKERN_BENCH_TINY=1 ...                            # two small scales through the interpreter: a rehearsal only
+    python -m pytest bench/test_sampling.py -q -s       # prints the tables; under ninety seconds on one GPU
+    VARKERN_BENCH_TINY=1 ...                            # a rehearsal of two small scales in the interpreter
 
 The work: VAR at 256 px, 24 images, guidance, float32 logits of 4096 tokens, top_k=900, top_p=0.96, M in 1, 4, 32, 128.
-The peers: VAR's published chain once for every candidate ("chain"), the same with one ``multinomial(num_samples=M)``
-("once"), the latter under ``torch.compile``, and flashinfer where it is installed, which draws by rejection and must be
-called once for every candidate. The floor is the read of both halves' logits. ``graph`` is device time, from a captured
-CUDA graph; ``call`` and the peers are plain calls, launches and all.
+The peers: VAR's published chain once per candidate ("chain"), the same with one ``multinomial(num_samples=M)``
+("once"), the latter under ``torch.compile``, and flashinfer if it is installed, which samples by rejection and must be
+called once per candidate. The floor is one read of the logits of both halves. ``graph`` is device time from a CUDA
+graph; ``call`` and the peers are plain calls, launches included.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def wait():
 
 
 def call_seconds(step):
-    """Median seconds of a plain call with what it launches."""
+    """Median seconds of a plain call, launches included."""
     return statistics.median(measure.call_seconds(step, DEVICE, *((0, 1) if TINY else (0.15, 3))))
 
 
@@ -56,7 +56,7 @@ def graph_seconds(step, repeats=10):
 
 
 def host_seconds(step, calls=200):
-    """Host time of a call, taken over calls that the device keeps up with."""
+    """Host time of a call, from calls that take less time on the device than on the host."""
     step()
     wait()
     start = time.perf_counter()
@@ -68,7 +68,7 @@ def host_seconds(step, calls=200):
 
 
 def logits_of(length):
-    """Both halves as a model leaves them, one tensor [2B, l, V]; spread as a trained VAR's are, about 2.5 for cond."""
+    """Logits of both halves in one tensor [2B, l, V]; their standard deviation is that of a trained VAR, about 2.5."""
     both = torch.randn(2 * B, length, V, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(length)) * 2.5
     both[B:] = 0.8 * both[:B] + 0.6 * both[B:]  # the unconditional half follows the conditional one
     return both
@@ -100,7 +100,7 @@ def peers(compiled):
     for name in list(steps):
         try:
             steps[name](logits_of(1), 1)
-        except Exception as error:  # a peer that does not compile here takes no other figure with it
+        except Exception as error:  # such as a peer that does not compile here; the others are timed
             print(f"\nleft out: {name}, {type(error).__name__}: {str(error).splitlines()[0][:80]}")
             del steps[name]
     return steps
@@ -117,7 +117,7 @@ def print_row(row, names):
 
 
 def print_bars(rows, names):
-    """What is asked of the largest scale, and of every cell, and whether it came out so."""
+    """Print the bars of the largest scale and of all cells, and whether they were met."""
     largest = {row["M"]: row for row in rows if row["l"] == rows[-1]["l"]}
     bars = [(f"M={m}: at most 2 x the floor", largest[m]["graph"] / largest[m]["floor"], 2.0, True) for m in (1, 4)]
     for m, least in ((1, 10.0), (32, 50.0)):
@@ -165,7 +165,7 @@ VOCABULARIES = (2, 300) if TINY else (2, 256, 4096, 8912, 16384, 65536, 262144)
 
 @pytest.mark.parametrize("tokens_and_filter", ["filtered", "unfiltered"])
 def test_vocabularies(tokens_and_filter):
-    """Device time over the read's floor for other vocabularies, one half of logits, some 200 MB of them."""
+    """Device time over the floor for other vocabularies, without guidance, for about 200 MB of logits."""
     print(f"\n{'V':>7} {'rows':>8} {'M':>4} | {'graph us':>9} {'GB/s':>5} x floor ({tokens_and_filter})")
     top_k, top_p = (TOP_K, TOP_P) if tokens_and_filter == "filtered" else (0, 0.0)
     with torch.no_grad(), use_backend("triton"):

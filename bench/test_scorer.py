@@ -1,13 +1,13 @@
-"""The scorer at ImageNet's size: forward of 3,072 maps, a training step, and the fused norm alone.
+"""The scorer of ImageNet's size: forward of 3,072 maps, a training step, and the fused norm.
 
-    python -m pytest bench/test_scorer.py -q -s       # prints the tables, about two minutes on one GPU
-    VARKERN_BENCH_TINY=1 ...                          # a few small maps through the interpreter: a rehearsal only
+    python -m pytest bench/test_scorer.py -q -s       # prints the tables; about two minutes on one GPU
+    VARKERN_BENCH_TINY=1 ...                          # a rehearsal of a few small maps in the interpreter
 
 3,072 maps are M=128 of 24 images, [3072, 32, 16, 16] bfloat16 channels-last; the bar is 2 ms on an H200. A training
 step is forward and backward of the pairwise loss, 128 pairs at ten scales, float32 weights under bfloat16 autocast. The
-peers are PyTorch's own layers (``nn.LayerNorm``), eager and by ``torch.compile``. Forward times are of
-captured CUDA graphs, without launches; those of training steps are of plain calls. Floors: of the scorer, operations
-over the matrix units' rate, or bytes over bandwidth, convolution by convolution and norm by norm; of the norm, bytes.
+peers are PyTorch's layers (``nn.LayerNorm``), eager and under ``torch.compile``. Forward times are those of CUDA
+graphs, without launches; training steps are plain calls. The floor of a convolution is the larger of operations / rate
+of the matrix units and bytes / bandwidth; that of a norm is bytes / bandwidth.
 """
 
 import copy
@@ -57,19 +57,19 @@ def case(images, candidates, dtype=HALF):
 
 
 def plain(scorer, labels, features, scale):
-    """PyTorch's own layers on the same weights, ``[B, M]``."""
+    """Scores ``[B, M]`` by PyTorch's layers with the same weights."""
     scores = eager_scores(scorer, labels.repeat_interleave(features.shape[1]), features.flatten(0, 1), scale)
     return scores.view(features.shape[:2])
 
 
-def compiled(function):
-    """By torch.compile, where there is a GPU."""
+def compile_peer(function):
+    """{"compiled": ``function`` under torch.compile}; empty without a GPU."""
     torch._dynamo.reset()
     return {"compiled": torch.compile(function)} if DEVICE.type == "cuda" else {}
 
 
 def operations(maps):
-    """Operations of the convolutions and the MLP, forward."""
+    """Operations of the convolutions and the MLP in a forward pass."""
     part = Part()
     with counting(part):
         Scorer(CONFIG).to("meta")(
@@ -97,12 +97,12 @@ def test_forward(benchmark):
         error = ((scorer(labels, features, 1)[:1] - exact).abs().max() / exact.std()).item()
         assert error < 0.2, f"error {error} of the scores' spread"
         steps = {"ours": lambda: scorer(labels, features, 1), "eager": lambda: plain(scorer, labels, features, 1)}
-        for name, function in compiled(plain).items():
+        for name, function in compile_peer(plain).items():
             steps[name] = lambda function=function: function(scorer, labels, features, 1)
         times = {name: graph_seconds(step, DEVICE) for name, step in steps.items()}
         print_times(f"forward, {maps} maps, bfloat16 (error {error:.3f} of the spread)", times, operations(maps))
         wall = call_seconds(steps["ours"], DEVICE)
-        print(f"{'bar':>10} {BAR * 1e3:9.3f}    plain calls, launches and all: {wall[len(wall) // 2] * 1e3:.3f} ms")
+        print(f"{'bar':>10} {BAR * 1e3:9.3f}    plain calls, launches included: {wall[len(wall) // 2] * 1e3:.3f} ms")
         benchmark.extra_info.update(times=times, bar=BAR, operations=operations(maps), error=error)
 
         def waited():
@@ -127,25 +127,25 @@ def test_training_step(benchmark):
         "ours": lambda: loss(lambda: scorer(labels, features, scales)),
         "eager": lambda: loss(lambda: plain(scorer, labels, features, 0)),
     }
-    for name, function in compiled(plain).items():
+    for name, function in compile_peer(plain).items():
         steps[name] = lambda function=function: loss(lambda: function(scorer, labels, features, 0))
     all_times = {name: call_seconds(step, DEVICE) for name, step in steps.items()}
     times = {name: seconds[len(seconds) // 2] for name, seconds in all_times.items()}
     maps = features.shape[0] * features.shape[1]
-    # Backward does each convolution twice more, once for each of its two gradients.
+    # Backward does two more convolutions for each one, for its two gradients.
     print_times(f"training step, {maps} maps, bfloat16 autocast", times, 3 * operations(maps))
-    print(f"{maps / times['ours']:.0f} maps a second")
+    print(f"{maps / times['ours']:.0f} maps per second")
     benchmark.extra_info.update(times=times)
     benchmark.pedantic(steps["ours"], rounds=1 if TINY else 10, warmup_rounds=1)
 
 
 def stages():
-    """(width, side) of every stage."""
+    """(width, side) per stage."""
     return zip(CONFIG.widths, stage_sides(CONFIG.size), strict=True)
 
 
 def norm_steps(x, weight, bias, residual, grad):
-    """{row: (step, passes over memory)} of the norm with activation, with and without the residual."""
+    """{row: (step, passes over memory)} for the norm with activation, with and without the residual."""
     asked = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, residual)]
 
     def ours(x, weight, bias, residual):
@@ -164,7 +164,7 @@ def norm_steps(x, weight, bias, residual, grad):
         "forward": (lambda: map_norm(x, weight, bias, negative_slope=0.2), 2),
         "forward, residual": (forward(ours), 3),
         "  eager forward": (forward(peer), 3),
-        **{f"  {name} forward": (forward(function), 3) for name, function in compiled(peer).items()},
+        **{f"  {name} forward": (forward(function), 3) for name, function in compile_peer(peer).items()},
         "backward": (lambda: map_norm_backward(grad, x, weight, bias, None, 0.2, 1e-5), 3),
         "backward, residual": (lambda: map_norm_backward(grad, x, weight, bias, residual, 0.2, 1e-5), 5),
         "both, residual": (both(ours), 8),
@@ -173,7 +173,7 @@ def norm_steps(x, weight, bias, residual, grad):
 
 
 def test_norm(benchmark):
-    """The op alone on every resolution's features: bandwidth, and time over what its bytes must take."""
+    """The norm on the features of every stage: bandwidth, and time over the floor."""
     bandwidth, maps, rows = peak()[0], IMAGES * CANDIDATES, []
     print(f"\nnorm, {maps} maps, bfloat16, {device_name(DEVICE)}")
     print(f"{'features':>14} {'':<18} {'MB':>7} {'us':>8} {'GB/s':>6} x floor")
@@ -202,7 +202,7 @@ def test_norm(benchmark):
 
 @pytest.mark.parametrize("maps", [IMAGES * CANDIDATES])
 def test_where_forward_spends_its_time(maps):
-    """Every layer alone, beside its floor: what is left over is launches and the MLP."""
+    """The time and the floor of every layer, except the MLP, without launches."""
     bandwidth, rate = peak()
     scorer, _, features = case(IMAGES, CANDIDATES)
     x, total, floors = features.flatten(0, 1), 0.0, 0.0

@@ -1,8 +1,8 @@
-"""Where the sampler's time goes: launch parameters, filters and kernels, one by one, at 24 images of 256 positions.
+"""Times of the sampler with other filters and launch parameters, at 24 images of 256 positions.
 
     python bench/tune_sampling.py        # needs a GPU; under a minute after compilation
 
-Launch parameters are the ones ``varkern.kernels.sampling.plan`` chooses, overridden one at a time. Each line gives
+The launch parameters are those of ``varkern.kernels.sampling.plan`` with one or two of them changed. Each line has the
 device time from a CUDA graph and the time of each kernel from the profiler.
 """
 
@@ -25,7 +25,7 @@ chosen_plan = kernels.plan
 
 
 def override(kind=None, **changes):
-    """A ``plan`` that differs from the chosen one: ``shortlist_num_warps=8`` changes that kernel's num_warps."""
+    """A ``plan`` with changed parameters: ``shortlist_num_warps=8`` changes num_warps of the shortlist kernel."""
 
     def plan(vocabulary, num_candidates, top_k):
         made = copy.deepcopy(chosen_plan(vocabulary, num_candidates, 0 if kind == "row" else top_k))
@@ -61,7 +61,7 @@ def report(label, both, m, top_k=900, top_p=0.96, guidance=1.5):
     try:
         taken = graph_seconds(step)
         kinds = kernel_times(step)
-    except Exception as error:  # a launch may ask for more than the device has; the sweep goes on
+    except Exception as error:  # a launch can need more resources than the device has
         print(f"{label:<56} {type(error).__name__}: {str(error)[:60]}", flush=True)
         return
     print(f"{label:<56} {taken * 1e6:8.1f} us {taken / floor:6.2f} x floor | {kinds}", flush=True)

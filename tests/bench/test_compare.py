@@ -58,10 +58,10 @@ def test_bad_files(tmp_path, capsys):
     good = write(tmp_path / "good.json", a=1.0)
     (tmp_path / "bad.json").write_text("{}")
     assert main([good, str(tmp_path / "bad.json")]) == 2
-    assert "is not a file of pytest --benchmark-json" in capsys.readouterr().err
+    assert "must be a file of pytest --benchmark-json" in capsys.readouterr().err
     assert main([good, str(tmp_path / "none.json")]) == 2
     assert main([good, write(tmp_path / "other.json", z=1.0)]) == 2
-    assert "share no benchmark" in capsys.readouterr().err
+    assert "must have a benchmark in common" in capsys.readouterr().err
 
 
 def write_generation(path, published, patched, m=4):

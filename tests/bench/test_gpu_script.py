@@ -40,5 +40,5 @@ def test_a_stage_alone(tmp_path):
 
 def test_an_unknown_stage(tmp_path):
     done = run(tmp_path, "generation", "coffee")
-    assert done.returncode == 2 and "no stage coffee; there are: compile generation" in done.stderr
+    assert done.returncode == 2 and "stage must be one of compile generation" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 def test_report(folder):
     text = render(folder)
-    assert "torch 2.11.0, triton 3.6.0. Median" in text and "cut off" not in text
+    assert "torch 2.11.0, triton 3.6.0. Median" in text and "stopped" not in text
     assert "| 16 | 24 | 4 | 100.0 (100.0-100.0) | 100.0 (100.0-100.0) | 99.0 (99.0-99.0) | 0.990 |" in text
     assert "| 1.00 met |" in text and "| 1.15 **missed** |" in text and "| 0.50 met |" in text
     assert "Bars of time: 2 met, 1 missed, 5 not measured, of 8." in text
@@ -63,21 +63,21 @@ def test_every_part_beyond_twice_its_floor_has_its_sentence(folder):
     text = render(folder)
     said = {line.split("**")[1]: line for line in text.splitlines() if line.startswith("- **")}
     assert set(said) == {"blocks", "head", "sampler", "F", "scorer", "winner", "decoder"}
-    assert said["sampler"] == "- **sampler**: within 2 times its floor in all of 2 cells."
-    assert "within 2 times" in said["scorer"] and "within 2 times" in said["decoder"]
+    assert said["sampler"] == "- **sampler**: at most 2 times its floor in all 2 cells."
+    assert "at most 2 times" in said["scorer"] and "at most 2 times" in said["decoder"]
     # One image: launching is 1 - 0.04 / 0.06 of the generation; the blocks' floor there is the weights' bytes.
-    assert said["blocks"].startswith("- **blocks**: beyond 2 times its floor in 1 of 3 cells; ")
-    assert "in d16 B=1 M=4: 30.000 ms against" in said["blocks"] and "which bytes bound" in said["blocks"]
-    assert "(a graph takes 33% off that whole generation: launching); never at 24 images." in said["blocks"]
-    assert "beyond 2 times its floor in 2 of 3 cells" in said["head"] and "x34.7, in d16 B=24 M=1" in said["head"]
-    assert "10.000 ms against 0.288, which operations bound" in said["head"]
-    assert "x18.1, in d16 B=24 M=1" in said["winner"] and "beyond" in said["F"]
+    assert said["blocks"].startswith("- **blocks**: above 2 times its floor in 1 of 3 cells; ")
+    assert "in d16 B=1 M=4: 30.000 ms, floor" in said["blocks"] and " ms by bytes" in said["blocks"]
+    assert "(a graph saves 33% of this whole generation, by launching faster); never at 24 images." in said["blocks"]
+    assert "above 2 times its floor in 2 of 3 cells" in said["head"] and "x34.7, in d16 B=24 M=1" in said["head"]
+    assert "10.000 ms, floor 0.288 ms by operations" in said["head"]
+    assert "x18.1, in d16 B=24 M=1" in said["winner"] and "above" in said["F"]
 
 
 def test_predicted_beside_measured(folder):
     """Floors of 25.49 and 25.57 ms at M=1 and 4 (``python -m bench.roofline``); 90 and 99 ms as replayed."""
     lines = render(folder).splitlines()
-    start = lines.index("Predicted by floors, and measured:") + 4
+    start = lines.index("The sum of all floors and the measured time:") + 4
     cells = {
         line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[start : start + 4]
     }
@@ -89,7 +89,7 @@ def test_predicted_beside_measured(folder):
 def test_what_a_cut_off_run_left(tmp_path):
     """One cell, no parts yet, and M=1 missing."""
     text = render(write(tmp_path, [row(30, 8, 4, 1.0, 0.9)], {}, finished=False))
-    assert "**The run was cut off: cells are missing.**" in text and "0.900" in text and "parts.png" not in text
+    assert "**The run was stopped: cells are missing.**" in text and "0.900" in text and "parts.png" not in text
     assert "0 met, 0 missed, 8 not measured" in text
 
 
@@ -102,4 +102,4 @@ def test_a_cpu_has_its_own_bar_and_no_floors(tmp_path):
 
 def test_nothing_to_report(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert "has no generation.json with figures in it" in capsys.readouterr().err
+    assert "must have a generation.json with figures" in capsys.readouterr().err
