@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         require_matplotlib()
         device = pick_local_device(options.device)
         if options.page:
-            page.fill(options.page.read_text(), dict.fromkeys(page.known_tables(), ""))
+            page.fill(options.page.read_text(), dict.fromkeys(page.list_tables(), ""))
         written = tables.run(options.out, options.images, options.seeds, device, options.weights, " ".join(words))
     except (OSError, ValueError, ImportError) as error:
         print(f"demo_tables: {error}", file=sys.stderr)

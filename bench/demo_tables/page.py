@@ -18,7 +18,7 @@ REFERENCE_FIGURES = ("fid", "sfid", "inception_score", "precision", "recall")
 REFERENCES = {"real": "other real digits", "reconstructed": "the same, encoded and decoded by the VQ-VAE"}
 
 
-def known_tables() -> list[str]:
+def list_tables() -> list[str]:
     return [*tables.presets(), "references", "scorers"]
 
 

@@ -49,15 +49,17 @@ def own_presets() -> list[Preset]:
     small = [Cell(n=n, strategy="small", min_distance=0.0) for n in (20, 50, 100)]
     combined = [hybrid, replace(hybrid, m=4, first_scale=2), Cell(m=4, first_scale=2)]
     return [
-        own("best-of-m", "Best of M: greedy and resampled, by M and first searched scale", best),
-        own("densities", "Density search: least dense, min_distance, threshold as printed", [*small, *apart]),
-        own("combined", "Density search at scale 1 and best of 4 after it", combined),
-        own("without-first-scale", "Greedy picks of a scorer trained with or without the first scale", first),
-        own("losses-resampled", "Resampled picks of scorers trained with the pointwise or pairwise loss", losses),
+        make_preset("best-of-m", "Best of M: greedy and resampled, by M and first searched scale", best),
+        make_preset("densities", "Density search: least dense, min_distance, threshold as printed", [*small, *apart]),
+        make_preset("combined", "Density search at scale 1 and best of 4 after it", combined),
+        make_preset("without-first-scale", "Greedy picks of a scorer trained with or without the first scale", first),
+        make_preset(
+            "losses-resampled", "Resampled picks of scorers trained with the pointwise or pairwise loss", losses
+        ),
     ]
 
 
-def own(name: str, title: str, cells: Sequence[Cell]) -> Preset:
+def make_preset(name: str, title: str, cells: Sequence[Cell]) -> Preset:
     """A preset that begins with the model alone."""
     return Preset(name, title, "", tuple((cell, {}) for cell in unique([Cell(), *cells])))
 

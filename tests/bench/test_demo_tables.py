@@ -27,7 +27,7 @@ PAGE = (ROOT / "varkern" / "demo" / "README.md").read_text()
 def small():
     """Four cells, one of them of a trained scorer and a timing, against few real digits."""
     cells = [Cell(), Cell(m=2), Cell(m=2, scorer="pointwise"), Cell(n=4, min_distance=0.0)]
-    few = [tables.own("few", "Few", cells), replace(PRESETS["lsrs-fig6"], rows=((Cell(), {}), (Cell(m=2), {})))]
+    few = [tables.make_preset("few", "Few", cells), replace(PRESETS["lsrs-fig6"], rows=((Cell(), {}), (Cell(m=2), {})))]
     changes = {
         "presets": lambda: {preset.name: preset for preset in few},
         "BATCH_SIZE": 40,

@@ -38,7 +38,7 @@ def test_merged_equals_whole(tmp_path, cuts, backwards):
     whole = Gathering(40)
     for share, _ in reversed(loaded) if backwards else loaded:
         whole.merge(share)
-    found, wanted = whole.measured(), gathered(0, 130, batch=130).measured()
+    found, wanted = whole.summarize(), gathered(0, 130, batch=130).summarize()
     assert found.count == 130
     for moments, array in ((found.moments, FEATURES), (found.spatial, SPATIAL)):
         array = array.double().numpy()
@@ -50,14 +50,14 @@ def test_merged_equals_whole(tmp_path, cuts, backwards):
 
 def test_without_logits_and_spatial_features(tmp_path):
     gathered(0, 30, logits=False, spatial=False).save(tmp_path / "a.safetensors")
-    measured = Gathering.load(tmp_path / "a.safetensors")[0].measured()
+    measured = Gathering.load(tmp_path / "a.safetensors")[0].summarize()
     assert measured.score is None and measured.spatial is None and measured.moments is not None
 
 
 def test_nothing(tmp_path):
     Gathering(5).save(tmp_path / "a.safetensors", {"alpha": None})
     gathering, notes = Gathering.load(tmp_path / "a.safetensors")
-    measured = gathering.measured()
+    measured = gathering.summarize()
     assert notes == {"alpha": None} and measured.count == 0
     assert measured.moments is None and measured.features is None and measured.score is None
 

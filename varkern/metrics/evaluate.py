@@ -72,7 +72,7 @@ def measure(
                 check_fit(extracted, wanted, extractor)
             gathering.add(extracted, start)
             progress.advance(task, len(batch))
-    return gathering.measured(facts)
+    return gathering.summarize(facts)
 
 
 def check_finite(extracted: Extracted, extractor: Extractor, images: ImageSet, start: int) -> None:

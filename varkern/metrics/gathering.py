@@ -78,7 +78,7 @@ class Gathering:
         self.score.merge(other.score)
         self.kept |= other.kept
 
-    def measured(self, facts: PixelFacts | None = None) -> Measured:
+    def summarize(self, facts: PixelFacts | None = None) -> Measured:
         """The statistics of all images so far."""
         kept = [self.kept[start] for start in sorted(self.kept)]
         return Measured(

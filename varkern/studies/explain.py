@@ -119,12 +119,12 @@ def explain(
     alone = partial_images(model, generate(model, labels, seeds=seed, **options).tokens)[:, 0]
     kept = partial_images(model, found.tokens)[:, 0]
     return [
-        _explained(scale, side, found, recording.images.get(scale), kept[scale], alone[scale])
+        _explain_scale(scale, side, found, recording.images.get(scale), kept[scale], alone[scale])
         for scale, side in enumerate(recognise(model).spec(model).sides)
     ]
 
 
-def _explained(
+def _explain_scale(
     scale: int, side: int, found: Generation, images: Tensor | None, kept: Tensor, alone: Tensor
 ) -> Explained:
     if images is None:

@@ -299,7 +299,7 @@ class Sweep:
 
     def figures(self, gathering: Gathering) -> dict[str, Any]:
         """FID and its parts, sFID, Inception score, precision and recall."""
-        measured = gathering.measured()
+        measured = gathering.summarize()
         if measured.features is not None:  # stored on the CPU, where computing their distances is slow
             measured.features = measured.features.to(self.extractor.device)
         report = compare(measured, self.reference, self.extractor.name).as_json()
