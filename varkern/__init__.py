@@ -1,11 +1,12 @@
 """Best-of-M sampling for visual autoregressive (VAR) image models at next to no cost."""
 
 from varkern.checks import check
-from varkern.errors import UnsupportedModelError
+from varkern.errors import OwnLoopError, UnsupportedModelError
 from varkern.generation import Generation, generate
 from varkern.models import load_vae, load_var
 from varkern.ops import image_seeds, use_backend
-from varkern.patching import patch, patched, unpatch
+from varkern.own_loop import searching
+from varkern.patching import explain_patch, patch, patched, unpatch
 from varkern.scorer import Scorer, ScorerConfig
 from varkern.search import BestOfM, Combined, DensitySearch, PublishedScorer
 
@@ -16,17 +17,20 @@ __all__ = [
     "Combined",
     "DensitySearch",
     "Generation",
+    "OwnLoopError",
     "PublishedScorer",
     "Scorer",
     "ScorerConfig",
     "UnsupportedModelError",
     "check",
+    "explain_patch",
     "generate",
     "image_seeds",
     "load_vae",
     "load_var",
     "patch",
     "patched",
+    "searching",
     "unpatch",
     "use_backend",
 ]

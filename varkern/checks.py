@@ -16,6 +16,7 @@ from torch import Tensor
 
 from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
+from varkern.fingerprints import find_difference
 from varkern.search import Search, as_search
 from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec, Request, is_int
@@ -28,6 +29,7 @@ def check(
     search: Search | Sequence[Search] | None = None,
     *,
     sampler: str = "philox",
+    loop: str = "auto",
     **sampling: Any,
 ) -> ModelSpec | None:
     """Raise what :func:`varkern.patch` or :func:`varkern.generate` would raise, and do nothing else.
@@ -36,6 +38,7 @@ def check(
         model: as ``generate`` takes it.
         search: as ``generate`` takes it.
         sampler: as ``generate`` takes it.
+        loop: as ``generate`` takes it.
         sampling: any other keyword arguments of ``generate``, and ``labels`` (default: one image of class 0). Without
             any, only what ``patch`` checks is checked: the model's family, and whether the search fits its sizes.
 
@@ -53,15 +56,26 @@ def check(
     """
     check_sampler(sampler)
     family, search = recognise(model), as_search(search)
-    check_method(family, model)
     if not sampling:
         spec = family.spec(model)
         check_search(search, spec)
         return spec
+    if family.has_classes and loop != "fused":
+        check_loop(family, model)
     request = as_request(family, model, **({"labels": 0, "seeds": 0} | sampling))
     spec = family.spec(model, request)
     check_request(family, model, spec, request, search, sampler)
     return spec
+
+
+def check_loop(family: Family, model: Any) -> None:
+    """Raise ``UnsupportedModelError`` if varkern's loop may give other images than the model's own method."""
+    difference = find_difference(model, family, getattr(model, family.method))
+    if difference is not None:
+        raise UnsupportedModelError(
+            f"generate runs varkern's loop, and {difference}: use varkern.patch(model, search) and call the model's "
+            f"{family.method}, or pass loop='fused' if both do the same"
+        )
 
 
 def check_method(family: Family, model: Any) -> None:

@@ -2,7 +2,7 @@
 
 
 class UnsupportedModelError(TypeError):
-    """The model fits no family; the message lists for each family what the model lacks.
+    """The model fits no family; the message names the nearest family and what the model lacks.
 
     Example::
 
@@ -10,4 +10,17 @@ class UnsupportedModelError(TypeError):
         Traceback (most recent call last):
         ...
         varkern.errors.UnsupportedModelError: ...
+    """
+
+
+class OwnLoopError(RuntimeError):
+    """A search cannot work inside the model's own loop, because the loop draws its tokens in another way.
+
+    Example::
+
+        >>> with varkern.searching(var, seeds=0):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        varkern.errors.OwnLoopError: ...
     """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varkern.checks import as_request, check_request
+from varkern.checks import as_request, check_loop, check_request
 from varkern.draws import make_draws
 from varkern.families import Family, recognise
 from varkern.search import Candidates, Search, as_search
@@ -135,6 +135,7 @@ def generate(
     top_p: float = 0.0,
     sampler: str = "philox",
     decode: bool = True,
+    loop: str = "auto",
     **options: Any,
 ) -> Generation:
     """Generate images, and return with them the token maps, the scores of all candidates and the time of each scale.
@@ -154,6 +155,8 @@ def generate(
             ``"multinomial"``: the model's own generator, used as in the published method.
         decode: False: return only the token maps. ``images`` is then None, the decoder does not run, ``seconds`` has
             no number for it, and everything else is the same.
+        loop: ``"auto"``: refuse a model whose method is not the published one, because its images may differ;
+            ``"fused"``: run varkern's loop on it all the same.
         options: further arguments of the family's published method: ``more_smooth`` for VAR; for FlexVAR ``vqvae`` and
             ``infer_patch_nums``, which it needs, and ``max_pn``, ``used_llamagen_cfg``, ``invalid_ids``.
 
@@ -170,6 +173,8 @@ def generate(
     """
     family, search = recognise(model), as_search(search)
     sampling = {"seeds": seeds, "batch_size": batch_size, "cfg": cfg, "top_k": top_k, "top_p": top_p, **options}
+    if family.has_classes and loop != "fused":
+        check_loop(family, model)
     request = as_request(family, model, labels, **sampling)
     made = run(family, model, request, search, sampler, timed=True, decode=decode)
     return made._replace(images=family.images(made.images)) if decode else made

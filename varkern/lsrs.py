@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from varkern.families import Family, LSRSFamily
+from varkern.fingerprints import find_difference
 from varkern.scorer import Scorer
 from varkern.search import BestOfM, Candidates, Choice, PublishedScorer, Search
 from varkern.spec import is_int
@@ -97,4 +98,6 @@ def published_method(model: Any, family: Family) -> LSRSFamily | None:
     if family.name != LSRSFamily.name or not callable(method):
         return None
     names = set(inspect.signature(method).parameters)
-    return LSRSFamily() if names >= set(LSRSFamily.arguments) else None
+    if not names >= set(LSRSFamily.arguments) or find_difference(model, LSRSFamily(), method) is not None:
+        return None
+    return LSRSFamily()

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from varkern.checks import check
+from varkern.checks import check, check_method
+from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
+from varkern.fingerprints import find_difference
 from varkern.generation import run
 from varkern.graphs import GenerationGraphs
 from varkern.lsrs import CalledSearch, published_method
+from varkern.own_loop import call_own, named_arguments, set_argument
 from varkern.search import Search, as_search
 
 Model = TypeVar("Model")
 ABSENT = object()
+LOOPS = ("auto", "fused", "own")
+OWN_SEARCHES = ("enable_var_scaling", "enable_scaling")  # arguments of VAR-Scaling's VAR and Infinity
 
 
 class PatchedMethod:
@@ -27,13 +33,17 @@ class PatchedMethod:
     shallow copy (``copy.copy``) shares this object, and with it the original model, as it shares everything else.
     """
 
+    is_patch = True  # its fingerprint is that of the method it replaces
+
     def __init__(
         self,
         model: Any,
+        name: str,
         family: Family,
         search: Search | CalledSearch | None,
         sampler: str,
         cuda_graph: bool,
+        loop: str,
         former: Any,
         original: Callable[..., Any],
     ):
@@ -41,13 +51,17 @@ class PatchedMethod:
         self.graphs = GenerationGraphs(family, model, None) if cuda_graph else None
         self.__wrapped__ = original
         self.__signature__ = inspect.signature(original)
-        self.__name__, self.__doc__ = family.method, original.__doc__
+        self.__name__, self.__doc__, self.loop = name, original.__doc__, loop
+        self.warned = False
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
+        if self.loop == "own":
+            self.switch_own_search_off(bound)
+            return call_own(self.family, self.model, self.__wrapped__, bound, self.search, self.sampler)
         # A fork may take more arguments than its family. Those that are not passed are left out.
         known = given | set(self.family.arguments)
         arguments = {name: value for name, value in bound.arguments.items() if name in known}
@@ -57,13 +71,22 @@ class PatchedMethod:
             return self.graphs.run(request)
         return run(self.family, self.model, request, search, self.sampler).images
 
+    def switch_own_search_off(self, bound: inspect.BoundArguments) -> None:
+        """A search of the patch replaces the method's own, as VAR-Scaling's code has one; one warning says so."""
+        for name in OWN_SEARCHES if self.search is not None else ():
+            if named_arguments(bound).get(name):
+                set_argument(bound, name, False)
+                if not self.warned:
+                    warnings.warn(f"{name}=False: the search of varkern.patch replaces the method's own", stacklevel=4)
+                self.warned = True
+
     def search_for(self, arguments: Mapping[str, Any]) -> Search | None:
         """The search of the patch, or the one that the method's own arguments ask for."""
         return self.search(arguments) if isinstance(self.search, CalledSearch) else self.search
 
     def __reduce__(self):
         if self.former is ABSENT:
-            return getattr, (self.model, self.family.method)
+            return getattr, (self.model, self.__name__)
         return identity, (self.former,)
 
     def __repr__(self) -> str:
@@ -80,6 +103,8 @@ def patch(
     *,
     sampler: str = "philox",
     cuda_graph: bool = False,
+    loop: str = "auto",
+    method: str | None = None,
 ) -> Model:
     """Give a model's own generation method a search, in place.
 
@@ -109,6 +134,12 @@ def patch(
             call with new settings captures and logs this. On a CPU, for Infinity, or with a scorer that waits for the
             GPU it warns once and generates without a graph. Labels on a GPU are still read by the host once per call.
 
+        loop: ``"fused"``: varkern's loop replaces the model's. ``"own"``: the model's own function runs, with all that
+            it does beyond the published one, and only its draws of tokens are replaced; see :func:`varkern.searching`.
+            ``"auto"``: ``"fused"`` if the model's method is known to be a published one, else ``"own"``;
+            :func:`varkern.explain_patch` says which.
+        method: the name of another method that generates, such as ``"car_inference"``; it runs as ``loop="own"``.
+
     Returns:
         ``model``.
 
@@ -130,24 +161,94 @@ def patch(
             f"cuda_graph=True needs sampler='philox', whose draws are a function of seeds, got {sampler!r}"
         )
     check(model, search, sampler=sampler)
-    family, search = recognise(model), as_search(search)
-    replace_method(model, family, search, sampler, cuda_graph)
+    family, search, way = recognise(model), as_search(search), choose_way(model, loop, method)
+    if cuda_graph and way.loop == "own":
+        raise ValueError(f"cuda_graph=True needs loop='fused', but {way.reason}")
+    replace_method(model, way.method, family, search, sampler, cuda_graph, way.loop)
     called = published_method(model, family)
-    if called is not None:
-        replace_method(model, called, CalledSearch(called.spec(model).num_scales, sampler), sampler, cuda_graph)
+    if called is not None and way.loop == "fused":
+        search = CalledSearch(called.spec(model).num_scales, sampler)
+        replace_method(model, called.method, called, search, sampler, cuda_graph)
     return model
 
 
+class Way(NamedTuple):
+    """How :func:`patch` serves a model.
+
+    Example::
+
+        >>> varkern.explain_patch(var).loop
+        'fused'
+    """
+
+    family: str
+    """``"VAR"``, ``"FlexVAR"`` or ``"Infinity"``."""
+    method: str
+    """The method that is replaced."""
+    loop: str
+    """``"fused"`` or ``"own"``; see :func:`patch`."""
+    reason: str
+    """Why, in words."""
+
+
+def explain_patch(model: Any, method: str | None = None) -> Way:
+    """How :func:`patch` would serve ``model``, and why; nothing is changed and nothing runs.
+
+    Args:
+        model: as :func:`patch` takes it.
+        method: as :func:`patch` takes it.
+
+    Raises:
+        UnsupportedModelError: if the model fits no family, or has no such method.
+
+    Example::
+
+        >>> varkern.explain_patch(var).reason
+        'its autoregressive_infer_cfg is a published method'
+    """
+    return choose_way(model, "auto", method)
+
+
+def choose_way(model: Any, loop: str, method: str | None) -> Way:
+    """The way that ``loop`` and the model's method decide on."""
+    if loop not in LOOPS:
+        raise ValueError(f"loop must be one of {', '.join(map(repr, LOOPS))}, got {loop!r}")
+    family = recognise(model)
+    name = family.method if method is None else method
+    found = getattr(model, name, None)
+    if not callable(found):
+        raise UnsupportedModelError(f"{type(model).__name__} has no method {name}")
+    if loop == "fused":
+        if name != family.method:
+            raise ValueError(f"loop='fused' replaces {family.method} only, got method={name!r}")
+        check_method(family, model)
+        return Way(family.name, name, loop, "loop='fused' was asked for")
+    if loop == "own":
+        return Way(family.name, name, loop, "loop='own' was asked for")
+    if name != family.method:
+        return Way(family.name, name, "own", f"{name} is not the family's {family.method}")
+    difference = find_difference(model, family, found)
+    if difference is None:
+        return Way(family.name, name, "fused", f"its {name} is a published method")
+    return Way(family.name, name, "own", difference)
+
+
 def replace_method(
-    model: Any, family: Family, search: Search | CalledSearch | None, sampler: str, cuda_graph: bool
+    model: Any,
+    name: str,
+    family: Family,
+    search: Search | CalledSearch | None,
+    sampler: str,
+    cuda_graph: bool,
+    loop: str = "fused",
 ) -> None:
-    """Put a :class:`PatchedMethod` in the place of the family's method, or of the patch that is there."""
-    current = vars(model).get(family.method, ABSENT)
+    """Put a :class:`PatchedMethod` in the place of the method of this name, or of the patch that is there."""
+    current = vars(model).get(name, ABSENT)
     if isinstance(current, PatchedMethod):
         former, original = current.former, current.__wrapped__
     else:
-        former, original = current, getattr(model, family.method)
-    vars(model)[family.method] = PatchedMethod(model, family, search, sampler, cuda_graph, former, original)
+        former, original = current, getattr(model, name)
+    vars(model)[name] = PatchedMethod(model, name, family, search, sampler, cuda_graph, loop, former, original)
 
 
 def unpatch(model: Model) -> Model:
@@ -172,26 +273,19 @@ def unpatch(model: Model) -> Model:
 def patched(
     model: Model,
     search: Search | Sequence[Search] | None = None,
-    *,
-    sampler: str = "philox",
-    cuda_graph: bool = False,
+    **options: Any,
 ) -> Iterator[Model]:
-    """:func:`patch` inside a ``with`` block; afterwards the model is as it was before, patched or not.
+    """:func:`patch`, with the same ``options``, inside a ``with`` block; afterwards the model is as it was before.
 
     Example::
 
         >>> with varkern.patched(var, varkern.BestOfM(scorer, m=4)):
         ...     images = var.autoregressive_infer_cfg(B=8, label_B=labels, g_seed=0)
     """
-    family = recognise(model)
-    families = filter(None, (family, published_method(model, family)))
-    before = {family.method: vars(model).get(family.method, ABSENT) for family in families}
-    patch(model, search, sampler=sampler, cuda_graph=cuda_graph)
+    before = {name: value for name, value in vars(model).items() if isinstance(value, PatchedMethod)}
+    patch(model, search, **options)
     try:
         yield model
     finally:
-        for name, value in before.items():
-            if value is ABSENT:
-                vars(model).pop(name, None)
-            else:
-                vars(model)[name] = value
+        unpatch(model)
+        vars(model).update(before)

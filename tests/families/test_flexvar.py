@@ -32,7 +32,7 @@ def test_a_missing_attribute_is_named(name):
 def test_var_is_not_taken_for_it():
     model = small_var()
     del model.vae_proxy
-    assert lacking(model, "FlexVAR") == ["pos_1LC of shape [1", "C", "h", "w]"]
+    assert lacking(model, "FlexVAR") == ["pos_1LC of shape [1, C, h, w]"]
     model, _ = small_flexvar()
     del model.blocks[1].attn
     assert lacking(model, "FlexVAR") == ["blocks[1].attn.kv_caching"]

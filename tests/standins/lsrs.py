@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tests.helpers import NUM_CLASSES, TINY_SIDES, randomise, small_var
 from varkern.models import VAR
 
+from .published import publish
 from .sampling import sampled
 
 
@@ -111,3 +112,6 @@ def small_lsrs(**config) -> LSRSVAR:
     model = small_var(**config)
     model.__class__ = LSRSVAR
     return model
+
+
+publish(LSRSVAR.autoregressive_infer_cfg_lsrs)

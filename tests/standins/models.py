@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .flexvar import FlexVAE, FlexVAR
 from .infinity import Infinity
 from .infinity_vae import InfinityVAE
+from .published import publish
+
+publish(FlexVAR.autoregressive_infer_cfg, Infinity.autoregressive_infer_cfg)
 
 FLEX_SIDES = (1, 2, 3, 4, 6)
 SCHEDULE = [(1, 1, 1), (1, 2, 2), (1, 3, 2), (1, 4, 3), (1, 6, 4)]

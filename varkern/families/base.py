@@ -87,6 +87,10 @@ class Family(Protocol):
         """Raise ``ValueError`` for options that the model does not support, before any work."""
         ...
 
+    def steps(self, model: Any) -> list[Any]:
+        """The functions of the model's parts that the loop of varkern replaces, besides the method."""
+        ...
+
     def device(self, model: Any) -> torch.device: ...
 
     def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> Session:

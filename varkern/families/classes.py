@@ -44,6 +44,9 @@ class ClassFamily:
             options=arguments,
         )
 
+    def steps(self, model: Any) -> list[Any]:
+        return []
+
     def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
 

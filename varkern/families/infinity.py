@@ -118,6 +118,9 @@ class InfinityFamily:
             options=arguments,
         )
 
+    def steps(self, model: Any) -> list[Any]:
+        return []
+
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, (*READ, *UNREAD))
         settings = Settings(model, request, check_schedule(request))

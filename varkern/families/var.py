@@ -50,6 +50,9 @@ class VARFamily(ClassFamily):
         sides = tuple(model.patch_nums)
         return ModelSpec(model.num_classes, sides, (sides[-1], sides[-1]), channels, vocabulary, self.device(model))
 
+    def steps(self, model: Any) -> list[Any]:
+        return [model.vae_quant_proxy[0].get_next_autoregressive_input]
+
     def check(self, model: Any, request: Request) -> None:
         check_options(self, request, ("cfg", "more_smooth"))
         check_cfg(request.options.get("cfg", 1.5), request.batch_size)
