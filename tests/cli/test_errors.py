@@ -50,7 +50,7 @@ WRONG = {
     "autocast_unknown": ({"autocast": "float8"}, "--autocast"),
     "sampler_unknown": ({"sampler": "dice"}, "--sampler"),
     "device_unknown": ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
-    "device_not_here": ({"device": "cuda:99"}, "device 'cuda:99' is not here"),
+    "device_not_here": ({"device": "cuda:99"}, "device must be present, got 'cuda:99'"),
 }
 
 

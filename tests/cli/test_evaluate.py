@@ -71,7 +71,7 @@ class TestEvaluate:
         assert report["settings"] == {"generated": "images", "reference": "real.npz"}
         captured = capsys.readouterr()
         assert f"{report['fid']:.4f}" in captured.out and "Tr Σ_g" in captured.out and "sFID" in captured.out
-        assert "not taken: sFID: 80 generated images but 252 features" in captured.out
+        assert "left out: sFID: 80 generated images but 252 features" in captured.out
         warnings = captured.err.splitlines()
         assert len(warnings) == 1 and warnings[0].startswith("varkern: warning: 80 generated images")
 
@@ -99,7 +99,7 @@ class TestEvaluate:
     def test_fewer_images_than_features(self, evaluate, sets, tmp_path, capsys):
         np.savez(tmp_path / "few.npz", pixels(64, 3))
         assert evaluate(generated=tmp_path / "few.npz") == 0
-        assert "not taken: FID: 64 generated images but 64 features" in capsys.readouterr().out
+        assert "left out: FID: 64 generated images but 64 features" in capsys.readouterr().out
 
     def test_repeated_images(self, evaluate, tmp_path, capsys):
         np.savez(tmp_path / "twice.npz", np.concatenate((pixels(40, 3), pixels(40, 3))))
@@ -114,7 +114,10 @@ WRONG = {
     "features_unknown": ({"features": "vgg"}, "inception, demo or module:function, got 'vgg'"),
     "features_no_function": ({"features": "own:nothing"}, "own has no function 'nothing'"),
     "features_nan": ({"features": "own:spoiled"}, "must be finite, got NaN or infinity"),
-    "weights_without_inception": ({"inception_weights": "w.pth"}, "for features inception, not demo"),
+    "weights_without_inception": (
+        {"inception_weights": "w.pth"},
+        "inception_weights need features inception, got demo",
+    ),
     "batch_size": ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
     "neighbors": ({"neighbors": -1}, "neighbors must be >= 0, got -1"),
     "out": ({"out": "report.txt"}, "out must end in .json"),
@@ -143,7 +146,7 @@ class TestWrongInput:
     def test_digits_of_another_size(self, evaluate, tmp_path, one_line):
         np.savez(tmp_path / "s.npz", np.zeros((70, 32, 32, 3), np.uint8))
         assert evaluate(generated=tmp_path / "s.npz", reference=tmp_path / "s.npz") == 2
-        assert "24x24 pixels, got 32x32" in one_line()
+        assert "24x24 pixels for features demo, got 32x32" in one_line()
 
     def test_greyscale(self, evaluate, tmp_path, one_line):
         Image.new("L", (24, 24)).save(tmp_path / "a.png")

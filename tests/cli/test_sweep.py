@@ -115,7 +115,7 @@ def test_preset(sweep, tmp_path, capsys):
     """Cells of scales that the model lacks are left out, and it is said."""
     assert sweep(**PRESET, preset="lsrs-table6", max_m=32) == 0
     captured = capsys.readouterr()
-    assert "left out: 7 cells of lacking scales" in captured.err
+    assert "left out: 7 cells of missing scales" in captured.err
     assert "LSRS, Table 6" in captured.out and "| paper: FID |" in captured.out
     rows = list(csv.DictReader((tmp_path / "out" / "lsrs-table6.csv").open()))
     assert [(row["m"], row["first_scale"]) for row in rows[::2]] == [("1", "1"), ("32", "0"), ("32", "1"), ("32", "2")]
@@ -186,7 +186,7 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert sweep() == 0
-    assert "other processes have still cells to make" in capsys.readouterr().out
+    assert "other processes are still working" in capsys.readouterr().out
     assert not (tmp_path / "out" / "sweep.md").exists()
     monkeypatch.setenv("RANK", "0")
     assert sweep() == 0
@@ -198,14 +198,14 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
     [
         (PRESET, "preset or grid must be given"),
         ({**PRESET, "preset": "lsrs-table1"}, "preset must be one of lsrs-table2, "),
-        ({"preset": "lsrs-table5"}, "grid must not be given: lsrs-table5 has cells of its own, got"),
-        ({**PRESET, "preset": "lsrs-fig6"}, "images must not be given: lsrs-fig6 takes times alone"),
+        ({"preset": "lsrs-table5"}, "grid must not be given: the preset lsrs-table5 defines the cells, got"),
+        ({**PRESET, "preset": "lsrs-fig6"}, "images must not be given: the preset lsrs-fig6 only measures the time"),
         ({**PRESET, "preset": "lsrs-table4", "var": "demo", "vae": None}, "which compares several depths"),
-        ({"real": "DIR"}, "real must not be given: only lsrs-table10 takes token maps, got DIR"),
-        ({"alpha": "median"}, "alpha must not be given: only density searches have it"),
+        ({"real": "DIR"}, "real must not be given: only the preset lsrs-table10 uses token maps, got DIR"),
+        ({"alpha": "median"}, "alpha must not be given: only density searches use it"),
         ({"images": 0}, "images must be >= 2, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"reference": "other.npz"}, "reference holds statistics of features 'inception', not 'own:few'"),
+        ({"reference": "other.npz"}, "reference must hold statistics of features 'own:few', got 'inception'"),
         (grids(m=[1, "two"]), "settings.toml: grid 1: m must be an integer, got 'two'"),
         (grids(m=[[1, 2]]), "m must have one number for each of 3 scales, got 2"),
         (grids(m=0), "m must be >= 1, got 0"),
@@ -218,14 +218,14 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
         ({"seeds": 0}, "repeats must be >= 1, got 0"),
         ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         ({"autocast": "int8"}, "autocast must be one of float32, bfloat16, float16, got 'int8'"),
-        ({"out": None}, "out must be given"),
-        ({"reference": None}, "reference must be given"),
+        ({"out": None}, "out must be a folder for figures, tables and pictures, got none"),
+        ({"reference": None}, "reference must be real images or their statistics, got none"),
         ({"reference": "nowhere"}, "there is no nowhere"),
         ({"scorer": None}, "needs a scorer, the given scorers are none"),
         ({"scorer": ["a=x", "a=y"]}, "scorer must have different names, got 'a' twice"),
         ({"var": "nowhere.pth"}, "nowhere.pth"),
         ({"features": "own:none"}, "own has no function 'none'"),
-        ({**PRESET, "preset": "lsrs-table10"}, "lsrs-table10 wants a settings file with real, generated, vae"),
+        ({**PRESET, "preset": "lsrs-table10"}, "settings must have real, generated, vae and scorer"),
     ],
 )
 def test_wrong(sweep, tmp_path, one_line, options, message):

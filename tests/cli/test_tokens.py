@@ -116,7 +116,7 @@ class TestGenerate:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert generate() == 0
-        assert "others are still at work" in capsys.readouterr().out
+        assert "other processes are still working" in capsys.readouterr().out
         monkeypatch.setenv("RANK", "1")
         assert generate() == 0
         assert "12 images in" in capsys.readouterr().out
@@ -166,7 +166,13 @@ class TestInfo:
         encode()
         assert cli.main(["tokens", "info", str(tmp_path / "out")]) == 0
         out = capsys.readouterr().out
-        for fact in ("4 of 2 classes, 1 skipped", "1,2,4", "21 an image, of 64", "1.125", "as its checksum says"):
+        for fact in (
+            "4 of 2 classes, 1 skipped",
+            "1,2,4",
+            "21 per image, from a vocabulary of 64",
+            "1.125",
+            "its checksum",
+        ):
             assert fact in out
 
     @pytest.mark.parametrize(
@@ -204,7 +210,7 @@ class TestWrongInput:
             ({"batch_size": 0}, "batch_size must be an int >= 1, got 0"),
             ({"shard_size": 0}, "shard_size must be an int >= 1, got 0"),
             ({"seed": 2**64}, "seed must be < 2**64"),
-            ({"device": "cuda:99"}, "device 'cuda:99' is not here"),
+            ({"device": "cuda:99"}, "device must be present, got 'cuda:99'"),
         ],
         ids=str,
     )

@@ -1,4 +1,4 @@
-"""``varkern demo``: the digits model that ships with the package."""
+"""``varkern demo``: the digits model that is part of the package."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def demo(
 @app.command("train")
 def demo_train(
     out: Annotated[Path, typer.Option(help="Folder for the weights")],
-    seed: Annotated[int, typer.Option(help="Seed of the whole training")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the training")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train the digits model, its scorer and its classifier from nothing; goes on where a killed run stopped."""
+    """Train the digits model, its scorer and its classifier. A killed run continues where it stopped."""
     from varkern.demo.digits import originals
     from varkern.demo.train import Recipe, train
 
     where = pick_device(device)
-    originals()  # says what to install if scikit-learn is missing
+    originals()  # raises an error now if scikit-learn is missing
     open_folder(out)
     claim(out, {"seed": seed})
     train(out, Recipe(seed=seed), where)

@@ -1,4 +1,4 @@
-"""``varkern evaluate``: how good is a set of generated images, measured against a reference."""
+"""``varkern evaluate``: the quality of a set of generated images, compared with a reference."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TITLES = {
     "recall": "recall",
 }
 PARTS = {
-    "mean_difference": "of it |mean_r - mean_g|²",
-    "trace_term": "of it the traces",
+    "mean_difference": "from the means: |mean_r - mean_g|²",
+    "trace_term": "from the covariances",
     "trace_reference": "  Tr Σ_r",
     "trace_generated": "  Tr Σ_g",
     "cross_term": "  2 Tr (Σ_r Σ_g)^½",
@@ -52,15 +52,16 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the figures as JSON")] = None,
     save_reference: Annotated[
-        Path | None, typer.Option(help="File for the reference's statistics as .npz, which --reference takes")
+        Path | None,
+        typer.Option(help="File for the statistics of the reference (.npz), for use as --reference"),
     ] = None,
     neighbors: Annotated[
-        int, typer.Option(help="Number of images of either set for precision and recall; 0: leave these out")
+        int, typer.Option(help="Number of images of each set for precision and recall; 0: none of both")
     ] = evaluation.PUBLISHED_IMAGES,
-    batch_size: Annotated[int, typer.Option(help="Number of images at a time")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Number of images per batch")] = 64,
     device: Device = "auto",
 ) -> None:
-    """FID and its parts, sFID, Inception score, precision and recall of generated images against a reference."""
+    """Compute FID and its parts, sFID, Inception score, precision and recall of images against a reference."""
     require("batch_size", batch_size, 1)
     require("neighbors", neighbors, 0)
     for name, path, suffix in (("out", out, ".json"), ("save_reference", save_reference, ".npz")):
@@ -81,15 +82,15 @@ def evaluate(
     Console().print(as_table(report))
     for reason in dict.fromkeys(report.missing.values()):
         names = [TITLES[name] for name, why in report.missing.items() if why == reason]
-        print(f"not taken: {' and '.join(names)}: {reason}")
+        print(f"left out: {' and '.join(names)}: {reason}")
     warn(report.warnings)
 
 
 def open_reference(path: Path) -> tuple[ImageSet | None, StoredStatistics | None]:
-    """The reference's images and its statistics; the published suite's files hold both.
+    """Open the images and the statistics of a reference, which may have either or both.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if it has neither.
     """
     names: set[str] = set()
     if path.is_file() and zipfile.is_zipfile(path):
@@ -101,15 +102,16 @@ def open_reference(path: Path) -> tuple[ImageSet | None, StoredStatistics | None
 
 
 def find_extractor(name: str, device: torch.device, inception_weights: Path | None) -> extractors.Extractor:
-    """The feature extractor that ``--features`` names.
+    """Load the feature extractor of ``--features``.
 
     Raises:
-        ValueError, ImportError, OSError: if there is none such.
+        ValueError: if ``name`` or ``inception_weights`` is wrong.
+        ImportError, OSError: if it cannot be loaded.
     """
     if name == "inception":
         return extractors.inception(device, inception_weights)
     if inception_weights is not None:
-        raise ValueError(f"inception_weights are for features inception, not {name}")
+        raise ValueError(f"inception_weights need features inception, got {name}")
     if name == "demo":
         from varkern.demo.measuring import extractor
 
@@ -118,7 +120,7 @@ def find_extractor(name: str, device: torch.device, inception_weights: Path | No
 
 
 def as_table(report: evaluation.Report) -> Table:
-    """The figures, to be printed."""
+    """Make a table of the figures."""
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")

@@ -1,4 +1,4 @@
-"""``varkern explain`` and ``varkern perturb``: pictures of what a search chooses from, and of what a scale decides."""
+"""``varkern explain`` and ``varkern perturb``: plots of the candidates of a search, and of the effect of each scale."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def explain(
     vae: Vae = None,
     scorer: ScorerFile = None,
     seed: Seed = 0,
-    number: Annotated[int, typer.Option(help="Number of the image among those of `varkern sample` with this seed")] = 0,
-    m: Annotated[str, typer.Option(help="Number of candidates per scale, or one number for each: 1,4,4,...")] = "8",
+    number: Annotated[int, typer.Option(help="Index of the image among those of `varkern sample` with this seed")] = 0,
+    m: Annotated[str, typer.Option(help="Number of candidates, or one number per scale: 1,4,4,...")] = "8",
     first_scale: FirstScale = 1,
     last_scale: LastScale = None,
     pick: Pick = "best",
@@ -69,24 +69,24 @@ def explain(
     autocast: Autocast = None,
     out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the scores")] = Path("explain.png"),
 ) -> None:
-    """Picture one generation: every scale's candidates by score, the kept one framed, and M=1 from the same seed."""
+    """Plot one generation: the candidates of every scale by score, with the kept one framed, and the image of M=1."""
     require_matplotlib()
     require("number", number, 0)
-    check_places(out)
+    check_outputs(out)
     scorer = find_scorer(var, scorer)
     if scorer is None:
-        raise ValueError("scorer must be given: without one there is no choice to explain")
+        raise ValueError("scorer must be given, got none: without a scorer there is no search to explain")
     where, candidates = pick_device(device), parse_m(m, scorer)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
-    judge = Scorer.from_pretrained(scorer, device=where)
-    search = BestOfM(judge, candidates, first_scale, last_scale, parse_pick(pick), temperature)
+    network = Scorer.from_pretrained(scorer, device=where)
+    search = BestOfM(network, candidates, first_scale, last_scale, parse_pick(pick), temperature)
     options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     check_class(label, model)
     with autocasting(model, DTYPES.get(autocast)):
         scales = explaining.explain(model, search, label, varkern.image_seeds(seed, number + 1)[number:], options)
     settings = {"class": label, "seed": seed, "number": number, "m": candidates, "pick": pick, **options}
     place = f"seed {seed}" if number == 0 else f"seed {seed}, image {number}"
-    title = f"class {label}, {place}: M={m.replace(',', ', ')}, pick {pick}; what each scale had to choose from"
+    title = f"class {label}, {place}: M={m.replace(',', ', ')}, pick {pick}; candidates of each scale"
     save(out, explaining.draw(scales, title), explaining.as_json(scales, settings))
 
 
@@ -105,11 +105,11 @@ def perturb(
     autocast: Autocast = None,
     out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the figures")] = Path("perturb.png"),
 ) -> None:
-    """Replace each scale of finished images in turn by random tokens, and measure how far the images move."""
+    """Replace one scale of finished images at a time by random tokens, and measure how much the images change."""
     require_matplotlib()
     require("replacements", replacements, 1)
     require("num_per_class", num_per_class, 1)
-    check_places(out)
+    check_outputs(out)
     where = pick_device(device)
     labels = [label for label in parse_classes(classes) for _ in range(num_per_class)]
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
@@ -121,25 +121,25 @@ def perturb(
         found = perturbing.perturb(model, torch.tensor(labels), seeds, replacements, seed, options)
     settings = {"classes": labels, "seed": seed, "replacements": replacements, **options}
     report = perturbing.as_json(found, settings)
-    save(out, perturbing.draw(found, "Each scale in turn replaced by random tokens: change of the image"), report)
+    save(out, perturbing.draw(found, "Change of the image when one scale is replaced by random tokens"), report)
     for scale in report["scales"]:
         error = scale["standard_error"]
         spread = "" if error is None else f" ± {100 * error:.1f}"
         print(f"scale {scale['scale']} ({scale['side']}x{scale['side']}): {100 * scale['change']:.1f}{spread} %")
 
 
-def check_places(out: Path) -> None:
-    """See that a picture, and a file of figures beside it, can be written.
+def check_outputs(out: Path) -> None:
+    """Check that a picture and its file of figures can be written.
 
     Raises:
-        ValueError, OSError: if not.
+        ValueError, OSError: if they cannot.
     """
     check_file("out", out, ".png")
     check_file("out", out.with_suffix(".json"), ".json")
 
 
 def save(out: Path, picture: Figure, figures: dict[str, Any]) -> None:
-    """Write a picture, and the figures behind it beside it."""
+    """Write a picture and its figures."""
     write_json(out.with_suffix(".json"), figures)
     save_png(picture, out)
     print(f"wrote {out} and {out.with_suffix('.json')}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their text is read."""
+"""Options that several commands share, and the functions that parse them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda or cuda:N")]
 Seed = Annotated[int, typer.Option(help="Base seed; every image gets its own seed derived from it")]
 Var = Annotated[str, typer.Option(help="VAR checkpoint, or one of the names d16, d20, d24, d30, d36, demo")]
-Vae = Annotated[Path | None, typer.Option(help="VQ-VAE checkpoint; not needed for named models")]
-ScorerFile = Annotated[Path | None, typer.Option(help="Scorer's safetensors file; the demo model has one of its own")]
-Classes = Annotated[str, typer.Option("--classes", "--class", help="Classes, such as 207,88 or 0-9")]
+Vae = Annotated[Path | None, typer.Option(help="VQ-VAE checkpoint; not needed if --var is a name")]
+ScorerFile = Annotated[Path | None, typer.Option(help="Scorer file; default: that of the demo, else none")]
+Classes = Annotated[str, typer.Option("--classes", "--class", help="Classes of the images, such as 207,88 or 0-9")]
 NumPerClass = Annotated[int, typer.Option(help="Number of images per class")]
 FirstScale = Annotated[int, typer.Option(help="First searched scale, counted from 0")]
 LastScale = Annotated[int | None, typer.Option(help="Last searched scale; default: the model's last")]
-Pick = Annotated[str, typer.Option(help="Rule for the kept candidate: best, resample, or k to resample among k best")]
+Pick = Annotated[
+    str, typer.Option(help="Rule for the kept candidate: best, resample, or k to resample among the k best")
+]
 Temperature = Annotated[float, typer.Option(help="Temperature of the softmax over scores when resampling")]
 Cfg = Annotated[float, typer.Option(help="Strength of guidance at the last scale; 0: no guidance")]
 TopK = Annotated[int, typer.Option(help="Number of most probable tokens to keep; 0: all")]
 TopP = Annotated[float, typer.Option(help="Probability mass of the tokens to keep, after --top-k; 0: all")]
-BatchSize = Annotated[int, typer.Option(help="Number of images generated at a time")]
+BatchSize = Annotated[int, typer.Option(help="Number of images per batch")]
 WeightsDtype = Annotated[Dtype, typer.Option(help="Data type of the model's weights")]
-Autocast = Annotated[Dtype | None, typer.Option(help="Data type to generate in under torch.autocast; default: none")]
+Autocast = Annotated[Dtype | None, typer.Option(help="Data type for torch.autocast; default: no autocast")]
 
 
 def require(name: str, value: int, least: int) -> None:
@@ -40,10 +42,10 @@ def require(name: str, value: int, least: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that ``--device`` names.
+    """Return the device of ``--device``.
 
     Raises:
-        ValueError: if there is no such device here.
+        ValueError: if this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,16 +54,17 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name!r} is not here: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+            f"device must be present, got {name!r}, but PyTorch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} GPUs"
         )
     return device
 
 
 def parse_classes(text: str) -> list[int]:
-    """Classes such as ``207,88`` or ``0-9,20``, in the order given.
+    """Parse classes such as ``207,88`` or ``0-9,20``; their order is kept.
 
     Raises:
-        ValueError: if ``text`` is no such list.
+        ValueError: if ``text`` is not such a list.
     """
     classes: list[int] = []
     for part in text.split(","):
@@ -74,7 +77,7 @@ def parse_classes(text: str) -> list[int]:
 
 
 def pick_local_device(name: str) -> torch.device:
-    """The device that ``--device`` names; under ``torchrun``, auto and cuda mean this process' own GPU."""
+    """Return the device of ``--device``; under ``torchrun``, auto and cuda mean the GPU of this process."""
     local = os.environ.get("LOCAL_RANK", "")
     if name in ("auto", "cuda") and local.isdecimal() and torch.cuda.is_available():
         name = f"cuda:{local}"
@@ -82,15 +85,15 @@ def pick_local_device(name: str) -> torch.device:
 
 
 def parse_m(text: str | None, scorer: Path | None) -> int | list[int]:
-    """Candidates a scale, or one number a scale; not given: 4 with a scorer, 1 without.
+    """Parse the number of candidates, or one number per scale; None gives 4 with a scorer and 1 without.
 
     Raises:
-        ValueError: if ``text`` is no such number, or asks for a search without a scorer.
+        ValueError: if ``text`` is not such a number, or is above 1 without a scorer.
     """
     if text is None:
         return 1 if scorer is None else 4
     if not re.fullmatch(r"-?\d{1,9}(,\d{1,9})*", text):
-        raise ValueError(f"m must be a number, or one number a scale such as 1,4,4,8, got {text!r}")
+        raise ValueError(f"m must be a number, or one number per scale such as 1,4,4,8, got {text!r}")
     numbers = [int(part) for part in text.split(",")]
     if scorer is None and max(numbers) > 1:
         raise ValueError(f"m must be 1 without a scorer, got {text}: give --scorer")
@@ -102,5 +105,5 @@ def parse_pick(text: str) -> str | int:
 
 
 def find_scorer(var: str, scorer: Path | None) -> Path | None:
-    """The scorer's file; of the demo model the one that ships with it, unless another is given."""
+    """Return the scorer's file; the default for the demo model is its own scorer."""
     return WEIGHTS / "scorer.safetensors" if var == "demo" and scorer is None else scorer

@@ -46,15 +46,14 @@ from .options import (
 )
 
 Candidates = Annotated[
-    str | None, typer.Option(help="Number of candidates per scale, or one number for each: 1,4,4,...; default: 4")
+    str | None,
+    typer.Option(help="Number of candidates, or one number per scale: 1,4,4,...; default: 4, or 1 without scorer"),
 ]
 Sampler = Annotated[
     Literal["philox", "multinomial"],
-    typer.Option(help="Source of random numbers: philox, by image seed; multinomial, the model's own generator"),
+    typer.Option(help="Random numbers: philox, from each image's seed; multinomial, from the model's own generator"),
 ]
-Npz = Annotated[
-    Path | None, typer.Option(help="File for all images as one .npz, as the published evaluation suite reads them")
-]
+Npz = Annotated[Path | None, typer.Option(help="File for all images, an .npz file for the published evaluation code")]
 
 
 def sample(
@@ -98,7 +97,7 @@ def sample(
     check_file("npz", npz, ".npz")
     open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
-    # Built for one candidate too, so that a wrong pick or scale is told even there.
+    # With one candidate too, a search is made, because it checks the pick and the scales.
     search = BestOfM(Scorer.from_pretrained(scorer, device=where) if scorer else no_scorer, **search_settings)
     sampling.check_order(model, search, order, batch_size)
     settings = {
@@ -112,7 +111,7 @@ def sample(
         "dtype": dtype,
         "autocast": autocast,
         "sampler": sampler,
-        **({"batch_size": batch_size} if sampler == "multinomial" else {}),  # there an image depends on its whole batch
+        **({"batch_size": batch_size} if sampler == "multinomial" else {}),  # with it an image depends on its batch
     }
     claim(out, settings)
     paths = sampling.fill(out, model, search, order, batch_size)
@@ -121,11 +120,11 @@ def sample(
 
 
 def write_npz(paths: Sequence[Path], npz: Path | None) -> None:
-    """Write finished images to one file, if one is wanted, and warn of what is wrong with them as a set to measure."""
+    """Write finished images to the file ``npz``, if given, and warn if they are not fit for an evaluation."""
     if npz is not None:
         warn(sampling.pack(paths, npz))
         print(f"wrote {npz}")
 
 
 def no_scorer(*_: object) -> torch.Tensor:
-    raise AssertionError("with one candidate a scale nothing is scored")
+    raise AssertionError("a single candidate must not be scored")

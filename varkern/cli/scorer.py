@@ -1,4 +1,4 @@
-"""``varkern scorer``: train a scorer on token maps of real and generated images, and see what it is worth."""
+"""``varkern scorer``: training of a scorer on token maps of real and generated images, and its report."""
 
 from __future__ import annotations
 
@@ -25,39 +25,40 @@ from .options import Device, pick_device, require
 
 app = typer.Typer(no_args_is_help=True)
 
-RealMaps = Annotated[Path, typer.Option(help="Token maps of real images, a folder that `varkern tokens encode` made")]
+RealMaps = Annotated[Path, typer.Option(help="Token maps of real images, a folder of `varkern tokens encode`")]
 GeneratedMaps = Annotated[
-    Path, typer.Option(help="Token maps of the model's images, a folder that `varkern tokens generate` made")
+    Path, typer.Option(help="Token maps of the model's samples, a folder of `varkern tokens generate`")
 ]
-Vae = Annotated[Path, typer.Option(help="VQ-VAE checkpoint that both sets of token maps were made with")]
-Verify = Annotated[bool, typer.Option(help="Comparison of all token maps with their checksums first")]
+Vae = Annotated[Path, typer.Option(help="VQ-VAE checkpoint that made both sets of token maps")]
+Verify = Annotated[bool, typer.Option(help="Check of all token maps against their checksums before the start")]
 Recipe = Annotated[
     Literal["paper", "published"],
-    typer.Option(help="Defaults of the options that are not given: LSRS' text, or the code published with it"),
+    typer.Option(help="Source of the options' defaults: the text of the LSRS paper, or the code published with it"),
 ]
 Features = Annotated[
     Literal["fused", "own"],
-    typer.Option(help="Input of the scorer: all scales summed, or a scale alone (FlexVAR)"),
+    typer.Option(help="Input of the scorer: fused, the sum of all scales; own, a single scale (FlexVAR)"),
 ]
 PairShare = Annotated[
     float | None,
-    typer.Option(help="Share of all pairs of a class in an epoch; default: each real image with one partner"),
+    typer.Option(help="Share of all pairs in an epoch; default: every real image with one partner"),
 ]
 ValidationPairs = Annotated[
-    float | None, typer.Option(help="Share of all held-out pairs; default: each real image with one partner")
+    float | None,
+    typer.Option(help="Share of all held-out pairs to use; default: every real image with one partner"),
 ]
 BestBy = Annotated[
     Literal["accuracy", "loss"] | None,
-    typer.Option(help="Figure whose best epoch gives the weights that are kept; default: the last epoch's"),
+    typer.Option(help="Validation figure that selects the epoch whose weights are kept; default: the last epoch"),
 ]
 Widths = Annotated[
-    str | None, typer.Option(help="Channels of each stage; default: 64,128,256,... for as many as lead to 2x2")
+    str | None, typer.Option(help="Channels of each stage; default: 64,128,256,..., down to a size of 2x2")
 ]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    typer.Option(help="Precision of training; auto: bfloat16 by autocast on a GPU, else float32"),
+    typer.Option(help="Precision of training; auto: bfloat16 autocast on a GPU, else float32"),
 ]
-Resume = Annotated[bool, typer.Option("--resume/--restart", help="Continuing a killed run, or beginning again")]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Continuation of a killed run, or a new start")]
 
 
 @app.command("train")
@@ -66,17 +67,17 @@ def train(
     real: RealMaps,
     generated: GeneratedMaps,
     vae: Vae,
-    out: Annotated[Path, typer.Option(help="Scorer to write, a .safetensors file with CSV and checkpoint beside it")],
+    out: Annotated[Path, typer.Option(help="File for the scorer, a .safetensors file; the CSV gets the same name")],
     recipe: Recipe = "paper",
     loss: Annotated[Literal["pairwise", "pointwise"], typer.Option(help="Loss, eq. 4 or eq. 5 of LSRS")] = "pairwise",
     first_scale: Annotated[int, typer.Option(help="First scale to train on, counted from 0")] = 0,
     features: Features = "fused",
-    epochs: Annotated[float, typer.Option(help="Passes over an epoch's pairs")] = 4.0,
+    epochs: Annotated[float, typer.Option(help="Number of epochs")] = 4.0,
     warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up, included in --epochs")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Number of pairs per step, over all ranks together")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Number of pairs per step over all ranks")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of Adam")] = 3e-4,
     weight_decay: Annotated[float, typer.Option(help="Weight decay, decoupled as in AdamW")] = 0.0,
-    max_norm: Annotated[float | None, typer.Option(help="Norm to clip the gradient to; default: none")] = None,
+    max_norm: Annotated[float | None, typer.Option(help="Norm to which the gradient is clipped; default: none")] = None,
     validation: Annotated[float, typer.Option(help="Share of every class's images that is held out")] = 0.02,
     seed: Annotated[int, typer.Option(help="Seed of weights, order, pairs and held-out images")] = 0,
     pair_share: PairShare = None,
@@ -88,14 +89,14 @@ def train(
     dropout: Annotated[float, typer.Option(help="Probability of dropout after each stage")] = 0.05,
     precision: Precision = "auto",
     device: Device = "auto",
-    every: Annotated[int, typer.Option(help="Steps from one row of the CSV to the next")] = 100,
+    every: Annotated[int, typer.Option(help="Number of steps between two rows of the CSV")] = 100,
     verify: Verify = True,
     resume: Resume = True,
 ) -> None:
-    """Train a scorer: LSRS, appendix A. A killed run continues where it stopped; torchrun trains on several GPUs."""
+    """Train a scorer (LSRS, appendix A). A killed run continues where it stopped; torchrun uses several GPUs."""
     require("every", every, 1)
     where = pick_device(device)
-    training = as_training(context)
+    training = make_training(context)
     real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
     maker = load_maker(vae, (real_maps, generated_maps), training.features)
     size = maker.patch_nums[-1]
@@ -118,23 +119,23 @@ def train(
 
 @app.command("report")
 def report(
-    scorer: Annotated[Path, typer.Option(help="Scorer to judge, a file that `varkern scorer train` wrote")],
+    scorer: Annotated[Path, typer.Option(help="Scorer of the report, a file of `varkern scorer train`")],
     real: RealMaps,
     generated: GeneratedMaps,
     vae: Vae,
     out: Annotated[Path, typer.Option(help="Folder for report.json and scores.png")],
-    against: Annotated[Path | None, typer.Option(help="Second scorer to compare accuracies with")] = None,
+    against: Annotated[Path | None, typer.Option(help="Second scorer, whose accuracies are compared")] = None,
     features: Annotated[
-        Literal["fused", "own"] | None, typer.Option(help="Input of the scorer; default: as it was trained")
+        Literal["fused", "own"] | None, typer.Option(help="Input of the scorer; default: as in training")
     ] = None,
-    first_scale: Annotated[int | None, typer.Option(help="First scale to judge; default: as it was trained")] = None,
-    batch_size: Annotated[int, typer.Option(help="Number of pairs at a time")] = 128,
+    first_scale: Annotated[int | None, typer.Option(help="First scale of the report; default: as in training")] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of pairs per batch")] = 128,
     device: Device = "auto",
     verify: Verify = False,
 ) -> None:
-    """Accuracy and loss by scale, and how far real and generated scores lie apart: a picture and a JSON.
+    """Report accuracy, loss and the distance of real and generated scores by scale, as a plot and as JSON.
 
-    The pairs are those held out of the scorer's training where these are the token maps that it was trained on.
+    If the scorer was trained on these token maps, the pairs are those that were held out of the training.
     """
     require("batch_size", batch_size, 1)
     where = pick_device(device)
@@ -143,13 +144,13 @@ def report(
     open_folder(out)
     reports = []
     for path in filter(None, (scorer, against)):
-        judged = Scorer.from_pretrained(path, device=where)
+        network = Scorer.from_pretrained(path, device=where)
         facts = read_facts(path)
         settings = facts.get("settings", {})
         maker = load_maker(vae, (real_maps, generated_maps), features or settings.get("features", "fused"))
         first = settings.get("first_scale", 0) if first_scale is None else first_scale
         reports.append(
-            scores.judge(judged, path.name, facts, real_maps, generated_maps, maker.to(where), first, batch_size)
+            scores.judge(network, path.name, facts, real_maps, generated_maps, maker.to(where), first, batch_size)
         )
     written = scores.write_report({**reports[0], "against": reports[1:]}, out)
     print(scores.as_markdown(reports))
@@ -157,19 +158,19 @@ def report(
 
 
 def load_maker(vae: Path, datasets: Sequence[TokenMaps], features: str) -> FeatureMaker:
-    """The codebook, and phi layers for ``"fused"``, of the checkpoint that the token maps were made with.
+    """Load the codebook, and the phi layers for ``"fused"``, of the checkpoint that made the token maps.
 
-    A published checkpoint does not say its scales, so they are taken from the datasets.
+    The scales are those of the datasets if the checkpoint, like a published one, does not contain them.
 
     Raises:
-        FileNotFoundError, ValueError: if it is no such checkpoint, or another than a dataset was made with.
+        FileNotFoundError, ValueError: if it is not a VQ-VAE checkpoint, or did not make the datasets.
     """
     state, config = read_state_dict(vae)
     for maps in datasets:
         made_with = maps.manifest.source.get("vae")
         wanted = made_with.get("sha256") if isinstance(made_with, dict) else None
         if wanted not in (None, file_sha256(vae)):
-            raise ValueError(f"vae must be the file that {maps.folder} was made with, sha256 {wanted}, got {vae}")
+            raise ValueError(f"vae must be the file that made {maps.folder}, with sha256 {wanted}, got {vae}")
     sides = datasets[0].manifest.patch_nums
     if features == "own":
         if "quantize.embedding.weight" not in state:
@@ -182,18 +183,18 @@ def load_maker(vae: Path, datasets: Sequence[TokenMaps], features: str) -> Featu
     return maker
 
 
-def as_training(context: typer.Context) -> ScorerTraining:
-    """The recipe of ``varkern scorer train`` with the options that stand on the command line in place of its own."""
+def make_training(context: typer.Context) -> ScorerTraining:
+    """Make the settings from the recipe and the options on the command line, which replace those of the recipe."""
     names = {field.name for field in fields(ScorerTraining)} & set(context.params)
     given = {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}
     return replace(RECIPES[context.params["recipe"]], **{name: context.params[name] for name in given})
 
 
 def parse_widths(name: str, text: str) -> tuple[int, ...]:
-    """Widths such as ``32,64,64``; ``name``: of the option.
+    """Parse widths such as ``32,64,64`` of the option ``name``.
 
     Raises:
-        ValueError: if ``text`` is no such list.
+        ValueError: if ``text`` is not such a list.
     """
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
         raise ValueError(f"{name} must be numbers such as 64,128,256, got {text!r}")
@@ -201,18 +202,17 @@ def parse_widths(name: str, text: str) -> tuple[int, ...]:
 
 
 def summary(facts: dict, out: Path) -> str:
-    """What a training came to, in a few lines."""
+    """Summarize a training in a few lines."""
     lines = []
     if "validation" in facts:
         first = facts["settings"]["first_scale"]
         rows = zip(facts["validation"]["loss"], facts["validation"]["accuracy"], strict=True)
         lines += [f"scale {first + k}: loss {loss:.4f}, accuracy {right:.3f}" for k, (loss, right) in enumerate(rows)]
-        lines.append(f"on {facts['held_out']} pairs held out")
+        lines.append(f"on {facts['held_out']} held-out pairs")
     if facts.get("left_out"):
         lines.append(f"{facts['left_out']} real images were left out: no generated image has their class")
     if "examples_per_second" in facts:
         shares = {name: facts.get(f"{name}_share", 0.0) for name in ("data", "fuse", "model")}
-        most = max(shares, key=shares.get)
-        time_of = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        lines.append(f"{facts['examples_per_second']:.0f} pairs/s; of the time {time_of}: the {most} is what bounds it")
+        times = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        lines.append(f"{facts['examples_per_second']:.0f} pairs/s; shares of the time: {times}")
     return "\n".join([*lines, f"wrote {out}"])

@@ -1,4 +1,4 @@
-"""``varkern sweep``: what a search does to a model's images, and what it costs, cell by cell."""
+"""``varkern sweep``: the effect of searches on a model's images, and their cost, for every cell of a grid."""
 
 from __future__ import annotations
 
@@ -33,52 +33,53 @@ from . import scorer as scorer_commands
 from .evaluate import find_extractor, open_reference
 from .options import DTYPES, Device, Vae, pick_local_device
 
-ACCURACIES = "lsrs-table10"  # a table of scorers, not of images
-TIMED = 24  # images of a batch, as in LSRS, Fig. 6
+ACCURACIES = "lsrs-table10"  # it measures scorers, not images
+TIMED = 24  # images per batch, as in LSRS, Fig. 6
 
 
 def sweep(
     out: Annotated[Path | None, typer.Option(help="Folder for figures, tables and pictures")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help=f"Table of the papers to measure: {', '.join(PRESETS)}, {ACCURACIES}")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Table of the papers: {', '.join(PRESETS)}, {ACCURACIES}")] = None,
     settings: Annotated[
-        Path | None, typer.Option(help="TOML file of settings: a grid of searches, and any other setting; see --show")
+        Path | None, typer.Option(help="TOML file with grids of searches and other settings; see --show")
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print all settings as a TOML file and exit")] = False,
     var: Annotated[
-        list[str] | None, typer.Option(help="VAR checkpoint or name, or several as d16=FILE; default: demo")
+        list[str] | None,
+        typer.Option(help="VAR checkpoint or name, or several as d16=FILE; default: demo"),
     ] = None,
     vae: Vae = None,
     scorer: Annotated[
-        list[str] | None, typer.Option(help="Scorer's file, or several by the preset's names as pointwise=FILE")
+        list[str] | None, typer.Option(help="Scorer file; several, by the names of the preset, as pointwise=FILE")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Real images or statistics, as in `varkern evaluate`; default: demo's digits")
+        Path | None,
+        typer.Option(help="Real images or their statistics, as in `varkern evaluate`; default: demo's digits"),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="Feature extractor: inception, demo or module:function; default: by model")
+        str | None,
+        typer.Option(help="Feature extractor: inception, demo or module:function; default: by model"),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Number of images per cell and seed; default: 50000, of demo 2000")
+        int | None, typer.Option(help="Number of images per cell and seed; default: 2000 for the demo, else 50000")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of repeats of every cell; default: 3")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds per cell; default: 3")] = None,
     max_m: Annotated[
-        int | None, typer.Option(help="Largest number of candidates; cells of more are left out; default: all")
+        int | None, typer.Option(help="Largest number of candidates of the cells to measure; default: no limit")
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Generate, measure and time every cell of a paper's table or of a grid: Markdown, CSV, JSON and a picture.
+    """Generate, measure and time every cell of a paper's table or of a grid; write Markdown, CSV, JSON and a plot.
 
-    What to measure is a preset or a settings file; the other options replace what the file says. A killed run continues
+    A preset or a settings file gives the cells; the other options replace those of the file. A killed run continues
     where it stopped. Under `torchrun --nproc-per-node 8 -- $(which varkern) sweep ...` processes share the cells.
-    Tables of the same settings share a folder.
+    Tables with the same settings can share a folder.
     """
     line = {
         "preset": preset,
-        "var": by_name("var", var),
+        "var": parse_files("var", var),
         "vae": vae and str(vae),
-        "scorer": by_name("scorer", scorer),
+        "scorer": parse_files("scorer", scorer),
         "reference": reference and str(reference),
         "features": features,
         "images": images,
@@ -92,16 +93,16 @@ def sweep(
         print(chosen.as_toml(), end="")
         return
     if out is None:
-        raise ValueError("out must be given: the folder for figures, tables and pictures")
+        raise ValueError("out must be a folder for figures, tables and pictures, got none")
     require_matplotlib()
     if table is None:
-        accuracies(out, chosen, device)
+        report_accuracies(out, chosen, device)
     else:
         measure(out, chosen, table, pick_local_device(device))
 
 
-def by_name(option: str, texts: Sequence[str] | None) -> str | dict[str, str] | None:
-    """One file as it is, or several by name: ``NAME=FILE``, or the file's own text where there is no name.
+def parse_files(option: str, texts: Sequence[str] | None) -> str | dict[str, str] | None:
+    """Parse one file, or several as ``NAME=FILE``; a file without a name gets its path as name.
 
     Raises:
         ValueError: if a name comes twice.
@@ -117,7 +118,7 @@ def by_name(option: str, texts: Sequence[str] | None) -> str | dict[str, str] | 
 
 
 def resolve(given: SweepSettings) -> tuple[SweepSettings, Preset]:
-    """The settings with every default filled in, and the cells.
+    """Fill in the defaults of the settings, and find the cells.
 
     Raises:
         ValueError: if settings do not fit each other, or no cell is left.
@@ -129,11 +130,11 @@ def resolve(given: SweepSettings) -> tuple[SweepSettings, Preset]:
     if given.preset is None:
         table = given.cells()
     else:
-        refuse(f"{given.preset} has cells of its own", {"grid": given.grid or None})
+        refuse(f"the preset {given.preset} defines the cells", {"grid": given.grid or None})
         table = find_preset(given.preset, demo, given.max_m)
-    refuse(f"only {ACCURACIES} takes token maps", {"real": given.real, "generated": given.generated})
+    refuse(f"only the preset {ACCURACIES} uses token maps", {"real": given.real, "generated": given.generated})
     if all(cell.n == 1 for cell in table.cells):
-        refuse("only density searches have it", {"alpha": given.alpha, "min_distance": given.min_distance})
+        refuse("only density searches use it", {"alpha": given.alpha, "min_distance": given.min_distance})
     usual = {"cfg": table.cfg if given.preset else 1.5, "top_k": table.top_k, "top_p": table.top_p}
     if demo:
         from varkern.demo.train import SAMPLING
@@ -141,7 +142,7 @@ def resolve(given: SweepSettings) -> tuple[SweepSettings, Preset]:
         usual = {**SAMPLING, "top_k": 0}
     if table.timing:
         measured = {name: getattr(given, name) for name in ("images", "batch_size", "reference", "features")}
-        refuse(f"{given.preset} takes times alone, of one batch of {TIMED}", measured)
+        refuse(f"the preset {given.preset} only measures the time of one batch of {TIMED}", measured)
     else:
         usual |= {"images": 2000, "batch_size": 100} if demo else {"images": PUBLISHED_IMAGES, "batch_size": 25}
         usual["features"] = "demo" if demo else "inception"
@@ -151,8 +152,8 @@ def resolve(given: SweepSettings) -> tuple[SweepSettings, Preset]:
 
 def measure(out: Path, chosen: SweepSettings, table: Preset, where: torch.device) -> None:
     """Run the sweep and write its tables."""
-    if table.timing and find_rank()[0] > 0:  # processes that share a machine slow one another
-        print("times are taken by the first process")
+    if table.timing and find_rank()[0] > 0:  # processes on one machine slow each other down
+        print("only the first process measures times")
         return
     demo, timing = chosen.var == "demo", table.timing
     images = TIMED if timing else chosen.images
@@ -169,11 +170,11 @@ def measure(out: Path, chosen: SweepSettings, table: Preset, where: torch.device
     )
     models = load_models_lazily(chosen, where)
     if chosen.preset is not None:
-        table = without_missing(table, models)
+        table = drop_missing(table, models)
     extractor = real_images = None
     if not timing:
         extractor = find_extractor(chosen.features, where, None)
-        facts = {"features": chosen.features, "reference": facts_of_reference(chosen.reference)}
+        facts = {"features": chosen.features, "reference": describe_reference(chosen.reference)}
         facts |= {"features_of": demo_weights()} if chosen.features == "demo" else {}
         settings = replace(settings, facts={**settings.facts, **facts})
         real_images = find_reference(chosen.reference, demo, extractor, settings)
@@ -181,9 +182,9 @@ def measure(out: Path, chosen: SweepSettings, table: Preset, where: torch.device
     open_folder(folder)
     entries = Sweep(folder, table.cells, settings, models, extractor, real_images, (0, 1) if timing else None).run()
     if entries is None:
-        print("other processes have still cells to make; the last one writes the tables")
+        print("other processes are still working; the last one writes the tables")
         return
-    times = f"one batch of {TIMED} a seed" if timing else "the median over batches"
+    times = f"one batch of {TIMED} per seed" if timing else "the median over batches"
     found = sweep_report.Found(table, entries, settings.as_json(), command_line(), times)
     paths = sweep_report.write(found, out)
     print(sweep_report.page(found))
@@ -191,21 +192,21 @@ def measure(out: Path, chosen: SweepSettings, table: Preset, where: torch.device
 
 
 def load_models_lazily(chosen: SweepSettings, device: torch.device) -> Models:
-    """Models and scorers by name, each loaded when it is first wanted."""
-    files, judges = ({"": given} if isinstance(given, str) else given or {} for given in (chosen.var, chosen.scorer))
+    """Return models and scorers by name, each loaded at its first use."""
+    files, scorers = ({"": given} if isinstance(given, str) else given or {} for given in (chosen.var, chosen.scorer))
     if chosen.var == "demo":
-        judges = {"": str(demo_run.WEIGHTS / "scorer.safetensors"), **judges}
+        scorers = {"": str(demo_run.WEIGHTS / "scorer.safetensors"), **scorers}
     load = partial(load_var, vae=chosen.vae, device=device, dtype=DTYPES[chosen.dtype])
     return Models(
         {name: partial(load, path) for name, path in files.items()},
-        {name: partial(Scorer.from_pretrained, path, device=device) for name, path in judges.items()},
-        {name: file_sha256(Path(path))[:16] for name, path in judges.items()},
+        {name: partial(Scorer.from_pretrained, path, device=device) for name, path in scorers.items()},
+        {name: file_sha256(Path(path))[:16] for name, path in scorers.items()},
         {name: demo_weights() if path == "demo" else describe_file(path) for name, path in files.items()},
     )
 
 
 def refuse(reason: str, options: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for the first option that is given and would do nothing."""
+    """Raise ``ValueError`` for the first of ``options`` that was given, because it would have no effect."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"{name} must not be given: {reason}, got {value}")
@@ -221,17 +222,17 @@ def demo_weights() -> str:
     return fingerprint(demo_run.WEIGHTS)
 
 
-def facts_of_reference(reference: str | None) -> dict[str, Any] | str:
+def describe_reference(reference: str | None) -> dict[str, Any] | str:
     if reference is None:
         return "the demo's digits"
     return str(Path(reference).resolve()) if Path(reference).is_dir() else describe_file(reference)
 
 
 def find_preset(name: str, demo: bool, max_m: int | None) -> Preset:
-    """The preset; of the demo model as the demo has it.
+    """Return the preset; for the demo model, adapted to its scales.
 
     Raises:
-        ValueError: if there is none such.
+        ValueError: if there is no such preset.
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, {ACCURACIES}, got {name!r}")
@@ -243,18 +244,18 @@ def find_preset(name: str, demo: bool, max_m: int | None) -> Preset:
     kept = adapt_preset(whole, MOST_CANDIDATES if max_m is None else max_m)
     if len(kept.rows) < len(whole.rows):
         print(
-            f"left out: {len(whole.rows) - len(kept.rows)} cells that the demo lacks scales for, or of too many "
-            "candidates (--max-m)",
+            f"left out: {len(whole.rows) - len(kept.rows)} cells with scales that the demo does not have, or with too "
+            "many candidates (--max-m)",
             file=sys.stderr,
         )
     return kept
 
 
 def restrict(preset: Preset, alpha: float | str | None, min_distance: float | None, max_m: int | None) -> Preset:
-    """The preset with a user's alpha and distance, without cells of too many candidates.
+    """Apply alpha and the distance to the density cells, and drop cells with too many candidates.
 
     Raises:
-        ValueError: if nothing is left.
+        ValueError: if no cell is left.
     """
     changed = {"alpha": alpha, "min_distance": min_distance}
     rows = []
@@ -266,74 +267,77 @@ def restrict(preset: Preset, alpha: float | str | None, min_distance: float | No
     if not rows:
         raise ValueError(f"max_m must leave at least one cell, got {max_m}")
     if len(rows) < len(preset.rows):
-        print(f"left out: {len(preset.rows) - len(rows)} cells of more than {max_m} candidates", file=sys.stderr)
+        print(f"left out: {len(preset.rows) - len(rows)} cells with more than {max_m} candidates", file=sys.stderr)
     return replace(preset, rows=tuple(rows))
 
 
-def without_missing(preset: Preset, models: Models) -> Preset:
-    """The preset without cells of models that are not given, and of scales that a model lacks: the papers' have ten.
+def drop_missing(preset: Preset, models: Models) -> Preset:
+    """Drop cells of models that are not given, and of scales that a model does not have.
 
     Raises:
-        ValueError: if nothing is left, or a scorer is wanted that is not given.
+        ValueError: if no cell is left, or a scorer of a cell is not given.
     """
     given = [row for row in preset.rows if row[0].model in models.models]
     if not given:
         models.check(preset.cells)
     models.check([cell for cell, _ in given])
     rows = tuple(row for row in given if row[0].fits(models.num_scales(row[0].model)))
-    for number, of in ((len(preset.rows) - len(given), "models not given"), (len(given) - len(rows), "lacking scales")):
+    for number, of in (
+        (len(preset.rows) - len(given), "models that are not given"),
+        (len(given) - len(rows), "missing scales"),
+    ):
         if number:
             print(f"left out: {number} cells of {of}", file=sys.stderr)
     return replace(preset, rows=rows)
 
 
 def find_reference(reference: str | None, demo: bool, extractor: Extractor, settings: Settings) -> Measured:
-    """What the real images measure.
+    """Measure the real images.
 
     Raises:
-        ValueError: if there are none, or they are statistics of other features.
+        ValueError: if there are none, or only statistics of other features.
     """
     if reference is None and demo:
         from varkern.demo.measuring import measure_digits
 
         return measure_digits(extractor, settings.seed, settings.neighbors)
     if reference is None:
-        raise ValueError("reference must be given: real images, or their statistics")
+        raise ValueError("reference must be real images or their statistics, got none")
     images, stored = open_reference(Path(reference))
     if stored is not None and stored.features not in (None, extractor.name):
-        raise ValueError(f"reference holds statistics of features {stored.features!r}, not {extractor.name!r}")
+        raise ValueError(f"reference must hold statistics of features {extractor.name!r}, got {stored.features!r}")
     return measure_reference(images, stored, extractor, settings.batch_size, settings.neighbors)
 
 
-def accuracies(out: Path, chosen: SweepSettings, device: str) -> None:
-    """LSRS, Table 10, which is ``varkern scorer report`` of two scorers."""
-    places = {name: getattr(chosen, name) for name in ("real", "generated", "vae")}
-    missing = [name for name, value in places.items() if value is None]
-    judges = chosen.scorer if isinstance(chosen.scorer, dict) else {}
-    if missing or set(judges) != {"with", "without"}:
+def report_accuracies(out: Path, chosen: SweepSettings, device: str) -> None:
+    """Make LSRS, Table 10, which is ``varkern scorer report`` of two scorers."""
+    paths = {name: getattr(chosen, name) for name in ("real", "generated", "vae")}
+    missing = [name for name, value in paths.items() if value is None]
+    scorers = chosen.scorer if isinstance(chosen.scorer, dict) else {}
+    if missing or set(scorers) != {"with", "without"}:
         raise ValueError(
-            f"{ACCURACIES} wants a settings file with real, generated, vae and scorer = {{ with = FILE, without = FILE "
-            f"}}: scorers trained with the first scale and without; got no {', '.join(missing) or 'such two'}"
+            f"settings must have real, generated, vae and scorer = {{ with = FILE, without = FILE }} for {ACCURACIES}, "
+            f"scorers trained with and without the first scale; got no {', '.join(missing) or 'such two scorers'}"
         )
     scorer_commands.report(
-        scorer=Path(judges["with"]),
-        **{name: Path(place) for name, place in places.items()},
+        scorer=Path(scorers["with"]),
+        **{name: Path(path) for name, path in paths.items()},
         out=out,
-        against=Path(judges["without"]),
+        against=Path(scorers["without"]),
         features=None,
         first_scale=None,
         batch_size=128,
         device=device,
         verify=False,
     )
-    print("The paper: virtually no difference. Its accuracies, of VAR on ImageNet:\n")
+    print("The paper finds virtually no difference. Its accuracies for VAR on ImageNet:\n")
     pairs = enumerate(zip(WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, strict=True))
     rows = [[scale, f"{first:.3f}", "-" if second is None else f"{second:.3f}"] for scale, (first, second) in pairs]
     print(markdown_table(["scale", "with", "without"], rows), end="")
 
 
 def command_line() -> str:
-    """The command as it was given, without where its files went."""
+    """Return the command line with ``DIR`` for the folder."""
     words = iter(sys.argv[1:])
     kept = []
     for word in words:
