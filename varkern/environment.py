@@ -1,4 +1,4 @@
-"""What a bug report needs to say about the machine and the software; ``varkern env`` prints it."""
+"""Versions and devices for a bug report; ``varkern env`` prints them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Versions, the device, the backend in use there and why, and the installed extras, by name."""
+    """Describe versions, the device, the backend in use with its reason, and the installed extras, by name."""
     report = {
         "varkern": varkern.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -44,7 +44,7 @@ def version_of(distribution: str) -> str:
 
 
 def driver() -> str:
-    """The version of the NVIDIA driver, from nvidia-smi."""
+    """Return the version of the NVIDIA driver, from nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "none"
@@ -65,7 +65,7 @@ def device_name(device: torch.device) -> str:
 
 
 def extras() -> dict[str, list[str]]:
-    """The extras of varkern and what is missing of each; empty if varkern itself is not installed."""
+    """List the extras of varkern and the missing packages of each; empty if varkern is not installed."""
     try:
         requirements = metadata.requires("varkern") or []
     except metadata.PackageNotFoundError:
