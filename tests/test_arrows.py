@@ -85,6 +85,7 @@ ALLOWED = {
         "runs",
         "metrics",
         "models",
+        "patching",
         "progress",
         "scorer",
         "search",

@@ -14,7 +14,7 @@ import typer
 
 import varkern
 
-from . import demo, evaluate, explain, sample, scorer, sweep, tokens
+from . import check, demo, evaluate, explain, sample, scorer, sweep, tokens
 from .options import Device, pick_device
 
 WRONG_INPUT, INTERRUPTED, OUT_OF_MEMORY = 2, 130, 1
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(demo.app, name="demo", help="The small digits model that is part of varkern: run it or train it again.")
 app.add_typer(scorer.app, name="scorer", help="Training of a scorer on token maps, and its report.")
 app.add_typer(tokens.app, name="tokens", help="Token-map datasets, from a model's samples or from images.")
+app.command()(check.check)
 app.command()(sample.sample)
 app.command()(evaluate.evaluate)
 app.command()(sweep.sweep)
