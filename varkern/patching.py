@@ -109,9 +109,9 @@ def patch(
     """Give a model's own generation method a search, in place.
 
     One attribute of this one instance changes: the published method (``autoregressive_infer_cfg``), whose signature and
-    return value stay. Patching again replaces the search. The model's ``state_dict`` and ``repr`` stay as they were,
-    and so do all other models; a pickle or deep copy made of a patched model is not patched. The patch and the model
-    hold each other: :func:`unpatch` before dropping a model whose memory is wanted back at once.
+    return value stay. Patching again replaces the search. The model's ``state_dict`` and ``repr`` do not change, and
+    neither does any other model. A pickle or deep copy of a patched model is not patched. The patch and the model refer
+    to each other, so call :func:`unpatch` before you drop a model whose memory you need.
 
     A VAR model of LSRS' own code (dt-3t/LSRS) has a second method, ``autoregressive_infer_cfg_lsrs``, which is replaced
     likewise. It takes its search from its own arguments (``discriminator``, ``st``, ``ed``, ``m_k``, ``top_k_lsrs``,
