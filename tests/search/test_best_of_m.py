@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, idle, relative_error, small_scorer, small_var
 from tests.references import vqvae
-from varkern import BestOfM, Scorer, generate, patch
+from varkern import BestOfM, DensitySearch, Scorer, generate, patch
 from varkern.ops.philox import PICKS, uniforms
 from varkern.search import Candidates
 from varkern.spec import ModelSpec
@@ -375,6 +375,19 @@ def test_labels_that_the_scorer_does_not_know(labels, message):
         generate(model, labels, search=search)
     if not isinstance(labels, torch.Tensor):  # a callable of the user's own may know "no class"
         generate(model, labels, search=BestOfM(mean_feature))
+
+
+@pytest.mark.parametrize("m", [1, (1, 1, 1, 1, 1)], ids=["one", "one per scale"])
+@pytest.mark.parametrize("labels", [-1, torch.tensor([7, 2])], ids=["negative", "tensor"])
+def test_a_search_that_scores_nothing_refuses_no_label(labels, m):
+    model, search = small_var(), BestOfM(small_scorer(), m=m)
+    wanted = generate(model, labels, seeds=3).images
+    for given in (search, [DensitySearch(1), search]):
+        assert torch.equal(generate(model, labels, seeds=3, search=given).images, wanted)
+    with pytest.raises(ValueError, match="no class"):
+        generate(model, labels, search=BestOfM(small_scorer(), m=(1, 1, 1, 1, 2)))
+    with pytest.raises(ValueError, match=r"must be in 0..7, got 8"):
+        generate(model, 8, search=search)
 
 
 @pytest.mark.parametrize(

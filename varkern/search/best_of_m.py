@@ -124,7 +124,12 @@ class BestOfM:
                 )
 
     def check_labels(self, highest: int, spec: ModelSpec) -> None:
-        """See :class:`.base.Search`; a scorer with a ``num_classes`` knows only these classes, not "no class"."""
+        """See :class:`.base.Search`; a scorer with a ``num_classes`` knows only these classes, not "no class".
+
+        A search with one candidate at every scale scores nothing, and takes every label.
+        """
+        if all(self.num_candidates(scale, spec.num_scales) == 1 for scale in range(spec.num_scales)):
+            return
         num_classes = getattr(self.scorer, "num_classes", None)
         num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", num_classes)
         if num_classes is not None and highest >= num_classes:
