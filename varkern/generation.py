@@ -85,7 +85,10 @@ def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, dra
         return session.fuse(scale, tokens[:, start:stop], dtype, channels_last)
 
     uniforms = partial(draws.picks, scale, tokens.shape[1])
-    return Candidates(scale, num_scales, labels, tokens, fuse, uniforms, session.codebook, session.code_scale)
+    by_position = partial(session.by_position, scale, tokens)
+    return Candidates(
+        scale, num_scales, labels, tokens, fuse, uniforms, session.codebook, session.code_scale, by_position
+    )
 
 
 def as_labels(request: Request, spec: ModelSpec, device: torch.device, draws) -> Tensor:

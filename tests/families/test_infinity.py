@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from tests.families.looking import idle, lacking, session_of, without
 from tests.helpers import relative_error
+from tests.references.density_search import map_densities
 from tests.standins.cases import CASES, LENGTHS, seeds_at
 from tests.standins.models import NUM_BITS, SCHEDULE, small_infinity, texts
-from varkern import BestOfM, Scorer, ScorerConfig, UnsupportedModelError, generate, patch, patched
+from varkern import BestOfM, DensitySearch, Scorer, ScorerConfig, UnsupportedModelError, generate, patch, patched
 from varkern.families import recognise
 from varkern.families.infinity import MODEL_ATTRIBUTES
 
@@ -205,6 +206,29 @@ def test_a_patch_of_the_transformer_is_four_positions_of_the_vae():
     maps = session.maps(4, drawn)
     assert maps.dtype == torch.uint8 and torch.equal(maps, wanted.to(torch.uint8))
     session.close()
+
+
+@pytest.mark.parametrize("bandwidth", ["image", "batch"])
+def test_density_is_judged_by_positions_of_the_transformer(bandwidth):
+    """As VAR-Scaling's code does it: one sample is the 4 * d bits that the transformer gives at one position."""
+    case, seen = CASES["Infinity, patchify"], []
+
+    class Seen(DensitySearch):
+        def choose(self, candidates):
+            seen.append((candidates.tokens, super().choose(candidates)))
+            return seen[-1][1]
+
+    search = Seen(9, scales=(2,), strategy="rank", min_distance=0, bandwidth=bandwidth)
+    with patched(case.build(), search) as model:
+        case.call(model, seeds_at([0, 1]), [0, 1])
+    ((bits, choice),) = seen
+    assert bits.shape == (2, 9, 4 * 6, NUM_BITS)  # candidates themselves stay maps of the VAE
+    drawn = F.pixel_unshuffle(bits.view(18, 6, 4, NUM_BITS).permute(0, 3, 1, 2), 2)  # [B * M, 4 * d, 3, 2]
+    codes = (2.0 * drawn.double().flatten(2).transpose(1, 2) - 1) / math.sqrt(NUM_BITS)
+    wanted = map_densities(codes.reshape(2, 9, 6, 4 * NUM_BITS).numpy(), bandwidth=bandwidth)
+    assert relative_error(choice.scores, torch.from_numpy(wanted)) < 1e-5
+    by_vae = map_densities((2.0 * bits.double().numpy() - 1) / math.sqrt(NUM_BITS), bandwidth=bandwidth)
+    assert relative_error(choice.scores, torch.from_numpy(by_vae)) > 1e-2
 
 
 @EVERY

@@ -37,6 +37,10 @@ class Session(Protocol):
         """Run the transformer on the scale's input."""
         ...
 
+    def by_position(self, scale: int, tokens: Tensor) -> Tensor:
+        """Candidates of :meth:`maps`, one entry per position of the transformer: unchanged, or ``[B, M, l2, d2]``."""
+        ...
+
     def maps(self, scale: int, drawn: Tensor) -> Tensor:
         """Draws ``[B, M, l]`` int64 as token maps: unchanged, as bits ``[B, M, l, d]`` uint8, or the given map."""
         ...

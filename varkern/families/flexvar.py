@@ -81,6 +81,9 @@ class FlexVARFeatures:
 
     code_scale = None
 
+    def by_position(self, scale: int, tokens: Tensor) -> Tensor:
+        return tokens
+
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return fuse_tokens(
             tokens,

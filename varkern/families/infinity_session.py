@@ -63,6 +63,15 @@ class InfinityFeatures:
         bits = bits.permute(0, 1, 2, 5, 3, 6, 4)  # [B, M, h, patch, w, patch, d]
         return bits.reshape(batch, count, h * w * settings.patch**2, settings.width).to(torch.uint8)
 
+    def by_position(self, scale: int, tokens: Tensor) -> Tensor:
+        """Bits ``[B, M, l, d]`` of the VAE's map as ``[B, M, l / patch**2, d * patch**2]``: one row per position."""
+        patch = self.settings.patch
+        if patch == 1:
+            return tokens
+        h, w = (side // patch for side in self.settings.sides[scale])
+        bits = tokens.unflatten(2, (h, patch, w, patch)).transpose(3, 4)  # [B, M, h, w, patch, patch, d]
+        return bits.reshape(*tokens.shape[:2], h * w, patch**2 * tokens.shape[3])
+
     def fuse(self, scale: int, tokens: Tensor, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         batch, count = tokens.shape[:2]
         codes, size = self._codes(self._bits(scale, tokens.flatten(0, 1))).squeeze(2), self.settings.sides[-1]
@@ -87,7 +96,7 @@ class InfinitySession(InfinityFeatures):
 
     F(.) is the sum of their codes, each resized to the last side. With spatial patchify a position of the transformer
     holds the bits of 2 x 2 positions of the VAE's map; ``maps`` gives the VAE's map, so a search gets ``l`` and ``d``
-    of the codes.
+    of the codes, and ``by_position`` gives the transformer's view.
 
     With ``sampler="philox"`` results equal the published method's up to rounding. With ``"multinomial"`` every
     operation is the published one, on tensors with the same strides, because a kernel's rounding depends on its input's

@@ -26,6 +26,9 @@ class Candidates:
             numbers depend only on the images' seeds and on ``draw``.
         codebook: ``[V, C]``; None for binary codes.
         code_scale: for binary codes: a bit is plus or minus this number.
+        by_position: ``by_position()`` gives the tokens with one entry per position of the transformer. That is
+            ``tokens`` itself, except where the transformer sees several positions of the map as one (Infinity with
+            spatial patchify: ``[B, M, l / 4, 4 * d]`` uint8). None: ``tokens`` itself.
 
     Example::
 
@@ -49,6 +52,7 @@ class Candidates:
     uniforms: Callable[..., Tensor]
     codebook: Tensor | None
     code_scale: float | None = None
+    by_position: Callable[[], Tensor] | None = None
 
 
 class Choice(NamedTuple):

@@ -102,7 +102,8 @@ class DensitySearch:
         strategy: ``"hybrid"``, ``"top"``, ``"random"``, ``"small"`` or ``"rank"``.
         metric: the distance between samples, ``"euclidean"`` or ``"cosine"`` (the paper's Table 3e). ``min_distance``
             is Euclidean with both. Binary codes need ``"euclidean"``.
-        per: what a sample is. ``"position"``: the code of one position; the densities of all positions are summed.
+        per: what a sample is. ``"position"``: the code of one position of the transformer (for Infinity with spatial
+            patchify the 4 * d bits of 2 x 2 codes, as in the released code); the densities of all positions are summed.
             ``"map"``: the codes of all positions, joined.
         bandwidth: ``"image"``: Silverman's rule (eq. 3) within each image. ``"batch"``: its mean over the batch, which
             makes images depend on their batch. Or a number or tensor, as :func:`varkern.ops.token_density` takes it.
@@ -215,7 +216,8 @@ class DensitySearch:
         """Densities ``[B, M]`` float32; NaN counts as 0."""
         how = {"per": self.per, "bandwidth": self.bandwidth, "metric": self.metric}
         if candidates.codebook is None:
-            densities = ops.bit_density(candidates.tokens, candidates.code_scale, **how)
+            bits = candidates.tokens if candidates.by_position is None else candidates.by_position()
+            densities = ops.bit_density(bits, candidates.code_scale, **how)
         else:
             densities = ops.token_density(candidates.tokens, candidates.codebook, **how)
         return densities.nan_to_num(nan=0.0)
