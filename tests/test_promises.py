@@ -251,6 +251,28 @@ def test_the_features_of_what_is_kept_are_the_images(case):
         assert torch.allclose(decoded, images, atol=1e-4)
 
 
+STRENGTHS = {
+    "VAR": ({"cfg": 2.5}, {"cfg": torch.full((1, 1, 1), 2.5)}),
+    "FlexVAR": ({"cfg": 2.5}, {"cfg": torch.full((1, 1, 1), 2.5)}),
+    "Infinity": (
+        {"cfg_list": [2.5, 3.0, 1, 0.5, 2.0], "tau_list": [0.5, 2.0, 0.25, 0.75, 1.0]},
+        {
+            "cfg_list": [torch.tensor(2.5), torch.full((1, 1, 1), 3.0), torch.tensor(1.0), 0.5, torch.tensor([2.0])],
+            "tau_list": [0.5, torch.tensor(2.0), torch.full((1, 1, 1), 0.25), torch.tensor([0.75]), torch.tensor(1.0)],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_a_number_in_a_tensor_means_the_number(name):
+    case, (numbers, tensors) = CASES[name], STRENGTHS[name]
+    model = patch(case.build(), BestOfM(weighed, m=2))
+    wanted = case.call(model, SEEDS, **numbers)
+    assert same(case.call(model, SEEDS, **tensors), wanted)
+    assert not same(case.call(model, SEEDS), wanted)
+
+
 @EVERY
 @pytest.mark.parametrize("sampler", ["philox", "multinomial"])
 def test_searches_run(case, sampler):

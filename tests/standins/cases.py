@@ -52,7 +52,8 @@ class VARCase(Case):
     def __init__(self):
         self.size, self.shapes = (8, 6, 6), [(side * side,) for side in TINY_SIDES]
         smooth = {"cfg": 4.0, "top_k": 20, "top_p": 0.9, "more_smooth": True}
-        self.published = {"plain": {}, "filtered, smooth": smooth}
+        one = torch.full((1, 1, 1), 2.5)
+        self.published = {"plain": {}, "filtered, smooth": smooth, "one strength in a tensor": {"cfg": one}}
 
     def build(self):
         return small_var()
@@ -72,6 +73,8 @@ class FlexVARCase(Case):
             "no guidance": {"cfg": 0},
             "filtered": {"cfg": 2.5, "top_k": 20, "top_p": 0.9},
             "balanced": {"cfg": 4.0, "used_llamagen_cfg": True, "top_p": 0.9},
+            "one strength in a tensor": {"cfg": torch.full((1, 1, 1), 2.5)},
+            "one balanced strength in a tensor": {"cfg": torch.full((1, 1, 1), 4.0), "used_llamagen_cfg": True},
             "by image": {"cfg": torch.tensor([0.5, 3.0, 1.0, 0.0, 2.0]).view(5, 1, 1)},
             "greedy beyond 3": {"max_pn": 3, "top_p": 0.9},
             "greedy at a side of 7": {"infer_patch_nums": [1, 2, 7, 4], "cfg": 3.0},
@@ -101,6 +104,21 @@ INFINITY_OPTIONS = {
     "negative texts": {"negative_label_B_or_BLT": texts((2, 7, 3, 3, 5), seed=50)},
     "no images": {"ret_img": False},
     "greedy": {"top_k": 1},
+    "tensors in lists": {
+        "cfg_list": [
+            torch.tensor(2.5),
+            torch.tensor(3.3, dtype=torch.float64),
+            1,
+            torch.tensor(0.7),
+            torch.tensor(1.0),
+        ],
+        "tau_list": [torch.tensor(0.7), torch.full((1, 1, 1), 0.9), 0.3, torch.tensor([0.6]), 1.1],
+    },
+    "lists that are tensors": {"cfg_list": torch.tensor([2.3] * 5), "tau_list": torch.tensor([0.7] * 5)},
+    "temperatures by image": {
+        "cfg_list": [1] * 5,
+        "tau_list": [torch.tensor([0.5, 0.9, 1.1, 2.0, 0.3]).view(5, 1, 1)] * 5,
+    },
     "lists longer than the schedule": {"cfg_list": [2.5] * 9, "tau_list": [0.9] * 9},
 }
 

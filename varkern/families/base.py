@@ -142,10 +142,18 @@ def check_options(family: Family, request: Request, names: Iterable[str]) -> Non
 
 
 def check_cfg(cfg: Any, batch_size: int) -> None:
-    """Raise ``ValueError`` if ``cfg`` is neither a finite number nor a tensor with one strength per image."""
+    """Raise ``ValueError`` if ``cfg`` is neither a finite number nor a tensor of one strength, or of one per image."""
     if isinstance(cfg, Tensor):
-        fits, came = cfg.shape in ((), (batch_size, 1, 1)), f"shape {list(cfg.shape)}"
+        fits = is_single(cfg) or cfg.shape == (batch_size, 1, 1)
+        came = f"shape {list(cfg.shape)}"
     else:
         fits, came = isinstance(cfg, Real) and math.isfinite(cfg), repr(cfg)
     if not fits:
-        raise ValueError(f"cfg must be a finite number or a tensor of shape [{batch_size}, 1, 1], got {came}")
+        raise ValueError(
+            f"cfg must be a finite number or a tensor of shape [], [1, 1, 1] or [{batch_size}, 1, 1], got {came}"
+        )
+
+
+def is_single(value: object) -> bool:
+    """Whether ``value`` is a tensor of one number that does not change the shape of ``[B, l, V]`` beside it."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.dim() <= 3

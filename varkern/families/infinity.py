@@ -12,8 +12,8 @@ from torch import Tensor
 
 from varkern.spec import ModelSpec, Request, is_int
 
-from .base import Draws, check_options, seeded
-from .infinity_session import InfinitySession, Settings
+from .base import Draws, check_options, is_single, seeded
+from .infinity_session import InfinitySession, Settings, attention
 
 MODEL_ATTRIBUTES = (
     "autoregressive_infer_cfg",
@@ -127,13 +127,14 @@ class InfinityFamily:
         check_text("label_B_or_BLT", request.labels, request.batch_size)
         if settings.negative:
             check_text("negative_label_B_or_BLT", settings.negative, request.batch_size)
-        for name, values in (("cfg_list", settings.cfg), ("tau_list", settings.tau)):
-            check_numbers(name, values, len(settings.schedule))
-        if not all(settings.tau):
+        check_numbers("cfg_list", settings.cfg, len(settings.schedule))
+        check_numbers("tau_list", settings.tau, len(settings.schedule), request.batch_size)
+        if not all(all(numbers_in(tau)) for tau in settings.tau):
             raise ValueError(f"tau_list must not contain 0, got {list(settings.tau)}")
         depth, layers = len(model.unregistered_blocks), settings.insertion_layers
         if not isinstance(layers, Iterable) or not all(is_int(layer) and -depth < layer <= 1 for layer in layers):
             raise ValueError(f"cfg_insertion_layer must be a list of ints in {1 - depth}..1, got {layers!r}")
+        check_temperatures(settings)
         check_codes(settings)
         check_leak(settings, request.batch_size)
 
@@ -166,13 +167,41 @@ def check_schedule(request: Request) -> Sequence[tuple[int, int, int]]:
     return schedule
 
 
-def check_numbers(name: str, values: Any, count: int) -> None:
-    """Raise ``ValueError`` if ``values`` is not a list with a finite number for each of ``count`` scales."""
+def check_numbers(name: str, values: Any, count: int, batch_size: int | None = None) -> None:
+    """Raise ``ValueError`` if ``values`` is not a list with a finite number for each of ``count`` scales.
+
+    A number may be a tensor of one element. Given a ``batch_size`` it may also be a tensor of one number per image,
+    ``[B, 1, 1]``, or be on a GPU, where its value is not checked; a strength of guidance decides what runs, so it must
+    be on the host, as the published method needs it.
+    """
     came = len(values) if hasattr(values, "__len__") else repr(values)
     if not isinstance(came, int) or came < count:
         raise ValueError(f"{name} must be a list with a number for each of {count} scales, got {came}")
-    if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
-        raise ValueError(f"{name} must hold finite numbers, got {list(values)}")
+    for value in values:
+        fits = isinstance(value, Real) or is_single(value)
+        if isinstance(value, Tensor) and batch_size is not None:
+            fits = fits or value.shape == (batch_size, 1, 1)
+        elif isinstance(value, Tensor):
+            fits = fits and value.device.type == "cpu"
+        if not fits or not all(map(math.isfinite, numbers_in(value))):
+            raise ValueError(f"{name} must hold finite numbers, got {list(values)}")
+
+
+def numbers_in(value: Real | Tensor) -> list[Real]:
+    """The numbers of one entry of a list; of a tensor on a GPU none, because reading it would wait."""
+    if isinstance(value, Tensor):
+        return value.flatten().tolist() if value.device.type == "cpu" else []
+    return [value]
+
+
+def check_temperatures(settings: Settings) -> None:
+    """Raise ``ValueError`` for a temperature per image where the doubled batch has other rows."""
+    for scale, tau in enumerate(settings.tau[: settings.num_scales]):
+        if isinstance(tau, Tensor) and not is_single(tau) and settings.guides_logits(scale):
+            raise ValueError(
+                f"tau_list must hold one number per scale, or one per image, {list(tau.shape)}, only where there is no "
+                f"guidance on logits, got guidance and a tensor at scale {scale}"
+            )
 
 
 def check_text(name: str, text: Any, batch_size: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from varkern.ops import resize_features
 from varkern.spec import Logits, Request
 
-from .base import Draws
+from .base import Draws, is_single
 
 
 class Settings:
@@ -43,6 +43,14 @@ class Settings:
     def doubled(self) -> bool:
         """Whether there is guidance anywhere, which doubles the batch."""
         return any(strength != 1 for strength in self.cfg)
+
+    def strength(self, scale: int) -> float | Tensor | None:
+        """The strength of guidance at ``scale``; None: there is none, which is a strength of 1."""
+        return self.cfg[scale] if self.cfg[scale] != 1 else None
+
+    def guides_logits(self, scale: int) -> bool:
+        """Whether guidance mixes the logits of ``scale``, so that both halves of the batch have logits."""
+        return self.strength(scale) is not None and 0 in self.insertion_layers
 
 
 class InfinityFeatures:
@@ -116,7 +124,6 @@ class InfinitySession(InfinityFeatures):
         self.text = model.text_proj_for_ca(features), sums, longest
         with torch.autocast("cuda", enabled=False):
             self.modulation = model.shared_ada_lin(self.cond.float()).float().contiguous()
-        self.on_logits = 0 in settings.insertion_layers
         self.layers = {len(model.unregistered_blocks) + layer for layer in settings.insertion_layers if layer < 0}
         self.x = self.cond.unsqueeze(1) + model.pos_start
         for block in model.unregistered_blocks:
@@ -124,7 +131,10 @@ class InfinitySession(InfinityFeatures):
 
     def logits(self, scale: int) -> Logits:
         model, settings, x, layer = self.model, self.settings, self.x, 0
-        strength = settings.cfg[scale]
+        strength, tau = settings.strength(scale), settings.tau[scale]
+        if not self.reproduces_upstream:  # numbers, so that a tensor on the host is as good as one on the device
+            strength = strength if strength is None else float(strength)
+            tau = float(tau) if is_single(tau) and tau.device.type == "cpu" else tau
         attn_fn = None
         if getattr(model, "use_flex_attn", False):
             attn_fn = model.attn_fn_compile_dict.get(tuple(settings.schedule[: scale + 1]))
@@ -142,13 +152,13 @@ class InfinitySession(InfinityFeatures):
                     rope2d_freqs_grid=model.rope2d_freqs_grid,
                     scale_ind=scale,
                 )
-                if strength != 1 and layer in self.layers:
+                if strength is not None and layer in self.layers:
                     x = strength * x[: self.batch] + (1 - strength) * x[self.batch :]
                     x = torch.cat((x, x))
                 layer += 1
-        guided = strength != 1 and self.on_logits
+        guided = settings.guides_logits(scale)
         rows = len(x) if guided else self.batch
-        logits = model.get_logits(x[:rows], self.cond[:rows]).mul(1 / settings.tau[scale])
+        logits = model.get_logits(x[:rows], self.cond[:rows]).mul(1 / tau)
         return self._as_logits(scale, logits, strength if guided else None)
 
     def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
@@ -179,7 +189,7 @@ class InfinitySession(InfinityFeatures):
         for block in self.model.unregistered_blocks:
             attention(block).kv_caching(False)
 
-    def _as_logits(self, scale: int, logits: Tensor, strength: float | None) -> Logits:
+    def _as_logits(self, scale: int, logits: Tensor, strength: float | Tensor | None) -> Logits:
         """Logits of one scale: only the conditional half, or both halves and the strength of guidance."""
         top_k = self.request.top_k or getattr(self.model, "top_k", 0)
         top_p = self.request.top_p or getattr(self.model, "top_p", 0.0)
