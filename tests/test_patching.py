@@ -13,6 +13,7 @@ import torch
 
 from tests.families.test_var import stub
 from tests.helpers import caches_closed, forked, idle, on, small_scorer, small_var
+from tests.standins.wrappers import CopiesItself
 from varkern import BestOfM, UnsupportedModelError, generate, image_seeds, patch, patched, unpatch
 from varkern.models import VAR, VQVAE
 from varkern.ops import use_backend
@@ -60,9 +61,9 @@ def test_one_attribute_changes():
     before = surface(model)
     patch(model, best_of())
     changed = set(vars(model)) - set(before["order"])
-    assert changed == {"autoregressive_infer_cfg"}
+    assert changed == {"autoregressive_infer_cfg", "__getstate__"}  # the second keeps the first out of pickles
     assert all(id(vars(model)[name]) == value for name, value in before["attributes"].items())
-    for what in ("state", "repr", "signature", "training"):
+    for what in ("state", "repr", "signature", "training", "pickle"):
         assert surface(model)[what] == before[what], what
     method = model.autoregressive_infer_cfg
     assert method.__name__ == "autoregressive_infer_cfg"
@@ -89,6 +90,35 @@ def test_a_copy_is_unpatched_and_works_alone(build, duplicate):
     assert not torch.equal(twin.autoregressive_infer_cfg(2, LABELS, 0), ours)
     unpatch(model)
     assert torch.equal(model.autoregressive_infer_cfg(2, LABELS, 0), plain)
+
+
+def test_a_class_that_copies_itself():
+    """Its copies take the whole ``__dict__``; what stands there for the patch goes at the first use."""
+    model = small_var()
+    model.__class__ = type("Copying", (CopiesItself, VAR), {})
+    plain, before = model.autoregressive_infer_cfg(2, LABELS, 0), list(vars(model))
+    searched = patch(model, best_of()).autoregressive_infer_cfg(2, LABELS, 0)
+    called, taken_back, again, copied = (copy.deepcopy(model) for _ in range(4))
+    for twin in (called, unpatch(taken_back), copy.deepcopy(copied)):
+        assert torch.equal(twin.autoregressive_infer_cfg(2, LABELS, 0), plain)
+        twin.head.weight.zero_()
+        assert list(vars(twin)) == before
+    assert torch.equal(patch(again, best_of()).autoregressive_infer_cfg(2, LABELS, 0), searched)
+    assert torch.equal(unpatch(again).autoregressive_infer_cfg(2, LABELS, 0), plain) and list(vars(again)) == before
+    assert torch.equal(model.autoregressive_infer_cfg(2, LABELS, 0), searched)
+
+
+def test_a_users_own_attribute_is_in_every_copy():
+    model = small_var()
+    model.autoregressive_infer_cfg = functools.partial(VAR.autoregressive_infer_cfg, model)
+    before = list(vars(model))
+    plain = model.autoregressive_infer_cfg(2, LABELS, 0)
+    patch(model, best_of())
+    for duplicate in (copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        twin = duplicate(model)
+        assert list(vars(twin)) == before and type(twin.autoregressive_infer_cfg) is functools.partial
+        assert torch.equal(twin.autoregressive_infer_cfg(2, LABELS, 0), plain)
+        assert twin.autoregressive_infer_cfg.args[0] is (model if duplicate is copy.copy else twin)
 
 
 def test_a_pickle_made_while_patched_needs_no_varkern_patch():

@@ -3,16 +3,20 @@
 VAR is the package's own model; FlexVAR and Infinity are stand-ins with the published structure and method.
 """
 
+import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import inspect
 import pickle
+import threading
 
 import pytest
 import torch
 
 from tests.standins.cases import CASES, SEEDS, caches_closed, image_seeds_of, placed, same, seeds_at
 from tests.standins.waits import Waits
+from tests.standins.wrappers import Adapted, AdaptedTwice
 from varkern import BestOfM, DensitySearch, patch, patched, unpatch
 from varkern.families import recognise
 from varkern.ops import use_backend
@@ -25,6 +29,7 @@ OPTIONS = [
     for name, case in CASES.items()
     for what, options in case.published.items()
 ]
+DUPLICATES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 PRECISIONS = {"float32": contextlib.nullcontext, "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16)}
 
 
@@ -107,7 +112,7 @@ def test_patching_leaves_no_trace(case):
     )
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert patch(patch(model), BestOfM(weighed, m=2)) is model
-    assert set(vars(model)) - set(before) == {"autoregressive_infer_cfg"}
+    assert set(vars(model)) - set(before) == {"autoregressive_infer_cfg", "__getstate__"}
     assert inspect.signature(model.autoregressive_infer_cfg) == signature and repr(model) == text
     searched = case.call(model, 3)
     assert not same(searched, published)
@@ -119,6 +124,90 @@ def test_patching_leaves_no_trace(case):
     assert list(vars(model)) == order and all(vars(model)[name] is value for name, value in before.items())
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
     assert same(case.call(model, 3), published)
+
+
+@EVERY
+@pytest.mark.parametrize("build", [Adapted, AdaptedTwice, lambda model: model], ids=["wrapped", "twice", "plain"])
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+def test_copies_hold_no_patch(case, build, duplicate):
+    """Also of a wrapper that finds the method through ``__getattr__``, which fails before a copy has its state."""
+    model = build(case.build())
+    published, before = case.call(model, 3), list(vars(model))
+    patch(model, BestOfM(weighed, m=2))
+    searched, twin = case.call(model, 3), duplicate(model)
+    assert list(vars(twin)) == before and type(twin) is type(model)
+    assert same(case.call(twin, 3), published)
+    patch(twin, BestOfM(weighed, m=3))
+    assert not same(case.call(twin, 3), searched) and same(case.call(model, 3), searched)
+    unpatch(twin)
+    assert list(vars(twin)) == before and same(case.call(twin, 3), published)
+    if duplicate is not copy.copy:
+        with torch.no_grad():
+            twin.get_logits.__self__.head.weight.zero_()
+        assert not same(case.call(twin, 3), published)
+    assert same(case.call(model, 3), searched)
+    assert same(case.call(unpatch(model), 3), published) and list(vars(model)) == before
+
+
+@EVERY
+def test_one_model_serves_one_thread_at_a_time(case):
+    model, inside, go = case.build(), threading.Event(), threading.Event()
+
+    def waiting(labels, features, scale):
+        inside.set()
+        assert go.wait(60)
+        return weighed(labels, features, scale)
+
+    alone = case.call(patch(model, BestOfM(weighed, m=2)), 3)
+    patch(model, BestOfM(waiting, m=2))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(contextvars.copy_context().run, case.call, model, 3)  # with the backend of the tests
+        try:
+            assert inside.wait(60)
+            for other in (model, Adapted(model), patch(Adapted(model))):  # they share the blocks and their caches
+                with pytest.raises(RuntimeError, match="is generating in another thread, and its KV caches serve one"):
+                    case.call(other, 4)
+            with patched(case.build(), BestOfM(weighed, m=2)) as free:
+                assert same(case.call(free, 3), alone)
+        finally:
+            go.set()
+        assert same(first.result(), alone)
+    assert caches_closed(case, model) and same(case.call(model, 3), alone)
+
+
+@EVERY
+@pytest.mark.parametrize("sampler", ["philox", "multinomial"])
+def test_a_call_inside_the_models_own_generation_is_refused(case, sampler):
+    model, refused = case.build(), []
+
+    def calling(labels, features, scale):
+        if len(refused) < 2:
+            try:
+                case.call(model, 4)
+            except RuntimeError as error:
+                refused.append(str(error))
+                if len(refused) == 2:
+                    raise
+        return weighed(labels, features, scale)
+
+    alone = case.call(patch(model, BestOfM(weighed, m=2), sampler=sampler), 3)
+    patch(model, BestOfM(calling, m=2), sampler=sampler)
+    with pytest.raises(RuntimeError, match="was called inside its own generation, as by a scorer, which would"):
+        case.call(model, 3)
+    assert caches_closed(case, model) and same(case.call(model, 3), alone)
+    refused.pop()
+    with pytest.raises(RuntimeError, match="inside its own"):
+        case.call(model, 3)
+    refused.clear()
+
+    def once(labels, features, scale):
+        if not refused:
+            with pytest.raises(RuntimeError, match="inside its own"):
+                case.call(model, 4)
+            refused.append(scale)
+        return weighed(labels, features, scale)
+
+    assert same(case.call(patch(model, BestOfM(once, m=2), sampler=sampler), 3), alone) and refused == [1]
 
 
 @EVERY
@@ -163,6 +252,28 @@ def test_what_a_seed_means(case):
     patch(model, **MULTINOMIAL)
     with pytest.raises(ValueError, match="must be an int or None for sampler 'multinomial'"):
         case.call(model, SEEDS)
+
+
+STRENGTHS = {
+    "VAR": ({"cfg": 2.5}, {"cfg": torch.full((1, 1, 1), 2.5)}),
+    "FlexVAR": ({"cfg": 2.5}, {"cfg": torch.full((1, 1, 1), 2.5)}),
+    "Infinity": (
+        {"cfg_list": [2.5, 3.0, 1, 0.5, 2.0], "tau_list": [0.5, 2.0, 0.25, 0.75, 1.0]},
+        {
+            "cfg_list": [torch.tensor(2.5), torch.full((1, 1, 1), 3.0), torch.tensor(1.0), 0.5, torch.tensor([2.0])],
+            "tau_list": [0.5, torch.tensor(2.0), torch.full((1, 1, 1), 0.25), torch.tensor([0.75]), torch.tensor(1.0)],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_a_number_in_a_tensor_means_the_number(name):
+    case, (numbers, tensors) = CASES[name], STRENGTHS[name]
+    model = patch(case.build(), BestOfM(weighed, m=2))
+    wanted = case.call(model, SEEDS, **numbers)
+    assert same(case.call(model, SEEDS, **tensors), wanted)
+    assert not same(case.call(model, SEEDS), wanted)
 
 
 @EVERY
@@ -249,28 +360,6 @@ def test_the_features_of_what_is_kept_are_the_images(case):
         assert (decoded.int() - images.int()).abs().max() <= 1
     else:
         assert torch.allclose(decoded, images, atol=1e-4)
-
-
-STRENGTHS = {
-    "VAR": ({"cfg": 2.5}, {"cfg": torch.full((1, 1, 1), 2.5)}),
-    "FlexVAR": ({"cfg": 2.5}, {"cfg": torch.full((1, 1, 1), 2.5)}),
-    "Infinity": (
-        {"cfg_list": [2.5, 3.0, 1, 0.5, 2.0], "tau_list": [0.5, 2.0, 0.25, 0.75, 1.0]},
-        {
-            "cfg_list": [torch.tensor(2.5), torch.full((1, 1, 1), 3.0), torch.tensor(1.0), 0.5, torch.tensor([2.0])],
-            "tau_list": [0.5, torch.tensor(2.0), torch.full((1, 1, 1), 0.25), torch.tensor([0.75]), torch.tensor(1.0)],
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("name", STRENGTHS)
-def test_a_number_in_a_tensor_means_the_number(name):
-    case, (numbers, tensors) = CASES[name], STRENGTHS[name]
-    model = patch(case.build(), BestOfM(weighed, m=2))
-    wanted = case.call(model, SEEDS, **numbers)
-    assert same(case.call(model, SEEDS, **tensors), wanted)
-    assert not same(case.call(model, SEEDS), wanted)
 
 
 @EVERY

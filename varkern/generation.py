@@ -12,6 +12,7 @@ from torch import Tensor
 
 from varkern.checks import as_request, check_loop, check_request
 from varkern.draws import make_draws
+from varkern.exclusive import exclusive
 from varkern.families import Family, recognise
 from varkern.search import Candidates, Search, as_search
 from varkern.spec import ModelSpec, Request
@@ -167,6 +168,7 @@ def generate(
         UnsupportedModelError: if the model fits no family, or is a text-to-image model (Infinity). Use
             :func:`varkern.patch` for these: their own method turns a text into a condition.
         ValueError, TypeError: if an argument is wrong, before any work.
+        RuntimeError: if the model is generating already, in another thread or around this call.
 
     Example::
 
@@ -179,5 +181,6 @@ def generate(
     if family.has_classes and loop != "fused":
         check_loop(family, model)
     request = as_request(family, model, labels, **sampling)
-    made = run(family, model, request, search, sampler, timed=True, decode=decode)
+    with exclusive(family, model):
+        made = run(family, model, request, search, sampler, timed=True, decode=decode)
     return made._replace(images=family.images(made.images)) if decode else made

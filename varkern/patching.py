@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from varkern.checks import check, check_method
+from varkern.copying import ABSENT, Replacement, replace, restore
 from varkern.errors import UnsupportedModelError
+from varkern.exclusive import exclusive
 from varkern.families import Family, recognise
 from varkern.fingerprints import find_difference
 from varkern.generation import run
@@ -21,19 +23,16 @@ from varkern.own_loop import call_own, named_arguments, set_argument
 from varkern.search import Search, as_search
 
 Model = TypeVar("Model")
-ABSENT = object()
 LOOPS = ("auto", "fused", "own")
 OWN_SEARCHES = ("enable_var_scaling", "enable_scaling")  # arguments of VAR-Scaling's VAR and Infinity
 
 
-class PatchedMethod:
+class PatchedMethod(Replacement):
     """Replaces the published method in the ``__dict__`` of one instance; signature and return value stay the same.
 
-    A pickle or a deep copy of the model is not patched, because this object is stored as the method that it replaces. A
-    shallow copy (``copy.copy``) shares this object, and with it the original model, as it shares everything else.
+    Copies and pickles of the model are not patched, see :mod:`varkern.copying`. A second call while one runs is
+    refused, see :mod:`varkern.exclusive`.
     """
-
-    is_patch = True  # its fingerprint is that of the method it replaces
 
     def __init__(
         self,
@@ -47,7 +46,8 @@ class PatchedMethod:
         former: Any,
         original: Callable[..., Any],
     ):
-        self.model, self.family, self.search, self.sampler, self.former = model, family, search, sampler, former
+        super().__init__(model, name, former)
+        self.family, self.search, self.sampler = family, search, sampler
         self.graphs = GenerationGraphs(family, model, None) if cuda_graph else None
         self.__wrapped__ = original
         self.__signature__ = inspect.signature(original)
@@ -61,15 +61,17 @@ class PatchedMethod:
         bound.apply_defaults()
         if self.loop == "own":
             self.switch_own_search_off(bound)
-            return call_own(self.family, self.model, self.__wrapped__, bound, self.search, self.sampler)
+            with exclusive(self.family, self.model):
+                return call_own(self.family, self.model, self.__wrapped__, bound, self.search, self.sampler)
         # A fork may take more arguments than its family. Those that are not passed are left out.
         known = given | set(self.family.arguments)
         arguments = {name: value for name, value in bound.arguments.items() if name in known}
         request, search = self.family.request(arguments), self.search_for(arguments)
-        if self.graphs is not None:
-            self.graphs.search = search
-            return self.graphs.run(request)
-        return run(self.family, self.model, request, search, self.sampler).images
+        with exclusive(self.family, self.model):
+            if self.graphs is not None:
+                self.graphs.search = search
+                return self.graphs.run(request)
+            return run(self.family, self.model, request, search, self.sampler).images
 
     def switch_own_search_off(self, bound: inspect.BoundArguments) -> None:
         """A search of the patch replaces the method's own, as VAR-Scaling's code has one; one warning says so."""
@@ -84,17 +86,8 @@ class PatchedMethod:
         """The search of the patch, or the one that the method's own arguments ask for."""
         return self.search(arguments) if isinstance(self.search, CalledSearch) else self.search
 
-    def __reduce__(self):
-        if self.former is ABSENT:
-            return getattr, (self.model, self.__name__)
-        return identity, (self.former,)
-
     def __repr__(self) -> str:
         return f"<varkern's {self.__name__}, search={self.search}, sampler={self.sampler!r}>"
-
-
-def identity(x: Any) -> Any:
-    return x
 
 
 def patch(
@@ -108,10 +101,14 @@ def patch(
 ) -> Model:
     """Give a model's own generation method a search, in place.
 
-    One attribute of this one instance changes: the published method (``autoregressive_infer_cfg``), whose signature and
+    One method of this one instance changes: the published one (``autoregressive_infer_cfg``), whose signature and
     return value stay. Patching again replaces the search. The model's ``state_dict`` and ``repr`` do not change, and
-    neither does any other model. A pickle or deep copy of a patched model is not patched. The patch and the model refer
-    to each other, so call :func:`unpatch` before you drop a model whose memory you need.
+    neither does any other model. A copy, deep copy or pickle of a patched model is not patched; the attribute
+    ``__getstate__`` of the instance keeps the patch out of them. The patch and the model refer to each other, so call
+    :func:`unpatch` before you drop a model whose memory you need.
+
+    A model has one set of KV caches, so it serves one call at a time: a call from another thread, or from a scorer
+    inside the model's own generation, raises ``RuntimeError`` and does not disturb the generation that runs.
 
     A VAR model of LSRS' own code (dt-3t/LSRS) has a second method, ``autoregressive_infer_cfg_lsrs``, which is replaced
     likewise. It takes its search from its own arguments (``discriminator``, ``st``, ``ed``, ``m_k``, ``top_k_lsrs``,
@@ -244,11 +241,11 @@ def replace_method(
 ) -> None:
     """Put a :class:`PatchedMethod` in the place of the method of this name, or of the patch that is there."""
     current = vars(model).get(name, ABSENT)
-    if isinstance(current, PatchedMethod):
+    if isinstance(current, Replacement):
         former, original = current.former, current.__wrapped__
     else:
         former, original = current, getattr(model, name)
-    vars(model)[name] = PatchedMethod(model, name, family, search, sampler, cuda_graph, loop, former, original)
+    replace(PatchedMethod(model, name, family, search, sampler, cuda_graph, loop, former, original))
 
 
 def unpatch(model: Model) -> Model:
@@ -260,12 +257,7 @@ def unpatch(model: Model) -> Model:
         >>> varkern.unpatch(varkern.patch(var)) is var and vars(var) == before
         True
     """
-    for name, value in list(vars(model).items()):
-        if isinstance(value, PatchedMethod):
-            if value.former is ABSENT:
-                del vars(model)[name]
-            else:
-                vars(model)[name] = value.former
+    restore(model)
     return model
 
 
@@ -288,4 +280,4 @@ def patched(
         yield model
     finally:
         unpatch(model)
-        vars(model).update(before)
+        restore(model, before)

@@ -97,6 +97,10 @@ class Family(Protocol):
 
     def device(self, model: Any) -> torch.device: ...
 
+    def caches(self, model: Any) -> list[Any]:
+        """The modules that hold the model's KV caches, with a method ``kv_caching(bool)``."""
+        ...
+
     def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> Session:
         """Start a generation for ``labels`` ``[B]``, or for the request's texts."""
         ...

@@ -47,6 +47,9 @@ class ClassFamily:
     def steps(self, model: Any) -> list[Any]:
         return []
 
+    def caches(self, model: Any) -> list[Any]:
+        return [block.attn for block in model.blocks]
+
     def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
 

@@ -141,6 +141,9 @@ class InfinityFamily:
     def device(self, model: Any) -> torch.device:
         return model.pos_start.device
 
+    def caches(self, model: Any) -> list[Any]:
+        return [attention(block) for block in model.unregistered_blocks]
+
     def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
 
