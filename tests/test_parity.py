@@ -5,8 +5,10 @@ import contextlib
 import pytest
 import torch
 
-from tests.helpers import forked, on, random_states, small_var, ten_scale_var
+from tests.helpers import forked, on, random_states, relative_error, small_var, ten_scale_var
+from tests.standins.var import published_var
 from varkern import patch, patched
+from varkern.search import Choice
 
 LABELS = torch.tensor([3, 0])
 SEEDS = (0, 12345, 2**40, None)
@@ -101,6 +103,64 @@ def test_bit_parity_for_every_filter(seed, device):
         plain, _ = call(model, **arguments)
         with patched(model, **MULTINOMIAL):
             assert torch.equal(call(model, **arguments)[0], plain), (top_k, top_p)
+
+
+HALVES = {
+    # Of the weights of the model, of its quantizer, and of autocast, under which the decoder stays in float32.
+    "bfloat16": (torch.bfloat16, torch.bfloat16, None),
+    "float16": (torch.float16, torch.float16, None),
+    "bfloat16, autocast": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "float16, codes in float32, autocast": (torch.float16, torch.float32, torch.float16),
+    "bfloat16, codes in float32, autocast": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "float32, codes in bfloat16, other autocast": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+@pytest.mark.parametrize("weights, codes, autocast", HALVES.values(), ids=HALVES)
+def test_bit_parity_with_half_precision_weights(weights, codes, autocast, device):
+    """The running sum has the dtype that the published loop gives it, in our own model and in a patched one."""
+    published, own = (on(build(), device) for build in (published_var, small_var))
+    for model in (published, own):
+        vae = model.vae_proxy[0]
+        (vae.quantize if autocast else vae).to(codes)
+        model.to(weights)
+    context = (lambda: torch.autocast(device.type, autocast)) if autocast else contextlib.nullcontext
+    for more_smooth in (False, True) if autocast else (False,):  # without autocast the published product has two dtypes
+        for seed in (4, None):
+            arguments = {"label_B": LABELS.to(device), "g_seed": seed, "top_k": 30, "more_smooth": more_smooth}
+            wanted, state = call(published, context, **arguments)
+            assert torch.equal(call(own, context, **arguments)[0], wanted)
+            for model in (published, own):
+                with patched(model, **MULTINOMIAL):
+                    ours, state_after = call(model, context, **arguments)
+                assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
+                assert same(state, state_after)
+
+
+def test_a_search_in_half_precision_gets_float32_and_keeps_the_published_sum():
+    """The features of the kept candidate, rounded, are the sum that the published loop would have."""
+    model, offered, sums = published_var(), [], []
+    model.vae_proxy[0].bfloat16()
+    model.bfloat16()
+
+    class First:
+        def num_candidates(self, scale, num_scales):
+            return 3
+
+        def choose(self, candidates):
+            offered.append(candidates.fuse(0, 3))
+            return Choice(torch.zeros(2, dtype=torch.int64), candidates.uniforms())
+
+    decode = model.vae_proxy[0].fhat_to_img
+    model.vae_proxy[0].fhat_to_img = lambda f_hat: sums.append(f_hat) or decode(f_hat)
+    with patched(model, First(), **MULTINOMIAL):
+        model.autoregressive_infer_cfg(2, LABELS, 0)
+    with patched(model, First()):
+        model.autoregressive_infer_cfg(2, LABELS, 0)
+    published, fused = sums
+    assert {features.dtype for features in offered} == {torch.float32} and len(offered) == 10
+    assert published.dtype == torch.bfloat16 and fused.dtype == torch.float32
+    assert relative_error(published, offered[4][:, 0]) < 2**-6 and relative_error(fused, offered[9][:, 0]) < 2**-8
 
 
 def test_bit_parity_under_inference_mode(device):

@@ -110,7 +110,9 @@ class VARSession(VARFeatures, ClassSession):
         size = self.sides[-1]
         self.codebook = self.quantizer.embedding.weight.detach()
         shape = (self.batch, self.codebook.shape[1], size, size)
-        self.f_hat = torch.zeros(shape, device=self.cond.device, dtype=torch.float32)
+        # The published loop makes its sum from the class embedding, with the embedding's dtype.
+        dtype = self.cond.dtype if self.reproduces_upstream else torch.float32
+        self.f_hat = torch.zeros(shape, device=self.cond.device, dtype=dtype)
         self.start(self.positions[:, : self.end])
 
     def logits(self, scale: int) -> Logits:
@@ -125,7 +127,9 @@ class VARSession(VARFeatures, ClassSession):
         if self.request.options.get("more_smooth", False) and not hard:
             ratio = self._ratio(scale)
             weights = draws.smoothed(logits, scale, 1 + ratio, smoothing_temperature(ratio))
-            pooled = self._add_as_upstream(scale, weights.to(codebook.weight.dtype) @ codebook.weight.unsqueeze(0))
+            if not torch.is_autocast_enabled(weights.device.type):  # which rounds both, and once, as published
+                weights = weights.to(codebook.weight.dtype)
+            pooled = self._add_as_upstream(scale, weights @ codebook.weight.unsqueeze(0))
         elif self.reproduces_upstream:
             pooled = self._add_as_upstream(scale, codebook(tokens))
         else:

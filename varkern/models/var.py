@@ -200,7 +200,7 @@ class VAR(nn.Module):
         positions = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         x = cond.unsqueeze(1) + self.pos_start + positions[:, : self.first_l]
         side = self.patch_nums[-1]
-        f_hat = torch.zeros(B, self.Cvae, side, side, device=x.device, dtype=torch.float32)
+        f_hat = cond.new_zeros(B, self.Cvae, side, side)  # with the dtype of the weights, as published
         end = 0
         for block in self.blocks:
             block.attn.kv_caching(True)
@@ -218,7 +218,8 @@ class VAR(nn.Module):
                 if more_smooth:
                     weights = gumbel_softmax(logits * (1 + ratio), smoothing_temperature(ratio), generator)
                     # A batched product, as in the published code, because an unbatched one rounds differently.
-                    codes = weights.to(codes.dtype) @ quantizer.embedding.weight.unsqueeze(0)
+                    weights = weights if autocasting(x) else weights.to(codes.dtype)
+                    codes = weights @ quantizer.embedding.weight.unsqueeze(0)
                 codes = codes.transpose(1, 2).reshape(B, self.Cvae, side, side)
                 f_hat, pooled = quantizer.get_next_autoregressive_input(k, last + 1, f_hat, codes)
                 if k != last:
