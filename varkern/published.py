@@ -54,3 +54,15 @@ def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generato
     """``softmax((logits + Gumbel noise) / temperature)`` over the last dimension, shape and dtype of ``logits``."""
     noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_(generator=generator)
     return ((logits - noise.log()) / temperature).softmax(-1)
+
+
+def mix_codes(weights: Tensor, codebook: Tensor) -> Tensor:
+    """Codes ``[B, l, C]``, mixed from the codebook ``[V, C]`` by weights ``[B, l, V]``.
+
+    Autocast rounds both factors, as it does in the published code; without it the weights take the codebook's dtype.
+    """
+    kind = weights.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        weights = weights.to(codebook.dtype)
+    # A batched product, as in the published code, because an unbatched one rounds differently.
+    return weights @ codebook.unsqueeze(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from varkern.ops import commit_tokens, fuse_tokens, resize_features
-from varkern.published import smoothing_temperature
+from varkern.published import mix_codes, smoothing_temperature
 from varkern.spec import Logits, ModelSpec, Request
 
 from .base import Draws, check_cfg, check_options, missing_caches
@@ -127,9 +127,7 @@ class VARSession(VARFeatures, ClassSession):
         if self.request.options.get("more_smooth", False) and not hard:
             ratio = self._ratio(scale)
             weights = draws.smoothed(logits, scale, 1 + ratio, smoothing_temperature(ratio))
-            if not torch.is_autocast_enabled(weights.device.type):  # which rounds both, and once, as published
-                weights = weights.to(codebook.weight.dtype)
-            pooled = self._add_as_upstream(scale, weights @ codebook.weight.unsqueeze(0))
+            pooled = self._add_as_upstream(scale, mix_codes(weights, codebook.weight))
         elif self.reproduces_upstream:
             pooled = self._add_as_upstream(scale, codebook(tokens))
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varkern.published import filter_logits, gumbel_softmax, sample_multinomial, smoothing_temperature
+from varkern.published import filter_logits, gumbel_softmax, mix_codes, sample_multinomial, smoothing_temperature
 
 from .initialization import initialize
 from .transformer import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
@@ -217,9 +217,7 @@ class VAR(nn.Module):
                 codes = quantizer.embedding(tokens)
                 if more_smooth:
                     weights = gumbel_softmax(logits * (1 + ratio), smoothing_temperature(ratio), generator)
-                    # A batched product, as in the published code, because an unbatched one rounds differently.
-                    weights = weights if autocasting(x) else weights.to(codes.dtype)
-                    codes = weights @ quantizer.embedding.weight.unsqueeze(0)
+                    codes = mix_codes(weights, quantizer.embedding.weight)
                 codes = codes.transpose(1, 2).reshape(B, self.Cvae, side, side)
                 f_hat, pooled = quantizer.get_next_autoregressive_input(k, last + 1, f_hat, codes)
                 if k != last:
