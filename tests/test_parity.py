@@ -130,8 +130,8 @@ def test_bit_parity_with_half_precision_weights(weights, codes, autocast, device
             arguments = {"label_B": LABELS.to(device), "g_seed": seed, "top_k": 30, "more_smooth": more_smooth}
             wanted, state = call(published, context, **arguments)
             assert torch.equal(call(own, context, **arguments)[0], wanted)
-            for model in (published, own):
-                with patched(model, **MULTINOMIAL):
+            for model, loop in ((published, "fused"), (published, "own"), (own, "fused")):
+                with patched(model, loop=loop, **MULTINOMIAL):
                     ours, state_after = call(model, context, **arguments)
                 assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
                 assert same(state, state_after)
@@ -153,9 +153,9 @@ def test_a_search_in_half_precision_gets_float32_and_keeps_the_published_sum():
 
     decode = model.vae_proxy[0].fhat_to_img
     model.vae_proxy[0].fhat_to_img = lambda f_hat: sums.append(f_hat) or decode(f_hat)
-    with patched(model, First(), **MULTINOMIAL):
+    with patched(model, First(), loop="fused", **MULTINOMIAL):
         model.autoregressive_infer_cfg(2, LABELS, 0)
-    with patched(model, First()):
+    with patched(model, First(), loop="fused"):
         model.autoregressive_infer_cfg(2, LABELS, 0)
     published, fused = sums
     assert {features.dtype for features in offered} == {torch.float32} and len(offered) == 10
