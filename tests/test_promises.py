@@ -68,12 +68,13 @@ def test_one_multinomial_candidate_is_the_published_method_bit_for_bit(case, opt
         with precision():
             torch.manual_seed(9)
             published, left = case.call(model, seed, **options), states(model)
-            with patched(model, **MULTINOMIAL):
-                torch.manual_seed(9)
-                ours = case.call(model, seed, **options)
-        assert same(ours, published), f"seed {seed}"
-        assert all(map(torch.equal, states(model), left)), f"random states after seed {seed}"
-        assert caches_closed(case, model)
+            for loop in ("fused", "own"):
+                with patched(model, loop=loop, **MULTINOMIAL):
+                    torch.manual_seed(9)
+                    ours = case.call(model, seed, **options)
+                assert same(ours, published), f"seed {seed}, {loop} loop"
+                assert all(map(torch.equal, states(model), left)), f"random states after seed {seed}, {loop} loop"
+                assert caches_closed(case, model)
 
 
 @EVERY
@@ -260,7 +261,7 @@ STRENGTHS = {
     "Infinity": (
         {"cfg_list": [2.5, 3.0, 1, 0.5, 2.0], "tau_list": [0.5, 2.0, 0.25, 0.75, 1.0]},
         {
-            "cfg_list": [torch.tensor(2.5), torch.full((1, 1, 1), 3.0), torch.tensor(1.0), 0.5, torch.tensor([2.0])],
+            "cfg_list": [torch.tensor(2.5), torch.tensor(3.0), torch.tensor(1.0), 0.5, torch.tensor(2.0)],
             "tau_list": [0.5, torch.tensor(2.0), torch.full((1, 1, 1), 0.25), torch.tensor([0.75]), torch.tensor(1.0)],
         },
     ),
@@ -268,9 +269,10 @@ STRENGTHS = {
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
-def test_a_number_in_a_tensor_means_the_number(name):
+@pytest.mark.parametrize("loop", ["fused", "own"])
+def test_a_number_in_a_tensor_means_the_number(name, loop):
     case, (numbers, tensors) = CASES[name], STRENGTHS[name]
-    model = patch(case.build(), BestOfM(weighed, m=2))
+    model = patch(case.build(), BestOfM(weighed, m=2), loop=loop)
     wanted = case.call(model, SEEDS, **numbers)
     assert same(case.call(model, SEEDS, **tensors), wanted)
     assert not same(case.call(model, SEEDS), wanted)

@@ -216,8 +216,9 @@ def test_a_patch_of_the_transformer_is_four_positions_of_the_vae():
     session.close()
 
 
+@pytest.mark.parametrize("loop", ["fused", "own"])
 @pytest.mark.parametrize("bandwidth", ["image", "batch"])
-def test_density_is_judged_by_positions_of_the_transformer(bandwidth):
+def test_density_is_judged_by_positions_of_the_transformer(bandwidth, loop):
     """As VAR-Scaling's code does it: one sample is the 4 * d bits that the transformer gives at one position."""
     case, seen = CASES["Infinity, patchify"], []
 
@@ -227,7 +228,7 @@ def test_density_is_judged_by_positions_of_the_transformer(bandwidth):
             return seen[-1][1]
 
     search = Seen(9, scales=(2,), strategy="rank", min_distance=0, bandwidth=bandwidth)
-    with patched(case.build(), search) as model:
+    with patched(case.build(), search, loop=loop) as model:
         case.call(model, seeds_at([0, 1]), [0, 1])
     ((bits, choice),) = seen
     assert bits.shape == (2, 9, 4 * 6, NUM_BITS)  # candidates themselves stay maps of the VAE
