@@ -122,9 +122,11 @@ def read(path: Path) -> dict[str, Any]:
     """Read a settings file; returns arguments of :class:`SweepSettings` by name.
 
     Raises:
-        OSError: if it cannot be read.
+        FileNotFoundError, OSError: if there is no such file, or it cannot be read.
         ValueError: if it is not TOML, has an unknown setting, or a setting has a wrong type or value.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"settings must be a TOML file, got {path}, which is not a file")
     try:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
