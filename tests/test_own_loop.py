@@ -60,6 +60,7 @@ FORKS = {
     "a mask as an attribute": masked,
     "every scale's image": lambda: (fork(ForkedVAR), {"every_scale": True}),
     "blocks with an argument more": wide,
+    "halves embedded apart": lambda: (fork(ForkedVAR), {"halves_apart": True}),
     "a subclass that changes the images": lambda: (fork(BrightVAR), {}),
     "a method set on the instance": swapped_sampler,
     "a search of its own": lambda: (fork(ForkedVAR), {"enable_var_scaling": True}),
@@ -127,6 +128,10 @@ class TestForks:
         assert unpatch(patch(model)) is model and vars(model) == before
 
 
+def mean_square(labels, features, scale):
+    return features.square().mean((2, 3, 4))
+
+
 def failing(labels, features, scale):
     raise RuntimeError("stop")
 
@@ -139,7 +144,7 @@ class TestTheLoopsAgree:
     def test_the_same_images(self, name, m):
         case = CASES[name]
         model = case.build()
-        search = BestOfM(lambda labels, features, scale: features.square().mean((2, 3, 4)), m=m, first_scale=0)
+        search = BestOfM(mean_square, m=m, first_scale=0)
         found = {}
         for loop in ("fused", "own"):
             with patched(model, search, loop=loop):
@@ -212,8 +217,33 @@ class TestWhatCannotBeSearched:
 
     def test_seeds_of_another_number(self):
         model = patch(fork(ForkedVAR))
-        with pytest.raises(ValueError, match=r"as a tensor must have shape \[3\], got \[2\]"):
-            model.autoregressive_infer_cfg(3, LABELS, torch.tensor([1, 2]))
+        for seeds in (torch.tensor([1, 2]), torch.zeros(3)):
+            with pytest.raises(ValueError, match=r"as a tensor must be int64 of shape \[3\], got"):
+                model.autoregressive_infer_cfg(3, LABELS, seeds)
+
+    @pytest.mark.parametrize("search", [None, BestOfM(small_scorer(), m=2)], ids=["none", "best"])
+    def test_image_seeds_with_the_models_own_generator(self, search):
+        model = patch(fork(ForkedVAR), search, **MULTINOMIAL)
+        with idle(model), pytest.raises(ValueError, match="must be an int or None for sampler 'multinomial'"):
+            model.autoregressive_infer_cfg(3, LABELS, torch.tensor([1, 2, 3]))
+
+    @pytest.mark.parametrize("name", ["FlexVAR", "Infinity"])
+    def test_a_last_scale_that_is_drawn_in_another_way(self, name, monkeypatch):
+        """These loops do not say when a scale ends, so what was not drawn at the end is found after them."""
+        case = CASES[name]
+        model, module = case.build(), sys.modules[type(case.build()).__module__]
+        calls = []
+
+        def drawing(logits, *args, **kwargs):
+            calls.append(1)
+            return logits.argmax(-1) if len(calls) == 5 else sampled(logits, *args, **kwargs)
+
+        sampled = module.sampled
+        monkeypatch.setattr(module, "sampled", drawing)
+        with patched(model, BestOfM(mean_square, m=2, first_scale=3), loop="own"):
+            with pytest.raises(OwnLoopError, match="draw the tokens of scale 4"):
+                case.call(model, 0)
+        assert len(calls) == 5
 
     def test_generate_refuses_another_loop(self):
         model = fork(ForkedVAR)

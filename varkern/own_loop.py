@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from varkern.checks import capturing, check_sampler, check_search
+from varkern.checks import capturing, check_sampler, check_search, check_seed
 from varkern.draws import MultinomialDraws, PhiloxDraws, as_image_seeds
 from varkern.errors import OwnLoopError
 from varkern.families import WATCHES, Family, Watch, recognise
@@ -45,6 +45,7 @@ class TokenDraws(TorchFunctionMode):
         super().__init__()
         self.watch, self.search, self.sampler, self.seed = watch, search, sampler, seed
         self.seeds: Tensor | None = None
+        self.checked: Tensor | None = None  # the labels that the search was asked about last
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in MULTINOMIAL:
@@ -82,19 +83,19 @@ class TokenDraws(TorchFunctionMode):
     def choose(self, candidates: Tensor, scale: int, draws: Any) -> Tensor:
         """The kept candidate of ``[B, M, rows]``: ``[B, 1, rows]``."""
         watch = self.watch
-        if isinstance(watch.labels, Tensor) and not capturing(watch.labels.device) and len(watch.labels):
-            check_highest_label(self.search, int(watch.labels.max()), watch.spec)
+        if watch.labels is not self.checked and isinstance(watch.labels, Tensor):  # once per generation: it waits
+            self.checked = watch.labels
+            if len(watch.labels) and not capturing(watch.labels.device):
+                check_highest_label(self.search, int(watch.labels.max()), watch.spec)
         maps = watch.maps(scale, candidates)
         index = self.search.choose(offer(watch, scale, watch.spec.num_scales, watch.labels, maps, draws)).index
         return candidates.take_along_dim(index.view(-1, 1, 1), 1)
 
     def image_seeds(self, batch: int, device: torch.device) -> Tensor:
         if self.seeds is None or len(self.seeds) != batch:
-            if isinstance(self.seed, Tensor) and self.seed.shape != (batch,):
-                raise ValueError(
-                    f"seed (g_seed, seeds) as a tensor must have shape [{batch}], got {list(self.seed.shape)}"
-                )
-            self.seeds = as_image_seeds(Request(batch, None, self.seed), device)
+            request = Request(batch, None, self.seed)
+            check_seed(self.sampler, request)
+            self.seeds = as_image_seeds(request, device)
         return self.seeds
 
 
@@ -147,6 +148,7 @@ def searching(
         raise OwnLoopError(
             "the model's own loop drew no token with torch.multinomial, so neither seeds nor search had any effect"
         )
+    watch.finish()
 
 
 def call_own(
@@ -161,9 +163,11 @@ def call_own(
     arguments = named_arguments(bound)
     if search is not None and arguments.get("more_smooth"):
         raise ValueError("more_smooth must be False with a search in the model's own loop, got True")
-    if search is None and sampler == "multinomial":
-        return method(*bound.args, **bound.kwargs)
     seed = arguments.pop("g_seed", None)
+    if sampler == "multinomial":
+        check_seed(sampler, Request(0, None, seed))  # here the method's generator decides, which takes no tensor
+        if search is None:
+            return method(*bound.args, **bound.kwargs)
     if isinstance(seed, Tensor):
         set_argument(bound, "g_seed", 0)
     known = {name: value for name, value in arguments.items() if name in family.arguments}

@@ -130,7 +130,6 @@ def patch(
             The four graphs used last are kept, each with the memory of one generation, until :func:`unpatch`. The first
             call with new settings captures and logs this. On a CPU, for Infinity, or with a scorer that waits for the
             GPU it warns once and generates without a graph. Labels on a GPU are still read by the host once per call.
-
         loop: ``"fused"``: varkern's loop replaces the model's. ``"own"``: the model's own function runs, with all that
             it does beyond the published one, and only its draws of tokens are replaced; see :func:`varkern.searching`.
             ``"auto"``: ``"fused"`` if the model's method is known to be a published one, else ``"own"``;

@@ -33,6 +33,7 @@ class ForkedVAR(VAR):
         flat_guidance=False,
         enable_var_scaling=False,
         own_samples=3,
+        halves_apart=False,
     ):
         rng = None if g_seed is None else self.rng.manual_seed(g_seed)
         if label_B is None:
@@ -41,7 +42,11 @@ class ForkedVAR(VAR):
         elif isinstance(label_B, int):
             label_B = torch.full((B,), label_B)
         quantizer, last = self.vae_quant_proxy[0], len(self.patch_nums) - 1
-        cond = self.class_emb(torch.cat((label_B, torch.full_like(label_B, self.num_classes))))
+        nothing = torch.full_like(label_B, self.num_classes)
+        if halves_apart:
+            cond = torch.cat((self.class_emb(label_B), self.class_emb(nothing)))
+        else:
+            cond = self.class_emb(torch.cat((label_B, nothing)))
         places = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         x, seen, images = cond[:, None] + self.pos_start + places[:, : self.first_l], self.first_l, []
         f_hat = cond.new_zeros(B, self.Cvae, self.patch_nums[-1], self.patch_nums[-1])

@@ -119,12 +119,26 @@ class Watch:
             )
         self.scale, self.draws = scale + 1, 0
 
+    def finish(self) -> None:
+        """The loop has ended: raise as :meth:`end_scale` does for the scales whose end was not seen."""
+        while self.scale < self.spec.num_scales:
+            self.end_scale(self.scale)
+
     def maps(self, scale: int, drawn: Tensor) -> Tensor:
         return drawn
 
 
 class ClassWatch(Watch):
-    """A loop of a class-conditional model, in which a generation starts with the class embedding of its labels."""
+    """A loop of a class-conditional model, in which a generation starts with the class embedding of its labels.
+
+    Args:
+        request: what is known of the call. Its labels, if they are a tensor, are the images'; otherwise the embedded
+            ones are, whose first half is the conditional one.
+    """
+
+    def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request):
+        super().__init__(model, spec, num_candidates)
+        self.given = request.labels if isinstance(request.labels, Tensor) else None
 
     def hook(self) -> None:
         self._undo.append(self.model.class_emb.register_forward_pre_hook(self._start).remove)
@@ -138,15 +152,19 @@ class ClassWatch(Watch):
         return (count // 2, count) if self.draws == self.scale == 0 else (count,)  # with or without guidance
 
     def enter(self, scale: int, batch: int) -> None:
+        first = self.draws == self.scale == 0
         super().enter(scale, batch)
-        self.labels = self.labels[:batch]  # the conditional half
+        if first and self.given is not None and self.given.shape == (batch,):
+            self.labels = self.given.to(self.labels.device)
+        elif first:
+            self.labels = self.labels[:batch]
 
 
 class VARWatch(VARFeatures, ClassWatch):
     """``f_hat`` is what the quantizer's ``get_next_autoregressive_input`` returned last."""
 
-    def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request | None):
-        super().__init__(model, spec, num_candidates)
+    def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request):
+        super().__init__(model, spec, num_candidates, request)
         self.quantizer, self.sides, self.columns = model.vae_quant_proxy[0], spec.sides, spec.vocabulary
         self.codebook = self.quantizer.embedding.weight.detach()
 
@@ -165,6 +183,9 @@ class VARWatch(VARFeatures, ClassWatch):
     def scales(self) -> range:
         return range(self.scale, min(self.scale + 1, self.spec.num_scales))
 
+    def finish(self) -> None:
+        """Nothing is left to check: the end of every scale was seen, and a loop may stop early."""
+
     def enter(self, scale: int, batch: int) -> None:
         super().enter(scale, batch)
         if self.f_hat is None:
@@ -175,8 +196,8 @@ class VARWatch(VARFeatures, ClassWatch):
 class FlexVARWatch(FlexVARFeatures, ClassWatch):
     """The scale is recognised by the number of tokens drawn, because nothing is summed between scales."""
 
-    def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request | None):
-        super().__init__(model, spec, num_candidates)
+    def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request):
+        super().__init__(model, spec, num_candidates, request)
         check_vqvae(request.options.get("vqvae"), model)
         self.sides, self.columns = sides_of(request), model.V
         weight = request.options["vqvae"].quantize.embedding.weight
@@ -188,7 +209,7 @@ class InfinityWatch(InfinityFeatures, Watch):
 
     columns = 2
 
-    def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request | None):
+    def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request):
         super().__init__(model, spec, num_candidates)
         self.settings = Settings(model, request, check_schedule(request))
         check_codes(self.settings)
