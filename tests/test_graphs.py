@@ -113,6 +113,16 @@ def test_other_settings_are_captured_anew(model, capture, change):
     assert len(capture) == 2
 
 
+def test_a_capture_is_logged_as_information(model, capture, caplog):
+    """Slow but expected: it must not reach stderr in a program that sets up no logging."""
+    varkern.patch(model, cuda_graph=True)
+    with caplog.at_level("INFO", logger="varkern"):
+        images(model)
+        images(model)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("varkern", "INFO")]
+    assert caplog.messages[0].startswith("capturing a CUDA graph for 3 images")
+
+
 def test_only_the_latest_are_kept(model, capture):
     varkern.patch(model, cuda_graph=True)
     for top_k in range(1, graphs.KEPT + 2):

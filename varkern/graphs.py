@@ -182,7 +182,7 @@ class GenerationGraphs:
         )
 
     def captured(self, inputs: dict[str, Tensor], request: Request, device: torch.device) -> Captured:
-        logger.warning(
+        logger.info(
             "capturing a CUDA graph for %d images: this call takes about three times as long, the next ones with these "
             "settings replay it",
             request.batch_size,

@@ -1,11 +1,13 @@
 """Best of M: which candidate is kept, how many maps exist at once, and what is refused before any work."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.helpers import NUM_CLASSES, TINY_SIDES, caches_closed, idle, relative_error, small_scorer, small_var
 from tests.references import vqvae
-from varkern import BestOfM, DensitySearch, Scorer, generate, patch
+from varkern import BestOfM, DensitySearch, PublishedScorer, Scorer, generate, patch
 from varkern.ops.philox import PICKS, uniforms
 from varkern.search import Candidates
 from varkern.spec import ModelSpec
@@ -420,5 +422,23 @@ def test_scores_of_any_number_type(dtype):
     assert choice.scores.dtype == torch.float32 and choice.index.tolist() == [1]
 
 
-def test_repr_tells_the_settings():
-    assert repr(BestOfM(mean_feature, m=8, pick=2)) == "BestOfM(m=8, first_scale=1, last_scale=None, pick=2)"
+class Judge(torch.nn.Module):
+    def forward(self, labels, features, scale):
+        return features.mean((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "search, wanted",
+    [
+        (BestOfM(mean_feature, m=8), "mean_feature, m=8, first_scale=1, last_scale=None, pick='best'"),
+        (BestOfM(Judge(), 8, 0, 3), "Judge, m=8, first_scale=0, last_scale=3, pick='best'"),
+        (BestOfM(Judge(), pick=2), "Judge, m=4, first_scale=1, last_scale=None, pick=2, temperature=1.0"),
+        (BestOfM(Judge(), (1, 2), pick="resample", temperature=2), "Judge, m=(1, 2), pick='resample', temperature=2"),
+        (BestOfM(PublishedScorer(Judge()), (1, 2), temperature=0.5), "PublishedScorer(Judge), m=(1, 2), pick='best'"),
+        (BestOfM(partial(mean_feature), (1, 2)), "partial, m=(1, 2), pick='best'"),
+    ],
+    ids=str,
+)
+def test_repr_shows_what_decides_the_choice(search, wanted):
+    """The temperature is shown where it has an effect, and the scales where a single m does not give them."""
+    assert repr(search) == f"BestOfM({wanted})"

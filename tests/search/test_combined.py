@@ -128,7 +128,7 @@ def test_repr():
     assert repr(Combined(density(), BestOfM(mean_feature, m=4))) == (
         "Combined(DensitySearch(n=12, representatives=4, alpha=1.5, scales=(1,), strategy='hybrid', "
         "metric='euclidean', per='position', bandwidth='image', min_distance=0.5, threshold='released'), "
-        "BestOfM(m=4, first_scale=1, last_scale=None, pick='best'))"
+        "BestOfM(mean_feature, m=4, first_scale=1, last_scale=None, pick='best'))"
     )
 
 

@@ -13,7 +13,7 @@ from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
 from .base import Candidates, Choice, Scorer
-from .published_scorer import takes_published_arguments
+from .published_scorer import PublishedScorer, takes_published_arguments
 
 
 class BestOfM:
@@ -101,7 +101,13 @@ class BestOfM:
         self.pick, self.temperature, self.maps_at_once = pick, temperature, maps_at_once
 
     def __repr__(self) -> str:
-        return f"BestOfM(m={self.m}, first_scale={self.first_scale}, last_scale={self.last_scale}, pick={self.pick!r})"
+        settings = [describe_scorer(self.scorer), f"m={self.m}"]
+        if isinstance(self.m, int):
+            settings += [f"first_scale={self.first_scale}", f"last_scale={self.last_scale}"]
+        settings.append(f"pick={self.pick!r}")
+        if self.pick != "best":
+            settings.append(f"temperature={self.temperature}")
+        return f"BestOfM({', '.join(settings)})"
 
     def check(self, spec: ModelSpec) -> None:
         """See :class:`.base.Search`."""
@@ -183,6 +189,12 @@ class BestOfM:
             parts.append(part)
         scores = torch.cat(parts, dim=1).float()
         return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
+
+
+def describe_scorer(scorer: Scorer) -> str:
+    """The name of a function, or of the type of another object."""
+    name = getattr(scorer, "__name__", type(scorer).__name__)
+    return f"{name}({describe_scorer(scorer.network)})" if isinstance(scorer, PublishedScorer) else name
 
 
 def move_to(scorer: Scorer, device: torch.device) -> None:
