@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
 from .base import Candidates, Choice, Scorer
-from .published_scorer import PublishedScorer, takes_published_arguments
+from .scoring import (
+    check_scales,
+    check_scales_exist,
+    check_scorer,
+    check_scorer_fits,
+    check_scorer_knows,
+    check_scoring,
+    describe_scorer,
+    score_maps,
+)
 
 
 class BestOfM:
@@ -70,13 +78,7 @@ class BestOfM:
         *,
         maps_at_once: int = 1024,
     ):
-        if not callable(scorer):
-            raise TypeError(f"scorer must be callable, got {type(scorer).__name__}")
-        if takes_published_arguments(scorer):
-            raise TypeError(
-                f"scorer must take (labels, features, scale), got {type(scorer).__name__}, which takes "
-                "(x, class_labels, stage_label) as the published network: wrap it by varkern.PublishedScorer(scorer)"
-            )
+        check_scorer(scorer)
         if not is_int(m) and (not isinstance(m, Sequence) or isinstance(m, str)):
             raise TypeError(f"m must be an int or a sequence of ints, got {m!r}")
         for number in (m,) if is_int(m) else m:
@@ -87,16 +89,10 @@ class BestOfM:
             raise ValueError(
                 "first_scale and last_scale cannot be combined with a per-scale m; use 1 for scales not to search"
             )
-        if not is_int(first_scale) or first_scale < 0:
-            raise ValueError(f"first_scale must be an int >= 0, got {first_scale!r}")
-        if last_scale is not None and (not is_int(last_scale) or last_scale < first_scale):
-            raise ValueError(f"last_scale must be an int >= first_scale={first_scale}, got {last_scale!r}")
+        check_scales(first_scale, last_scale)
         if pick not in ("best", "resample") if isinstance(pick, str) else not is_int(pick) or pick < 1:
             raise ValueError(f"pick must be 'best', 'resample' or an int >= 1, got {pick!r}")
-        if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
-        if not is_int(maps_at_once) or maps_at_once < 1:
-            raise ValueError(f"maps_at_once must be an int >= 1, got {maps_at_once!r}")
+        check_scoring(temperature, maps_at_once)
         self.scorer, self.first_scale, self.last_scale = scorer, first_scale, last_scale
         self.pick, self.temperature, self.maps_at_once = pick, temperature, maps_at_once
 
@@ -113,21 +109,9 @@ class BestOfM:
         """See :class:`.base.Search`."""
         if not isinstance(self.m, int) and len(self.m) != spec.num_scales:
             raise ValueError(f"m must have one number for each of {spec.num_scales} scales, got {len(self.m)}")
-        for name, scale in (("first_scale", self.first_scale), ("last_scale", self.last_scale)):
-            if scale is not None and scale >= spec.num_scales and isinstance(self.m, int):
-                raise ValueError(f"{name} must be < {spec.num_scales}, the model's scales, got {scale}")
-        config = getattr(self.scorer, "config", None)
-        wanted = {
-            "num_classes": spec.num_classes,
-            "num_scales": spec.num_scales,
-            "channels": spec.channels,
-            "size": spec.size[0],
-        }
-        for name, value in wanted.items():
-            if getattr(config, name, value) != value:
-                raise ValueError(
-                    f"scorer was made for {name}={getattr(config, name)}, but the model has {name}={value}"
-                )
+        if isinstance(self.m, int):
+            check_scales_exist(self.first_scale, self.last_scale, spec)
+        check_scorer_fits(self.scorer, spec)
 
     def check_labels(self, highest: int, spec: ModelSpec) -> None:
         """See :class:`.base.Search`; a scorer with a ``num_classes`` knows only these classes, not "no class".
@@ -136,13 +120,7 @@ class BestOfM:
         """
         if all(self.num_candidates(scale, spec.num_scales) == 1 for scale in range(spec.num_scales)):
             return
-        num_classes = getattr(self.scorer, "num_classes", None)
-        num_classes = getattr(getattr(self.scorer, "config", None), "num_classes", num_classes)
-        if num_classes is not None and highest >= num_classes:
-            meaning = ", which means 'no class' and has no score" if highest == spec.num_classes else ""
-            raise ValueError(
-                f"label (label_B, labels) must be in 0..{num_classes - 1}, the scorer's classes, got {highest}{meaning}"
-            )
+        check_scorer_knows(self.scorer, highest, spec)
 
     def num_candidates(self, scale: int, num_scales: int) -> int:
         """See :class:`.base.Search`."""
@@ -164,41 +142,5 @@ class BestOfM:
         return Choice((weights + gumbel(candidates.uniforms())).argmax(-1), scores)
 
     def score(self, candidates: Candidates) -> Tensor:
-        """Scores ``[B, M]`` float32, computed for ``maps_at_once`` feature maps at a time. NaN counts as the lowest.
-
-        The features have the scorer's ``input_dtype`` and, if its ``channels_last`` is true, that memory format. A
-        scorer without these attributes gets contiguous float32.
-        """
-        move_to(self.scorer, candidates.tokens.device)
-        batch, count = candidates.tokens.shape[:2]
-        step = max(self.maps_at_once // max(batch, 1), 1)
-        wanted = {
-            "dtype": getattr(self.scorer, "input_dtype", None),
-            "channels_last": getattr(self.scorer, "channels_last", False),
-        }
-        parts = []
-        for start in range(0, count, step):
-            features = candidates.fuse(start, min(start + step, count), **wanted)
-            part = self.scorer(candidates.labels, features, candidates.scale)
-            if not isinstance(part, Tensor):
-                raise TypeError(f"scorer must return a tensor, got {type(part).__name__}")
-            if part.shape != features.shape[:2]:
-                raise ValueError(
-                    f"scorer must return scores of shape {list(features.shape[:2])}, got {list(part.shape)}"
-                )
-            parts.append(part)
-        scores = torch.cat(parts, dim=1).float()
-        return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
-
-
-def describe_scorer(scorer: Scorer) -> str:
-    """The name of a function, or of the type of another object."""
-    name = getattr(scorer, "__name__", type(scorer).__name__)
-    return f"{name}({describe_scorer(scorer.network)})" if isinstance(scorer, PublishedScorer) else name
-
-
-def move_to(scorer: Scorer, device: torch.device) -> None:
-    """Move a scorer that is a module to ``device`` if its first parameter is elsewhere."""
-    first = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
-    if first is not None and first.device != device:
-        scorer.to(device)
+        """Scores ``[B, M]`` float32; see :func:`.scoring.score_maps`."""
+        return score_maps(self.scorer, candidates, candidates.fuse, candidates.tokens.shape[1], self.maps_at_once)
