@@ -1,5 +1,10 @@
 """Best-of-M sampling for visual autoregressive (VAR) image models at next to no cost."""
 
+# ruff: noqa: E402
+from varkern.installation import check_kernels
+
+check_kernels(__path__[0])  # comes first, because later imports may import a kernel
+
 from varkern.checks import check
 from varkern.errors import OwnLoopError, UnsupportedModelError
 from varkern.generation import Generation, generate
