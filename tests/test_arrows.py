@@ -116,7 +116,6 @@ ALLOWED = {
         "scorer",
         "search",
         "studies",
-        "tables",
         "training",
         "varkern",
     },

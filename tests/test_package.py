@@ -38,7 +38,7 @@ class TestPackage:
         patterns = CONFIG["tool"]["setuptools"]["package-data"]["varkern"]
         found = {str(path.relative_to(ROOT / "varkern")) for p in patterns for path in (ROOT / "varkern").glob(p)}
         weights = {f"demo/weights/{name}.safetensors" for name in ("vae", "var", "scorer", "classifier")}
-        assert found == {"py.typed", "demo/README.md"} | weights
+        assert found == {"py.typed", "demo/README.md", "studies/presets.toml"} | weights
 
     def test_every_dependency_is_imported(self):
         """What a user must install is what the package imports."""

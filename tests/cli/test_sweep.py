@@ -9,8 +9,6 @@ from PIL import Image
 
 from varkern import cli
 from varkern.demo import measuring
-from varkern.demo.measuring import RealDigits
-from varkern.demo.run import WEIGHTS
 
 MODULE = """
 def few(images):
@@ -115,7 +113,7 @@ def test_preset(sweep, tmp_path, capsys):
     """Cells of scales that the model lacks are left out, and it is said."""
     assert sweep(**PRESET, preset="lsrs-table6", max_m=32) == 0
     captured = capsys.readouterr()
-    assert "left out: 7 cells of missing scales" in captured.err
+    assert "left out: 7 cells with missing scales" in captured.err
     assert "LSRS, Table 6" in captured.out and "| paper: FID |" in captured.out
     rows = list(csv.DictReader((tmp_path / "out" / "lsrs-table6.csv").open()))
     assert [(row["m"], row["first_scale"]) for row in rows[::2]] == [("1", "1"), ("32", "0"), ("32", "1"), ("32", "2")]
@@ -201,7 +199,7 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
         ({"preset": "lsrs-table5"}, "grid must not be given: the preset lsrs-table5 defines the cells, got"),
         ({**PRESET, "preset": "lsrs-fig6"}, "images must not be given: the preset lsrs-fig6 only measures the time"),
         ({**PRESET, "preset": "lsrs-table4", "var": "demo", "vae": None}, "which compares several depths"),
-        ({"real": "DIR"}, "real must not be given: only the preset lsrs-table10 uses token maps, got DIR"),
+        ({"real": "DIR"}, "settings.toml: unknown setting real; "),
         ({"alpha": "median"}, "alpha must not be given: only density searches use it"),
         ({"images": 0}, "images must be >= 2, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
@@ -225,33 +223,9 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
         ({"scorer": ["a=x", "a=y"]}, "scorer must have different names, got 'a' twice"),
         ({"var": "nowhere.pth"}, "nowhere.pth"),
         ({"features": "own:none"}, "own has no function 'none'"),
-        ({**PRESET, "preset": "lsrs-table10"}, "settings must have real, generated, vae and scorer"),
     ],
 )
 def test_wrong(sweep, tmp_path, one_line, options, message):
     assert sweep(**options) == 2
     assert message in one_line()
     assert not list(tmp_path.glob("out/**/*.safetensors")) and not list(tmp_path.glob("out/results/*"))
-
-
-def test_accuracies_beside_the_papers(tmp_path, capsys):
-    """LSRS, Table 10, of the shipped scorer against itself on few token maps."""
-    out, demo = tmp_path / "report", WEIGHTS / "vae.safetensors"
-    for label, image in enumerate(RealDigits(10, 0).images.movedim(1, -1).numpy()):
-        (tmp_path / "images" / f"{label}").mkdir(parents=True)
-        Image.fromarray(image).save(tmp_path / "images" / f"{label}" / "a.png")
-    tokens = ["tokens", "encode", "--vae", "demo", "--images", str(tmp_path / "images"), "--resize", "1"]
-    generated = ["tokens", "generate", "--var", "demo", "--per-class", "2", "--top-k", "0"]
-    assert cli.main([*tokens, "--out", str(tmp_path / "real"), "--device", "cpu"]) == 0
-    assert cli.main([*generated, "--out", str(tmp_path / "generated"), "--device", "cpu"]) == 0
-    capsys.readouterr()
-    maps = {"real": str(tmp_path / "real"), "generated": str(tmp_path / "generated")}
-    (tmp_path / "maps.toml").write_text(as_toml(maps))
-    arguments = ["sweep", "--preset", "lsrs-table10", "--out", str(out), "--vae", str(demo), "--device", "cpu"]
-    arguments += ["--settings", str(tmp_path / "maps.toml")]
-    for name in ("with", "without"):
-        arguments += ["--scorer", f"{name}={WEIGHTS / 'scorer.safetensors'}"]
-    assert cli.main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert (out / "scores.png").exists() and "+0.000" in printed
-    assert "| 0 | 0.523 | - |" in printed and "| 9 | 0.843 | 0.844 |" in printed

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from varkern.studies.cells import Cell
-from varkern.studies.presets import DEPTHS, PRESETS
+from varkern.studies.presets import PRESETS, PRESETS_FILE, read_presets, tomllib
 from varkern.studies.report import FIGURES
 
 
@@ -20,8 +20,25 @@ def test_preset(preset):
         assert set(printed) <= set(FIGURES)
         assert all(isinstance(value, float) and value > 0 for value in printed.values())
         cell.search(scorer, 1.0)
-        assert not cell.needs_alpha and cell.fits(10) and cell.model in ("", *DEPTHS)
+        assert not cell.needs_alpha and cell.fits(10) and cell.model in ("", "d16", "d20", "d24", "d30")
     assert set(preset.shown) <= set(FIGURES) and preset.title and preset.claim.endswith(".")
+
+
+def test_format(tmp_path):
+    """A value without a list is that of all cells, "" is a default, and other tables' rows come first and once."""
+    (tmp_path / "a.toml").write_text(
+        '[a]\ntitle = "A"\nclaim = "a."\ncells.m = [1, 2]\ncells.cfg = ["", 0.5]\npaper.fid = [3.0, 2.0]\n'
+        '[b]\ntitle = "B"\nclaim = ""\ncfg = 1.0\nshown = ["fid"]\nrows_of = ["a"]\ncells.m = [2, 1]\ncells.pick = 2\n'
+    )
+    a, b = read_presets(tmp_path / "a.toml").values()
+    assert a.rows == ((Cell(), {"fid": 3.0}), (Cell(m=2, cfg=0.5), {"fid": 2.0})) and (a.cfg, a.timing) == (1.5, False)
+    assert b.cells == [Cell(), Cell(m=2, cfg=0.5), Cell(m=2, pick=2)] and (b.cfg, b.shown) == (1.0, ("fid",))
+
+
+def test_every_list_has_one_value_per_cell():
+    for name, table in tomllib.loads(PRESETS_FILE.read_text()).items():
+        columns = [*table.get("cells", {}).values(), *table.get("paper", {}).values()]
+        assert len({len(column) for column in columns if isinstance(column, list)}) == (name != "lsrs-fig3"), name
 
 
 def test_every_table_is_there():

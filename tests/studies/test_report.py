@@ -9,7 +9,7 @@ from PIL import Image
 
 from varkern.studies import report as sweep_report
 from varkern.studies.cells import Cell
-from varkern.studies.presets import COST, PARTS, PRESETS, Preset
+from varkern.studies.presets import PRESETS, Preset
 from varkern.studies.report import Found, Summary, from_file, markdown, page, summary, write
 from varkern.studies.sweep import Entry
 
@@ -141,7 +141,7 @@ def test_axes(cells, axes):
 
 
 def test_times_of_one_m_are_drawn(tmp_path):
-    given = found([Cell(), Cell(m=2)], settings={**SETTINGS, "timing": True}, shown=COST)
+    given = found([Cell(), Cell(m=2)], settings={**SETTINGS, "timing": True}, shown=sweep_report.COSTS)
     assert [axis.name for axis in sweep_report.axes_of(given)] == ["m"] and len(write(given, tmp_path)) == 4
 
 
@@ -165,7 +165,7 @@ def test_searches_of_different_kinds_share_no_line():
 def test_every_preset_is_drawn(preset, tmp_path):
     """Nothing in a table or picture depends on figures that a run may lack."""
     settings = {**SETTINGS, "features": "inception", "timing": preset.timing}
-    figures = {**result(0, 2.0), **dict.fromkeys(PARTS + COST, 1.0)}
+    figures = {**result(0, 2.0), **dict.fromkeys([*PRESETS["lsrs-table7"].shown, *sweep_report.COSTS], 1.0)}
     entries = [Entry(cell, [figures]) for cell in preset.cells]
     given = Found(preset, entries, settings, "varkern sweep")
     paths = write(given, tmp_path)

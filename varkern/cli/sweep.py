@@ -24,22 +24,19 @@ from varkern.runs import describe_file, find_rank, open_folder
 from varkern.scorer import Scorer
 from varkern.studies import report as sweep_report
 from varkern.studies.models import Models
-from varkern.studies.presets import PRESETS, WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, Preset
+from varkern.studies.presets import PRESETS, Preset
 from varkern.studies.settings import SweepSettings, read
 from varkern.studies.sweep import Settings, Sweep
-from varkern.tables import markdown_table
 
-from . import scorer as scorer_commands
 from .evaluate import find_extractor, open_reference
 from .options import DTYPES, Device, Vae, pick_local_device
 
-ACCURACIES = "lsrs-table10"  # it measures scorers, not images
 TIMED = 24  # images per batch, as in LSRS, Fig. 6
 
 
 def sweep(
     out: Annotated[Path | None, typer.Option(help="Folder for figures, tables and pictures")] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Table of the papers: {', '.join(PRESETS)}, {ACCURACIES}")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Table of the papers: {', '.join(PRESETS)}")] = None,
     settings: Annotated[
         Path | None, typer.Option(help="TOML file with grids of searches and other settings; see --show")
     ] = None,
@@ -88,17 +85,14 @@ def sweep(
     }
     in_file = {} if settings is None else read(settings)
     given = SweepSettings(**in_file | {name: value for name, value in line.items() if value is not None})
-    chosen, table = (given, None) if given.preset == ACCURACIES else resolve(given)
+    chosen, table = resolve(given)
     if show:
         print(chosen.as_toml(), end="")
         return
     if out is None:
         raise ValueError("out must be a folder for figures, tables and pictures, got none")
     require_matplotlib()
-    if table is None:
-        report_accuracies(out, chosen, device)
-    else:
-        measure(out, chosen, table, pick_local_device(device))
+    measure(out, chosen, table, pick_local_device(device))
 
 
 def parse_files(option: str, texts: Sequence[str] | None) -> str | dict[str, str] | None:
@@ -132,7 +126,6 @@ def resolve(given: SweepSettings) -> tuple[SweepSettings, Preset]:
     else:
         refuse(f"the preset {given.preset} defines the cells", {"grid": given.grid or None})
         table = find_preset(given.preset, demo, given.max_m)
-    refuse(f"only the preset {ACCURACIES} uses token maps", {"real": given.real, "generated": given.generated})
     if all(cell.n == 1 for cell in table.cells):
         refuse("only density searches use it", {"alpha": given.alpha, "min_distance": given.min_distance})
     usual = {"cfg": table.cfg if given.preset else 1.5, "top_k": table.top_k, "top_p": table.top_p}
@@ -235,19 +228,13 @@ def find_preset(name: str, demo: bool, max_m: int | None) -> Preset:
         ValueError: if there is no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, {ACCURACIES}, got {name!r}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     if not demo:
         return PRESETS[name]
     from varkern.demo.measuring import MOST_CANDIDATES, adapt_preset
 
-    whole = PRESETS[name]
-    kept = adapt_preset(whole, MOST_CANDIDATES if max_m is None else max_m)
-    if len(kept.rows) < len(whole.rows):
-        print(
-            f"left out: {len(whole.rows) - len(kept.rows)} cells with scales that the demo does not have, or with too "
-            "many candidates (--max-m)",
-            file=sys.stderr,
-        )
+    kept = adapt_preset(PRESETS[name], MOST_CANDIDATES if max_m is None else max_m)
+    report_left_out(PRESETS[name], kept, "scales that the demo does not have, or with too many candidates (--max-m)")
     return kept
 
 
@@ -257,18 +244,14 @@ def restrict(preset: Preset, alpha: float | str | None, min_distance: float | No
     Raises:
         ValueError: if no cell is left.
     """
-    changed = {"alpha": alpha, "min_distance": min_distance}
-    rows = []
-    for cell, printed in preset.rows:
-        if cell.n != 1:
-            cell = replace(cell, **{name: value for name, value in changed.items() if value is not None})
-        if max_m is None or cell.most_candidates() <= max_m:
-            rows.append((cell, printed))
-    if not rows:
+    given = {"alpha": alpha, "min_distance": min_distance}
+    changed = {name: value for name, value in given.items() if value is not None}
+    rows = tuple((replace(cell, **changed) if cell.n != 1 else cell, printed) for cell, printed in preset.rows)
+    kept = replace(preset, rows=rows).keep(lambda cell: max_m is None or cell.most_candidates() <= max_m)
+    if not kept.rows:
         raise ValueError(f"max_m must leave at least one cell, got {max_m}")
-    if len(rows) < len(preset.rows):
-        print(f"left out: {len(preset.rows) - len(rows)} cells with more than {max_m} candidates", file=sys.stderr)
-    return replace(preset, rows=tuple(rows))
+    report_left_out(preset, kept, f"more than {max_m} candidates")
+    return kept
 
 
 def drop_missing(preset: Preset, models: Models) -> Preset:
@@ -277,18 +260,17 @@ def drop_missing(preset: Preset, models: Models) -> Preset:
     Raises:
         ValueError: if no cell is left, or a scorer of a cell is not given.
     """
-    given = [row for row in preset.rows if row[0].model in models.models]
-    if not given:
-        models.check(preset.cells)
-    models.check([cell for cell, _ in given])
-    rows = tuple(row for row in given if row[0].fits(models.num_scales(row[0].model)))
-    for number, of in (
-        (len(preset.rows) - len(given), "models that are not given"),
-        (len(given) - len(rows), "missing scales"),
-    ):
-        if number:
-            print(f"left out: {number} cells of {of}", file=sys.stderr)
-    return replace(preset, rows=rows)
+    given = preset.keep(lambda cell: cell.model in models.models)
+    models.check(given.cells or preset.cells)
+    report_left_out(preset, given, "models that are not given")
+    kept = given.keep(lambda cell: cell.fits(models.num_scales(cell.model)))
+    report_left_out(given, kept, "missing scales")
+    return kept
+
+
+def report_left_out(whole: Preset, kept: Preset, reason: str) -> None:
+    if number := len(whole.rows) - len(kept.rows):
+        print(f"left out: {number} cells with {reason}", file=sys.stderr)
 
 
 def find_reference(reference: str | None, demo: bool, extractor: Extractor, settings: Settings) -> Measured:
@@ -307,33 +289,6 @@ def find_reference(reference: str | None, demo: bool, extractor: Extractor, sett
     if stored is not None and stored.features not in (None, extractor.name):
         raise ValueError(f"reference must hold statistics of features {extractor.name!r}, got {stored.features!r}")
     return measure_reference(images, stored, extractor, settings.batch_size, settings.neighbors)
-
-
-def report_accuracies(out: Path, chosen: SweepSettings, device: str) -> None:
-    """Make LSRS, Table 10, which is ``varkern scorer report`` of two scorers."""
-    paths = {name: getattr(chosen, name) for name in ("real", "generated", "vae")}
-    missing = [name for name, value in paths.items() if value is None]
-    scorers = chosen.scorer if isinstance(chosen.scorer, dict) else {}
-    if missing or set(scorers) != {"with", "without"}:
-        raise ValueError(
-            f"settings must have real, generated, vae and scorer = {{ with = FILE, without = FILE }} for {ACCURACIES}, "
-            f"scorers trained with and without the first scale; got no {', '.join(missing) or 'such two scorers'}"
-        )
-    scorer_commands.report(
-        scorer=Path(scorers["with"]),
-        **{name: Path(path) for name, path in paths.items()},
-        out=out,
-        against=Path(scorers["without"]),
-        features=None,
-        first_scale=None,
-        batch_size=128,
-        device=device,
-        verify=False,
-    )
-    print("The paper finds virtually no difference. Its accuracies for VAR on ImageNet:\n")
-    pairs = enumerate(zip(WITH_FIRST_SCALE, WITHOUT_FIRST_SCALE, strict=True))
-    rows = [[scale, f"{first:.3f}", "-" if second is None else f"{second:.3f}"] for scale, (first, second) in pairs]
-    print(markdown_table(["scale", "with", "without"], rows), end="")
 
 
 def command_line() -> str:

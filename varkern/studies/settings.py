@@ -18,19 +18,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .cells import BEST_OF_M, DENSITY, MEDIAN, Cell, grid, unique
-from .presets import Preset
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .presets import Preset, tomllib
 
 NUMBER, TEXT, TEXT_OR_NUMBER = (int, float), (str,), (str, int, float)
 KINDS = {(int,): "an integer", NUMBER: "a number", TEXT: "a text", TEXT_OR_NUMBER: "a text or a number"}
@@ -62,7 +56,6 @@ class SweepSettings:
         alpha, min_distance: replace those of all density searches.
         max_m: leaves out cells with more candidates.
         dtype, autocast: data types of the weights and of ``torch.autocast``.
-        real, generated: folders of token maps, for the table of scorers' accuracies.
     """
 
     preset: str | None = None
@@ -85,8 +78,6 @@ class SweepSettings:
     max_m: int | None = None
     dtype: str = "float32"
     autocast: str | None = None
-    real: str | None = None
-    generated: str | None = None
 
     def cells(self) -> Preset:
         """The cells of ``grid``, the model alone first.
@@ -111,7 +102,7 @@ class SweepSettings:
 
 
 SETTINGS = {
-    **dict.fromkeys(("preset", "vae", "reference", "features", "dtype", "autocast", "real", "generated"), TEXT),
+    **dict.fromkeys(("preset", "vae", "reference", "features", "dtype", "autocast"), TEXT),
     **dict.fromkeys(("images", "seeds", "seed", "batch_size", "neighbors", "top_k", "max_m"), (int,)),
     **dict.fromkeys(("cfg", "top_p", "min_distance"), NUMBER),
     "alpha": TEXT_OR_NUMBER,
