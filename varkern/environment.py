@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 
 import torch
@@ -70,11 +71,21 @@ def extras() -> dict[str, list[str]]:
         requirements = metadata.requires("varkern") or []
     except metadata.PackageNotFoundError:
         return {}
-    missing: dict[str, list[str]] = {}
+    brought: dict[str, list[tuple[str, list[str]]]] = {}
     for requirement in requirements:
-        match = re.match(r"([\w.-]+).*;.*extra == ['\"](\w+)['\"]", requirement)
-        if match and match[1] != "varkern":
-            missing.setdefault(match[2], [])
-            if version_of(match[1]) == "not installed":
-                missing[match[2]].append(match[1])
-    return missing
+        match = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?.*;.*extra == ['\"](\w+)['\"]", requirement)
+        if match:
+            brought.setdefault(match[3], []).append((match[1], (match[2] or "").split(",")))
+
+    def packages(extra: str) -> Iterator[str]:
+        for name, others in brought.get(extra, []):
+            if name == "varkern":  # an extra may bring other extras
+                for other in others:
+                    yield from packages(other)
+            else:
+                yield name
+
+    return {
+        extra: [name for name in dict.fromkeys(packages(extra)) if version_of(name) == "not installed"]
+        for extra in brought
+    }

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         require("images", options.images, 2)
         require("seeds", options.seeds, 1)
-        require_matplotlib()
+        require_matplotlib("digits")
         device = pick_local_device(options.device)
         if options.page:
             page.fill(options.page.read_text(), dict.fromkeys(page.list_tables(), ""))

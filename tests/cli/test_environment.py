@@ -24,9 +24,10 @@ class TestEnvironment:
             "scikit-learn; extra == 'demo'",
             'no-such-thing>=3; extra == "demo"',
             "pillow; extra == 'x'",
+            "varkern[demo,x]; extra == 'both'",
         ]
         monkeypatch.setattr(environment.metadata, "requires", lambda name: requires)
-        assert environment.extras() == {"demo": ["no-such-thing"], "x": []}
+        assert environment.extras() == {"demo": ["no-such-thing"], "x": [], "both": ["no-such-thing"]}
 
     def test_version(self, capsys):
         assert cli.main(["--version"]) == 0

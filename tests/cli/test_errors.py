@@ -111,7 +111,7 @@ class TestWrongInput:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         code = cli.main(["demo", "--out", str(tmp_path / "demo.png")]) if arguments == ["demo"] else command()
         assert code == 2
-        assert "pip install 'varkern[demo]'" in one_line()
+        assert f"pip install 'varkern[{'demo' if arguments == ['demo'] else 'plots'}]'" in one_line()
 
     def test_missing_scikit_learn(self, tmp_path, monkeypatch, one_line):
         from varkern.demo.digits import originals
@@ -119,7 +119,7 @@ class TestWrongInput:
         originals.cache_clear()
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
         assert cli.main(["demo", "train", "--out", str(tmp_path / "weights")]) == 2
-        assert "pip install 'varkern[demo]'" in one_line()
+        assert "pip install 'varkern[digits]'" in one_line()
         assert not (tmp_path / "weights").exists()
 
     def test_missing_hub(self, command, monkeypatch, one_line):

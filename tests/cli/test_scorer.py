@@ -233,7 +233,7 @@ class TestRefused:
     def test_no_matplotlib(self, command, weights, one_line, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert command("report", scorer=weights / "scorer.safetensors", out=tmp_path / "report") == 2
-        assert "pip install 'varkern[demo]'" in one_line()
+        assert "pip install 'varkern[train]'" in one_line()
         assert not (tmp_path / "report").exists()
 
     def test_no_scorer(self, command, one_line, tmp_path, weights):

@@ -243,7 +243,7 @@ class TestWrongInput:
     def test_missing_pillow(self, encode, monkeypatch, one_line):
         monkeypatch.setitem(sys.modules, "PIL", None)
         assert encode() == 2
-        assert "pip install 'varkern[demo]'" in one_line()
+        assert "pip install 'varkern[train]'" in one_line()
 
     @pytest.mark.parametrize("local, wanted", [("1", "cuda:1"), (None, "cuda"), ("x", "cuda")])
     @pytest.mark.parametrize("name", ["auto", "cuda"])

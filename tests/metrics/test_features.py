@@ -154,7 +154,7 @@ class TestInceptionPath:
     def test_missing_torch_fidelity(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_fidelity", None)
         monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
-        with pytest.raises(ImportError, match=r"pip install 'varkern\[eval\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'varkern\[measure\]'"):
             features.inception(CPU)
 
 

@@ -70,7 +70,7 @@ def explain(
     out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the scores")] = Path("explain.png"),
 ) -> None:
     """Plot one generation: the candidates of every scale by score, with the kept one framed, and the image of M=1."""
-    require_matplotlib()
+    require_matplotlib("plots")
     require("number", number, 0)
     check_outputs(out)
     scorer = find_scorer(var, scorer)
@@ -106,7 +106,7 @@ def perturb(
     out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the figures")] = Path("perturb.png"),
 ) -> None:
     """Replace one scale of finished images at a time by random tokens, and measure how much the images change."""
-    require_matplotlib()
+    require_matplotlib("plots")
     require("replacements", replacements, 1)
     require("num_per_class", num_per_class, 1)
     check_outputs(out)

@@ -93,7 +93,7 @@ def sample(
         "pick": parse_pick(pick),
         "temperature": temperature,
     }
-    require_matplotlib()
+    require_matplotlib("plots")
     check_file("npz", npz, ".npz")
     open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])

@@ -139,7 +139,7 @@ def report(
     """
     require("batch_size", batch_size, 1)
     where = pick_device(device)
-    require_matplotlib()
+    require_matplotlib("train")
     real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
     open_folder(out)
     reports = []

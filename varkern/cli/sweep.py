@@ -91,7 +91,7 @@ def sweep(
         return
     if out is None:
         raise ValueError("out must be a folder for figures, tables and pictures, got none")
-    require_matplotlib()
+    require_matplotlib("measure")
     measure(out, chosen, table, pick_local_device(device))
 
 

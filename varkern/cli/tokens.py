@@ -113,7 +113,7 @@ def encode(
 
     Under torchrun several processes share the work; the dataset is the same.
     """
-    require_pillow()
+    require_pillow("train")
     where = pick_local_device(device)
     names = None if class_names is None else class_names.read_text().split("\n")
     found = data.ImageFolder.open(images, None if names is None else [name.strip() for name in names if name.strip()])

@@ -58,7 +58,7 @@ def encode_token_maps(
         OSError: if a file cannot be opened or written; an image that cannot be opened is not skipped.
         ImportError: if pillow is missing.
     """
-    require_pillow()
+    require_pillow("train")
     if not 1 <= resize < float("inf"):
         raise ValueError(f"resize must be a finite number >= 1, got {resize}")
     if not is_int(workers) or workers < 1:

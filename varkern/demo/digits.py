@@ -26,7 +26,7 @@ def originals() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'varkern[demo]'") from error
+        raise ImportError("the digits come with scikit-learn: pip install 'varkern[digits]'") from error
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(8).sub(1).unsqueeze(1)
     return images, torch.from_numpy(digits.target).long()

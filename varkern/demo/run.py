@@ -76,7 +76,7 @@ def run(
     Raises:
         ImportError, OSError, ValueError: if an argument is wrong or matplotlib is missing, before any work.
     """
-    require_matplotlib()
+    require_matplotlib("demo")
     if m < 2:
         raise ValueError(f"m must be >= 2, got {m}")
     if num_per_class < 1:

@@ -104,7 +104,9 @@ def inception(device: torch.device, weights: Path | None = None) -> Extractor:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ImportError(f"Inception features need torch-fidelity ({error}): pip install 'varkern[eval]'") from error
+        raise ImportError(
+            f"Inception features need torch-fidelity ({error}): pip install 'varkern[measure]'"
+        ) from error
     except RuntimeError as error:  # torch-fidelity imports torchvision, which raises this if it does not fit torch
         raise ImportError(
             f"torch-fidelity cannot be imported; install the torchvision that belongs to this torch: {error}"

@@ -59,7 +59,7 @@ class ImageFiles:
     """
 
     def __init__(self, paths: Sequence[Path], name: str | None = None):
-        require_pillow()
+        require_pillow("measure")
         self.paths, self.name = paths, str(paths[0].parent) if name is None else name
         self.size = read_size(self.paths[0])
         for path in self.paths[1:]:

@@ -1,4 +1,4 @@
-"""PNG files, and figures of images with captions. They need pillow and matplotlib (extra ``demo``)."""
+"""PNG files, and figures of images with captions. They need pillow and matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 

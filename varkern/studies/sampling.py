@@ -61,7 +61,7 @@ def check_order(model: Any, search: Search | None, order: Order, batch_size: int
     Raises:
         ImportError, ValueError, TypeError, UnsupportedModelError: if something is missing or out of its range.
     """
-    require_matplotlib()  # pillow is one of its requirements
+    require_matplotlib("plots")  # pillow is one of its requirements
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if not order.labels:
