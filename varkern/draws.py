@@ -44,6 +44,10 @@ class PhiloxDraws:
         """One uniform number in [0, 1) per candidate, ``[B, M]`` float32, for a search; each ``draw`` gives others."""
         return philox.uniforms(self.seeds, num_candidates, draw + 1, scale, stream=philox.PICKS)[:, :, draw]
 
+    def steps(self, scale: int, count: int, steps: int) -> Tensor:
+        """Uniform numbers in [0, 1) for a search that draws many times, ``[B, count, steps]`` float32."""
+        return philox.uniforms(self.seeds, count, steps, scale, stream=philox.STEPS)
+
     def uniform_tokens(self, scale: int, num_candidates: int, length: int, vocabulary: int) -> Tensor:
         """Tokens ``[B, M, l]`` int64 of which every one is equally probable, whatever a model says."""
         uniform = philox.uniforms(self.seeds, num_candidates, length, scale, stream=philox.UNIFORM_TOKENS)
@@ -78,6 +82,9 @@ class MultinomialDraws:
 
     def picks(self, scale: int, num_candidates: int, draw: int = 0) -> Tensor:
         return torch.rand(self.batch_size, num_candidates, device=self.device, generator=self.generator)
+
+    def steps(self, scale: int, count: int, steps: int) -> Tensor:
+        return torch.rand(self.batch_size, count, steps, device=self.device, generator=self.generator)
 
     def uniform_tokens(self, scale: int, num_candidates: int, length: int, vocabulary: int) -> Tensor:
         shape = (self.batch_size, length, num_candidates)

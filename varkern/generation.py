@@ -32,9 +32,11 @@ class Generation(NamedTuple):
     tokens: list[Tensor]
     """The kept token map of each scale, ``[B, l]`` int64; for binary codes ``[B, l, d]`` uint8."""
     scores: list[Tensor | None]
-    """The search's scores of all candidates of each scale, ``[B, M]`` float32; None where it did not search."""
+    """The search's scores of all candidates of each scale, ``[B, M]`` float32; None where it did not search. A search
+    that composes maps gives the scores of all maps that it scored."""
     choices: list[Tensor | None]
-    """The kept candidate of each scale, ``[B]`` int64; None where there was only one."""
+    """The kept candidate of each scale, ``[B]`` int64; None where there was only one. Where the search composed the
+    kept map of several candidates, this is the candidate that it began with, and ``tokens`` has the map."""
     seconds: list[float]
     """The time of each scale, then of decoding: K + 1 numbers, or K with ``decode=False``."""
 
@@ -64,7 +66,9 @@ def run(
             kept, choice = candidates[:, 0], None
             if m > 1:
                 choice = search.choose(offer(session, scale, spec.num_scales, labels, candidates, draws))
-                kept = candidates[torch.arange(len(candidates), device=device), choice.index]
+                kept = composed(choice, candidates)
+                if kept is None:
+                    kept = candidates[torch.arange(len(candidates), device=device), choice.index]
             session.commit(scale, kept, logits, draws, hard=m > 1)
             tokens.append(kept)
             scores.append(choice and choice.scores)
@@ -85,11 +89,36 @@ def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, dra
     def fuse(start: int, stop: int, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
         return session.fuse(scale, tokens[:, start:stop], dtype, channels_last)
 
-    uniforms = partial(draws.picks, scale, tokens.shape[1])
-    by_position = partial(session.by_position, scale, tokens)
     return Candidates(
-        scale, num_scales, labels, tokens, fuse, uniforms, session.codebook, session.code_scale, by_position
+        scale,
+        num_scales,
+        labels,
+        tokens,
+        fuse,
+        partial(draws.picks, scale, tokens.shape[1]),
+        session.codebook,
+        session.code_scale,
+        partial(session.by_position, scale, tokens),
+        partial(session.fuse, scale),
+        session.grid(scale),
+        partial(draws.steps, scale),
     )
+
+
+def composed(choice: Any, candidates: Tensor) -> Tensor | None:
+    """The maps that a search composed, ``[B, l]`` or bits ``[B, l, d]``; None if it chose among ``candidates``.
+
+    Raises:
+        ValueError: if they have another shape or dtype than one candidate of each image.
+    """
+    tokens = getattr(choice, "tokens", None)
+    one = candidates[:, 0]
+    if tokens is not None and (tokens.shape != one.shape or tokens.dtype != one.dtype):
+        raise ValueError(
+            f"a search must return tokens of shape {list(one.shape)} and {one.dtype}, as one candidate of each image, "
+            f"got {list(tokens.shape)} and {tokens.dtype}"
+        )
+    return tokens
 
 
 def as_labels(request: Request, spec: ModelSpec, device: torch.device, draws) -> Tensor:

@@ -22,7 +22,7 @@ from varkern.checks import capturing, check_sampler, check_search, check_seed
 from varkern.draws import MultinomialDraws, PhiloxDraws, as_image_seeds
 from varkern.errors import OwnLoopError
 from varkern.families import WATCHES, Family, Watch, recognise
-from varkern.generation import offer
+from varkern.generation import composed, offer
 from varkern.ops import sample_tokens
 from varkern.search import Search, as_search
 from varkern.search.base import check_highest_label
@@ -81,15 +81,18 @@ class TokenDraws(TorchFunctionMode):
         return candidates.transpose(1, 2).reshape(len(input), -1)
 
     def choose(self, candidates: Tensor, scale: int, draws: Any) -> Tensor:
-        """The kept candidate of ``[B, M, rows]``: ``[B, 1, rows]``."""
+        """The map that the search keeps of the candidates ``[B, M, rows]``: ``[B, 1, rows]``."""
         watch = self.watch
         if watch.labels is not self.checked and isinstance(watch.labels, Tensor):  # once per generation: it waits
             self.checked = watch.labels
             if len(watch.labels) and not capturing(watch.labels.device):
                 check_highest_label(self.search, int(watch.labels.max()), watch.spec)
         maps = watch.maps(scale, candidates)
-        index = self.search.choose(offer(watch, scale, watch.spec.num_scales, watch.labels, maps, draws)).index
-        return candidates.take_along_dim(index.view(-1, 1, 1), 1)
+        choice = self.search.choose(offer(watch, scale, watch.spec.num_scales, watch.labels, maps, draws))
+        kept = composed(choice, maps)
+        if kept is None:
+            return candidates.take_along_dim(choice.index.view(-1, 1, 1), 1)
+        return watch.rows_of(scale, kept.unsqueeze(1)).to(candidates.dtype)
 
     def image_seeds(self, batch: int, device: torch.device) -> Tensor:
         if self.seeds is None or len(self.seeds) != batch:

@@ -127,6 +127,10 @@ class Watch:
     def maps(self, scale: int, drawn: Tensor) -> Tensor:
         return drawn
 
+    def rows_of(self, scale: int, maps: Tensor) -> Tensor:
+        """Maps ``[B, M, l]`` or ``[B, M, l, d]`` as the loop draws them, ``[B, M, rows]``: the inverse of ``maps``."""
+        return maps
+
 
 class ClassWatch(Watch):
     """A loop of a class-conditional model, in which a generation starts with the class embedding of its labels.

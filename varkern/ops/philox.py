@@ -21,6 +21,7 @@ __all__ = [
     "LABELS",
     "NOISE",
     "PICKS",
+    "STEPS",
     "TOKENS",
     "UNIFORM_TOKENS",
     "gumbel",
@@ -37,6 +38,7 @@ PICKS = 2
 NOISE = 3
 IMAGE_SEEDS = 4
 UNIFORM_TOKENS = 5
+STEPS = 6
 
 FEW_SEEDS = 16  # up to this number, image seeds are hashed on the host
 _ROUNDS = 10
@@ -128,7 +130,8 @@ def uniforms(
         num_candidates: M >= 0.
         num_positions: l >= 0.
         scale: the autoregressive step, counted from 0.
-        stream: purpose of the draws: ``TOKENS``, ``LABELS``, ``PICKS``, ``NOISE`` or ``UNIFORM_TOKENS``.
+        stream: purpose of the draws: ``TOKENS``, ``LABELS``, ``PICKS``, ``NOISE``, ``UNIFORM_TOKENS`` or
+            ``STEPS``.
 
     Returns:
         float32 [B, M, l] in [0, 1): ``(x0 >> 8) * 2^-24``, where x0 is the first word of

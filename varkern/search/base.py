@@ -1,4 +1,4 @@
-"""What the loop asks of a search: how many candidates each scale gets, and which one each image keeps."""
+"""What the loop asks of a search: how many candidates each scale gets, and which map each image keeps."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ class Candidates:
         by_position: ``by_position()`` gives the tokens with one entry per position of the transformer. That is
             ``tokens`` itself, except where the transformer sees several positions of the map as one (Infinity with
             spatial patchify: ``[B, M, l / 4, 4 * d]`` uint8). None: ``tokens`` itself.
+        fuse_maps: ``fuse_maps(maps, dtype=None, channels_last=False)`` gives the fused features ``[B, n, C, H, W]`` of
+            maps that the search composed, ``[B, n, l]`` int64 or bits ``[B, n, l, d]`` uint8. Inside a scale the
+            model's tokens are independent, so a part of one candidate in another one is as good a draw as either.
+        grid: the height and the width of the scale in positions of the transformer. With spatial patchify a position
+            holds 2 x 2 positions of the map, else the map has one entry per position, row by row.
+        step_uniforms: ``step_uniforms(count, steps)`` gives uniform numbers in [0, 1) for a search that draws many
+            times, ``[B, count, steps]`` float32. They differ from those of ``uniforms``, depend only on the images'
+            seeds, and larger numbers of draws begin with those of smaller ones.
 
     Example::
 
@@ -53,10 +61,21 @@ class Candidates:
     codebook: Tensor | None
     code_scale: float | None = None
     by_position: Callable[[], Tensor] | None = None
+    fuse_maps: Callable[..., Tensor] | None = None
+    grid: tuple[int, int] | None = None
+    step_uniforms: Callable[[int, int], Tensor] | None = None
 
 
 class Choice(NamedTuple):
-    """The candidate that each image keeps, ``[B]`` int64, and the scores of all candidates, ``[B, M]``.
+    """What each image keeps.
+
+    Args:
+        index: the candidate that each image keeps, ``[B]`` int64. With ``tokens``: the candidate that the map was
+            composed from.
+        scores: the scores of all candidates, ``[B, M]``. With ``tokens``: of every map that the search scored, in its
+            order.
+        tokens: the map that each image keeps, where it is not one of the candidates: ``[B, l]`` int64, or bits
+            ``[B, l, d]`` uint8. None: the candidate that ``index`` names.
 
     Example::
 
@@ -67,6 +86,7 @@ class Choice(NamedTuple):
 
     index: Tensor
     scores: Tensor
+    tokens: Tensor | None = None
 
 
 class Search(Protocol):
@@ -95,7 +115,7 @@ class Search(Protocol):
         ...
 
     def choose(self, candidates: Candidates) -> Choice:
-        """Keep one candidate for each image."""
+        """Keep one candidate for each image, or a map composed of several."""
         ...
 
 
