@@ -14,7 +14,17 @@ import varkern.search
 from tests.standins.cases import CASES
 from varkern.demo import run
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
 ROOT = Path(__file__).parent.parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+# Where the package index and other sites find the files of the checkout.
+PUBLISHED = re.compile(
+    rf"(?:{REPOSITORY}/blob|{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')})/main/(.+)"
+)
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 MODULES = (varkern, varkern.ops, varkern.search)
 PUBLIC = sorted({f"{m.__name__}.{name}" for m in MODULES for name in m.__all__} - {"varkern.ops.use_backend"})
@@ -29,6 +39,12 @@ def commands() -> list[str]:
     """Every line of a shell block that calls varkern."""
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
     return sorted({line for line in lines if line.startswith("varkern ")})
+
+
+def targets(text: str) -> list[str]:
+    """The targets of all links, pictures and included files of a page."""
+    links = r'\]\(([^)#\s]+)[^)]*\)|src="([^"]+)"|^```\{(?:image|include)\} (\S+)|^\[[^]]+\]: (\S+)'
+    return ["".join(found) for found in re.findall(links, text, re.MULTILINE)]
 
 
 class TestExamples:
@@ -103,16 +119,29 @@ class TestCommands:
 
 class TestPages:
     def test_readme_is_short(self):
-        lines = PAGES["README.md"].read_text().splitlines()
+        lines = [line for line in PAGES["README.md"].read_text().splitlines() if not re.match(r"\[.+\]: ", line)]
         assert len(lines) <= 120 and max(map(len, lines)) <= 120
 
-    @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+    @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
     def test_links_and_pictures_exist(self, page):
+        """A link to a file of the checkout is relative to the page, or absolute as on the package index."""
         path = PAGES.get(page, ROOT / page)
-        links = r'\]\(([^)#\s]+)[^)]*\)|src="([^"]+)"|^```\{(?:image|include)\} (\S+)'
-        for target in re.findall(links, path.read_text(), re.MULTILINE):
-            target = "".join(target)
-            assert target.startswith("https://") or (path.parent / target).exists(), target
+        for target in targets(path.read_text()):
+            published = PUBLISHED.match(target)
+            if published:
+                assert (ROOT / published[1]).is_file(), target
+            else:
+                assert target.startswith("https://") or (path.parent / target).exists(), target
+
+    def test_readme_works_on_the_package_index(self):
+        """No link or picture of README is relative, and every label of a link is defined and used."""
+        text = PAGES["README.md"].read_text()
+        assert all(target.startswith("https://") for target in targets(text))
+        assert len([target for target in targets(text) if PUBLISHED.match(target)]) > 10
+        body = re.sub(r"```.*?```|`[^`]+`", "", text, flags=re.DOTALL)
+        defined = set(re.findall(r"^\[(.+)\]: ", body, re.MULTILINE))
+        named = re.findall(r"\[[^]]+\]\[([^]]+)\]|\[([^]]+)\](?![\[(:])", body)
+        assert {label.replace("\n", " ") for pair in named for label in pair if label} == defined
 
     def test_every_page_is_in_the_contents(self):
         contents = set(re.search(r"\{toctree\}\n:hidden:\n\n(.*?)```", PAGES["index.md"].read_text(), re.S)[1].split())

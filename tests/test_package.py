@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 import varkern
 
@@ -47,5 +48,34 @@ class TestPackage:
         text = "\n".join(path.read_text() for path in files)
         assert wanted == {name for name in wanted if re.search(rf"^\s*(from|import) {name}\b", text, re.MULTILINE)}
 
-    def test_version(self):
-        assert CONFIG["project"]["version"] == varkern.__version__
+    def test_one_version(self):
+        """The package has the version; what repeats it agrees."""
+        assert CONFIG["project"]["dynamic"] == ["version"] and "version" not in CONFIG["project"]
+        assert CONFIG["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "varkern.__version__"}}
+        assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == varkern.__version__
+        versions = re.findall(r"^## \[([^]]+)\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+        assert versions[0] == varkern.__version__ and len(set(versions)) == len(versions)
+
+    def test_one_address(self):
+        address = CONFIG["project"]["urls"]["Repository"]
+        assert all(url.startswith(address) for url in CONFIG["project"]["urls"].values())
+        for name in ("README.md", "CHANGELOG.md", "CITATION.cff"):
+            found = re.findall(r"https://[\w.]+/[\w.-]+/varkern\b", (ROOT / name).read_text())
+            assert {url.replace("raw.githubusercontent", "github") for url in found} == {address}
+
+    def test_python_versions(self):
+        """The classifiers begin at the oldest supported version and have no gap."""
+        found = [c.rpartition(" ")[2] for c in CONFIG["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)]
+        oldest = int(CONFIG["project"]["requires-python"].removeprefix(">=3."))
+        assert found == [f"3.{minor}" for minor in range(oldest, oldest + len(found))]
+        assert CONFIG["tool"]["ruff"]["target-version"] == f"py3{oldest}"
+
+    def test_citation(self):
+        """The keys that version 1.2.0 of the Citation File Format requires, and both papers that README names."""
+        citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+        assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+        for work in (citation | {"type": "software"}, *citation["references"]):
+            assert work["title"] and work["type"] and work["authors"]
+            assert all(set(a) in ({"name"}, {"family-names", "given-names"}) for a in work["authors"])
+        papers = set(re.findall(r"https://arxiv\.org/abs/[\d.]+", (ROOT / "README.md").read_text()))
+        assert {reference["url"] for reference in citation["references"]} == papers
