@@ -50,7 +50,7 @@ def test_errors_name_extras_that_bring_what_is_missing():
     """Every extra that the package's messages and checks name exists, and no other is offered."""
     text = "".join(path.read_text() for path in (ROOT / "varkern").rglob("*.py"))
     named = set(re.findall(r"varkern\[(\w+)\]", text)) | set(re.findall(r"require_\w+\(\"(\w+)\"\)", text))
-    assert named == set(EXTRAS) - {"bench", "docs", "test", "all"}
+    assert named == set(EXTRAS) - {"bench", "docs", "test", "types", "all"}
     for extra in re.findall(r"require_pillow\(\"(\w+)\"\)", text):
         assert "pillow" in packages(extra)
     for extra in re.findall(r"require_matplotlib\(\"(\w+)\"\)", text):

@@ -5,6 +5,9 @@ from varkern.installation import check_kernels
 
 check_kernels(__path__[0])  # comes first, because later imports may import a kernel
 
+from varkern import models as models
+from varkern import ops as ops
+from varkern import search as search
 from varkern.checks import check
 from varkern.errors import OwnLoopError, UnsupportedModelError
 from varkern.generation import Generation, generate

@@ -17,19 +17,18 @@ from torch import Tensor
 from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
 from varkern.fingerprints import find_difference
+from varkern.literals import GenerateLoop, Loop, Sampler, check_word
 from varkern.search import Search, as_search
 from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec, Request, is_int
-
-SAMPLERS = ("philox", "multinomial")
 
 
 def check(
     model: Any,
     search: Search | Sequence[Search] | None = None,
     *,
-    sampler: str = "philox",
-    loop: str = "auto",
+    sampler: Sampler = "philox",
+    loop: Loop = "auto",
     **sampling: Any,
 ) -> ModelSpec | None:
     """Raise what :func:`varkern.patch` or :func:`varkern.generate` would raise, and do nothing else.
@@ -54,7 +53,8 @@ def check(
         >>> varkern.check(var, varkern.BestOfM(scorer, m=4), top_k=20).num_scales
         5
     """
-    check_sampler(sampler)
+    check_word("sampler", sampler, Sampler)
+    check_word("loop", loop, GenerateLoop if sampling else Loop)
     family, search = recognise(model), as_search(search)
     if not sampling:
         spec = family.spec(model)
@@ -91,7 +91,7 @@ def check_method(family: Family, model: Any) -> None:
 def as_request(
     family: Family,
     model: Any,
-    labels: int | Sequence[int] | Tensor | None,
+    labels: int | Sequence[int] | np.ndarray | Tensor | None,
     *,
     seeds: int | Tensor | None = None,
     batch_size: int | None = None,
@@ -122,12 +122,6 @@ def as_request(
     return Request(sizes.pop() if sizes else 1, labels, seeds, top_k, top_p, {"cfg": cfg, **options})
 
 
-def check_sampler(sampler: str) -> None:
-    """Raise ``ValueError`` if ``sampler`` is not the name of a sampler."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
-
-
 def check_search(search: Search | None, spec: ModelSpec | None) -> None:
     """Raise ``TypeError`` if ``search`` is none, ``ValueError`` if it does not fit the model's known sizes."""
     search = as_search(search)
@@ -152,7 +146,7 @@ def check_request(
         raise ValueError(f"top_k must be an int >= 0, got {request.top_k!r}")
     if not isinstance(request.top_p, Real) or not 0 <= request.top_p <= 1:
         raise ValueError(f"top_p must be in [0, 1], got {request.top_p!r}")
-    check_sampler(sampler)
+    check_word("sampler", sampler, Sampler)
     check_seed(sampler, request)
     family.check(model, request)
     check_search(search, spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varkern.literals import Sampler
 from varkern.ops import philox, sample_tokens
 from varkern.published import filter_logits, gumbel_softmax, sample_multinomial
 from varkern.spec import Logits, Request
@@ -96,7 +97,7 @@ class MultinomialDraws:
 
 
 def make_draws(
-    sampler: str, request: Request, device: torch.device, generator: torch.Generator | None
+    sampler: Sampler, request: Request, device: torch.device, generator: torch.Generator | None
 ) -> PhiloxDraws | MultinomialDraws:
     """The draws of one generation.
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple, TypeVar  # typing's cannot be generic before Python 3.11
 
 from varkern.checks import as_request, check_loop, check_request
 from varkern.draws import make_draws
 from varkern.exclusive import exclusive
 from varkern.families import Family, recognise
+from varkern.literals import GenerateLoop, Sampler, check_word
 from varkern.search import Candidates, Search, as_search
 from varkern.spec import ModelSpec, Request
 
+Images = TypeVar("Images", bound=Tensor | None, default=Tensor, covariant=True)
 
-class Generation(NamedTuple):
+
+class Generation(NamedTuple, Generic[Images]):
     """What :func:`generate` returns, for B images and K scales.
 
     Example::
@@ -27,14 +32,14 @@ class Generation(NamedTuple):
         [(8, 1), (8, 4), (8, 9), (8, 16), (8, 36)]
     """
 
-    images: Tensor | None
+    images: Images
     """``[B, 3, H, W]`` in [0, 1]; None with ``decode=False``."""
     tokens: list[Tensor]
     """The kept token map of each scale, ``[B, l]`` int64; for binary codes ``[B, l, d]`` uint8."""
-    scores: list[Tensor | None]
+    scores: list[Tensor | Any]  # None is left out of the type, so that what a search scored needs no check
     """The search's scores of all candidates of each scale, ``[B, M]`` float32; None where it did not search. A search
     that composes maps gives the scores of all maps that it scored."""
-    choices: list[Tensor | None]
+    choices: list[Tensor | Any]
     """The kept candidate of each scale, ``[B]`` int64; None where there was only one. Where the search composed the
     kept map of several candidates, this is the candidate that it began with, and ``tokens`` has the map."""
     seconds: list[float]
@@ -46,10 +51,10 @@ def run(
     model: Any,
     request: Request,
     search: Search | None,
-    sampler: str,
+    sampler: Sampler,
     timed: bool = False,
     decode: bool = True,
-) -> Generation:
+) -> Generation[Any]:
     """Generate scale by scale and keep one candidate per scale; ``images`` is what the published method returns."""
     spec, device = family.spec(model, request), family.device(model)
     check_request(family, model, spec, request, search, sampler)
@@ -155,10 +160,10 @@ class Clock:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-@torch.no_grad()
+@overload
 def generate(
     model: Any,
-    labels: int | Sequence[int] | Tensor | None,
+    labels: int | Sequence[int] | np.ndarray | Tensor | None,
     *,
     search: Search | Sequence[Search] | None = None,
     seeds: int | Tensor | None = None,
@@ -166,11 +171,47 @@ def generate(
     cfg: float | Tensor = 1.5,
     top_k: int = 0,
     top_p: float = 0.0,
-    sampler: str = "philox",
-    decode: bool = True,
-    loop: str = "auto",
+    sampler: Sampler = "philox",
+    decode: Literal[True] = True,
+    loop: GenerateLoop = "auto",
     **options: Any,
-) -> Generation:
+) -> Generation[Tensor]: ...
+
+
+@overload
+def generate(
+    model: Any,
+    labels: int | Sequence[int] | np.ndarray | Tensor | None,
+    *,
+    search: Search | Sequence[Search] | None = None,
+    seeds: int | Tensor | None = None,
+    batch_size: int | None = None,
+    cfg: float | Tensor = 1.5,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    sampler: Sampler = "philox",
+    decode: bool,
+    loop: GenerateLoop = "auto",
+    **options: Any,
+) -> Generation[Tensor | None]: ...
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    labels: int | Sequence[int] | np.ndarray | Tensor | None,
+    *,
+    search: Search | Sequence[Search] | None = None,
+    seeds: int | Tensor | None = None,
+    batch_size: int | None = None,
+    cfg: float | Tensor = 1.5,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    sampler: Sampler = "philox",
+    decode: bool = True,
+    loop: GenerateLoop = "auto",
+    **options: Any,
+) -> Generation[Any]:
     """Generate images, and return with them the token maps, the scores of all candidates and the time of each scale.
 
     Args:
@@ -205,6 +246,7 @@ def generate(
         >>> result.images.shape, result.scores[2].shape
         (torch.Size([8, 3, 24, 24]), torch.Size([8, 4]))
     """
+    check_word("loop", loop, GenerateLoop)
     family, search = recognise(model), as_search(search)
     sampling = {"seeds": seeds, "batch_size": batch_size, "cfg": cfg, "top_k": top_k, "top_p": top_p, **options}
     if family.has_classes and loop != "fused":

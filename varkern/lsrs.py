@@ -16,6 +16,7 @@ import torch
 
 from varkern.families import Family, LSRSFamily
 from varkern.fingerprints import find_difference
+from varkern.literals import Sampler
 from varkern.scorer import Scorer
 from varkern.search import BestOfM, Candidates, Choice, PublishedScorer, Search
 from varkern.spec import is_int
@@ -45,7 +46,7 @@ class CalledSearch:
             drawn as published.
     """
 
-    def __init__(self, num_scales: int, sampler: str):
+    def __init__(self, num_scales: int, sampler: Sampler):
         self.num_scales, self.kind = num_scales, BestOfM if sampler == "philox" else PublishedBestOfM
         self.wrapped: list[tuple[Any, PublishedScorer]] = []
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from varkern.checks import capturing, check_sampler, check_search, check_seed
+from varkern.checks import capturing, check_search, check_seed
 from varkern.draws import MultinomialDraws, PhiloxDraws, as_image_seeds
 from varkern.errors import OwnLoopError
 from varkern.families import WATCHES, Family, Watch, recognise
 from varkern.generation import composed, offer
+from varkern.literals import Sampler, check_word
 from varkern.ops import sample_tokens
 from varkern.search import Search, as_search
 from varkern.search.base import check_highest_label
@@ -41,7 +42,7 @@ class TokenDraws(TorchFunctionMode):
         seed: an int, ``[B]`` int64 image seeds, or None for fresh seeds; for ``"philox"``.
     """
 
-    def __init__(self, watch: Watch, search: Search | None, sampler: str, seed: int | Tensor | None):
+    def __init__(self, watch: Watch, search: Search | None, sampler: Sampler, seed: int | Tensor | None):
         super().__init__()
         self.watch, self.search, self.sampler, self.seed = watch, search, sampler, seed
         self.seeds: Tensor | None = None
@@ -108,7 +109,7 @@ def searching(
     search: Search | Sequence[Search] | None = None,
     *,
     seeds: int | Tensor | None = None,
-    sampler: str = "philox",
+    sampler: Sampler = "philox",
     **arguments: Any,
 ) -> Iterator[Any]:
     """Search inside whatever loop runs in this ``with`` block: a script's own, or a method that is not patched.
@@ -134,7 +135,7 @@ def searching(
         >>> with varkern.searching(var, varkern.BestOfM(scorer, m=4), seeds=0):
         ...     images = var.autoregressive_infer_cfg(B=8, label_B=labels, cfg=1.5)
     """
-    check_sampler(sampler)
+    check_word("sampler", sampler, Sampler)
     family, search = recognise(model), as_search(search)
     known = {name: value for name, value in arguments.items() if name in family.arguments}
     request = family.request({"B": 1, "label_B": None, **known} if family.has_classes else known)
@@ -155,7 +156,7 @@ def searching(
 
 
 def call_own(
-    family: Family, model: Any, method: Any, bound: inspect.BoundArguments, search: Search | None, sampler: str
+    family: Family, model: Any, method: Any, bound: inspect.BoundArguments, search: Search | None, sampler: Sampler
 ) -> Any:
     """Call a model's own method and search inside it; return what it returns.
 

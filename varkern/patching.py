@@ -18,12 +18,12 @@ from varkern.families import Family, recognise
 from varkern.fingerprints import find_difference
 from varkern.generation import run
 from varkern.graphs import GenerationGraphs
+from varkern.literals import ChosenLoop, Loop, Sampler, check_word
 from varkern.lsrs import CalledSearch, published_method
 from varkern.own_loop import call_own, named_arguments, set_argument
 from varkern.search import Search, as_search
 
 Model = TypeVar("Model")
-LOOPS = ("auto", "fused", "own")
 OWN_SEARCHES = ("enable_var_scaling", "enable_scaling")  # arguments of VAR-Scaling's VAR and Infinity
 
 
@@ -40,9 +40,9 @@ class PatchedMethod(Replacement):
         name: str,
         family: Family,
         search: Search | CalledSearch | None,
-        sampler: str,
+        sampler: Sampler,
         cuda_graph: bool,
-        loop: str,
+        loop: ChosenLoop,
         former: Any,
         original: Callable[..., Any],
     ):
@@ -94,9 +94,9 @@ def patch(
     model: Model,
     search: Search | Sequence[Search] | None = None,
     *,
-    sampler: str = "philox",
+    sampler: Sampler = "philox",
     cuda_graph: bool = False,
-    loop: str = "auto",
+    loop: Loop = "auto",
     method: str | None = None,
 ) -> Model:
     """Give a model's own generation method a search, in place.
@@ -181,7 +181,7 @@ class Way(NamedTuple):
     """``"VAR"``, ``"FlexVAR"`` or ``"Infinity"``."""
     method: str
     """The method that is replaced."""
-    loop: str
+    loop: ChosenLoop
     """``"fused"`` or ``"own"``; see :func:`patch`."""
     reason: str
     """Why, in words."""
@@ -205,10 +205,9 @@ def explain_patch(model: Any, method: str | None = None) -> Way:
     return choose_way(model, "auto", method)
 
 
-def choose_way(model: Any, loop: str, method: str | None) -> Way:
+def choose_way(model: Any, loop: Loop, method: str | None) -> Way:
     """The way that ``loop`` and the model's method decide on."""
-    if loop not in LOOPS:
-        raise ValueError(f"loop must be one of {', '.join(map(repr, LOOPS))}, got {loop!r}")
+    check_word("loop", loop, Loop)
     family = recognise(model)
     name = family.method if method is None else method
     found = getattr(model, name, None)
@@ -234,9 +233,9 @@ def replace_method(
     name: str,
     family: Family,
     search: Search | CalledSearch | None,
-    sampler: str,
+    sampler: Sampler,
     cuda_graph: bool,
-    loop: str = "fused",
+    loop: ChosenLoop = "fused",
 ) -> None:
     """Put a :class:`PatchedMethod` in the place of the method of this name, or of the patch that is there."""
     current = vars(model).get(name, ABSENT)
@@ -264,9 +263,13 @@ def unpatch(model: Model) -> Model:
 def patched(
     model: Model,
     search: Search | Sequence[Search] | None = None,
-    **options: Any,
+    *,
+    sampler: Sampler = "philox",
+    cuda_graph: bool = False,
+    loop: Loop = "auto",
+    method: str | None = None,
 ) -> Iterator[Model]:
-    """:func:`patch`, with the same ``options``, inside a ``with`` block; afterwards the model is as it was before.
+    """:func:`patch`, with the same arguments, inside a ``with`` block; afterwards the model is as it was before.
 
     Example::
 
@@ -274,7 +277,7 @@ def patched(
         ...     images = var.autoregressive_infer_cfg(B=8, label_B=labels, g_seed=0)
     """
     before = {name: value for name, value in vars(model).items() if isinstance(value, PatchedMethod)}
-    patch(model, search, **options)
+    patch(model, search, sampler=sampler, cuda_graph=cuda_graph, loop=loop, method=method)
     try:
         yield model
     finally:

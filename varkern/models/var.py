@@ -150,9 +150,11 @@ class VAR(nn.Module):
             x = block(x=x, cond_BD=modulation, attn_bias=bias)
         return self.get_logits(x, cond)
 
-    def _generator(self, g_seed: int | None) -> torch.Generator | None:
+    def _generator(self, g_seed: int | Tensor | None) -> torch.Generator | None:
         if g_seed is None:
             return None
+        if isinstance(g_seed, Tensor):
+            raise TypeError("g_seed must be an int or None unless varkern.patch was called on the model, got a tensor")
         if self.rng.device != self.lvl_1L.device:
             self.rng = torch.Generator(self.lvl_1L.device)
         return self.rng.manual_seed(g_seed)
@@ -172,7 +174,7 @@ class VAR(nn.Module):
         self,
         B: int,
         label_B: int | Tensor | None,
-        g_seed: int | None = None,
+        g_seed: int | Tensor | None = None,
         cfg: float | Tensor = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
@@ -184,6 +186,7 @@ class VAR(nn.Module):
             B: number of images.
             label_B: class labels ``[B]`` int64; an int for all images (negative: no class); None for random classes.
             g_seed: seed for the model's generator ``rng``; None to use PyTorch's default generator without reseeding.
+                A patched model also takes a tensor of image seeds.
             cfg: guidance at the last scale, a number or ``[B, 1, 1]``. It increases linearly from 0 at the first scale.
             top_k: number of most probable tokens to keep, plus ties with the last of them; 0 keeps all.
             top_p: probability mass of most probable tokens to keep after ``top_k``; 0 keeps all.

@@ -11,9 +11,9 @@ import os
 
 import torch
 
-BACKENDS = ("auto", "torch", "triton")
+from varkern.literals import Backend, check_word
 
-_chosen: contextvars.ContextVar[str] = contextvars.ContextVar("varkern_backend", default="auto")
+_chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("varkern_backend", default="auto")
 
 
 class use_backend:
@@ -37,9 +37,8 @@ class use_backend:
         ...     images = varkern.generate(var, labels, seeds=0).images
     """
 
-    def __init__(self, name: str):
-        if name not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    def __init__(self, name: Backend):
+        check_word("backend", name, Backend)
         self._former = _chosen.get()
         _chosen.set(name)
 
@@ -50,7 +49,7 @@ class use_backend:
         _chosen.set(self._former)
 
 
-def chosen_backend() -> str:
+def chosen_backend() -> Backend:
     """The current choice of :class:`use_backend`: ``"auto"``, ``"torch"`` or ``"triton"``."""
     return _chosen.get()
 

@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from varkern.literals import BandwidthRule, Metric, Per
 from varkern.ops import density_torch
 from varkern.ops.backend import backend_for
 from varkern.ops.resizing import refuse_gradients
 
 __all__ = ["bit_density", "kernel_density", "silverman_bandwidth", "token_density"]
 
-METRICS = ("euclidean", "cosine")
-PER = ("position", "map")
+METRICS, PER = get_args(Metric), get_args(Per)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: str = "euclidean") -> Tensor:
+def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: Metric = "euclidean") -> Tensor:
     """Sums of Gaussian kernels over all pairs of samples of a group, including the pair of a sample with itself.
 
     ``sums[i] = sum_j exp(-distance(i, j)^2 / (2 h^2))``, between 1 and N: eq. 2 without its constant.
@@ -69,7 +70,7 @@ def kernel_density(x: Tensor, bandwidth: float | Tensor | None = None, metric: s
     return _kernel_op(groups, tensor, width, cosine).reshape(*lead, x.shape[-2])
 
 
-def silverman_bandwidth(x: Tensor, metric: str = "euclidean") -> Tensor:
+def silverman_bandwidth(x: Tensor, metric: Metric = "euclidean") -> Tensor:
     """Silverman's rule for samples in D dimensions: ``h = sigma (N (D + 2) / 4)^(-1 / (D + 4))``.
 
     sigma is the mean over the dimensions of the standard deviation, computed with a divisor of N and not N - 1: the
@@ -103,9 +104,9 @@ def silverman_bandwidth(x: Tensor, metric: str = "euclidean") -> Tensor:
 def token_density(
     tokens: Tensor,
     codebook: Tensor,
-    per: str = "position",
-    bandwidth: str | float | Tensor = "image",
-    metric: str = "euclidean",
+    per: Per = "position",
+    bandwidth: BandwidthRule | float | Tensor = "image",
+    metric: Metric = "euclidean",
 ) -> Tensor:
     """The density of each candidate token map among the N candidates of its image. Codes are looked up in the op.
 
@@ -148,9 +149,9 @@ def token_density(
 def bit_density(
     bits: Tensor,
     scale: float,
-    per: str = "position",
-    bandwidth: str | float | Tensor = "image",
-    metric: str = "euclidean",
+    per: Per = "position",
+    bandwidth: BandwidthRule | float | Tensor = "image",
+    metric: Metric = "euclidean",
 ) -> Tensor:
     """``token_density`` for binary codes like Infinity's, whose entries are +scale (bit 1) and -scale (bit 0).
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varkern.literals import Interpolation, check_word
 from varkern.ops.backend import backend_for
 from varkern.ops.fusion_tables import (
     axis_matrix_on,
@@ -25,7 +26,7 @@ from varkern.ops.fusion_tables import (
     tables_of,
     tile_inputs,
 )
-from varkern.ops.resizing import check_interpolation, interpolate, pair, refuse_gradients, resize_features
+from varkern.ops.resizing import interpolate, pair, refuse_gradients, resize_features
 
 __all__ = ["commit_tokens", "fuse_tokens", "list_tables", "resize_features"]
 
@@ -45,7 +46,7 @@ def fuse_tokens(
     size: int | Sequence[int],
     f_hat: Tensor | None = None,
     phi: Phi | None = None,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> Tensor:
@@ -103,7 +104,7 @@ def commit_tokens(
     *,
     side: int | Sequence[int],
     phi: Phi | None = None,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
 ) -> Tensor:
     """Add the kept token map of every image to ``f_hat``, in place: ``f_hat += phi(resize(codebook[tokens]))``.
 
@@ -161,7 +162,7 @@ def _check_lookup(
         raise TypeError(f"codebook must be float32, bfloat16 or float16, got {codebook.dtype}")
     if codebook.device != tokens.device:
         raise ValueError(f"codebook must be on the tokens' device {tokens.device}, got {codebook.device}")
-    check_interpolation(interpolation)
+    check_word("interpolation", interpolation, Interpolation)
     weight, bias = None, None
     if phi is not None:
         if len(phi) != 3:

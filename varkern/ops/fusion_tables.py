@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-INTERPOLATIONS = ("bicubic", "bilinear", "area", "nearest", "trilinear")
-
 # Rows and columns of a kernel's tile of output pixels, and the number of a tile's inputs that it reads per step.
 TILE = 16
 

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varkern.literals import Interpolation, check_word
 from varkern.ops.backend import backend_for
-from varkern.ops.fusion_tables import INTERPOLATIONS, pixel_inputs
+from varkern.ops.fusion_tables import pixel_inputs
 
 
 def resize_features(
     f_hat: Tensor,
     *,
     size: int | Sequence[int],
-    interpolation: str = "area",
+    interpolation: Interpolation = "area",
     channels_last: bool = False,
 ) -> Tensor:
     """Resize ``f_hat`` to the next scale's side. Area interpolation is adaptive average pooling.
@@ -44,7 +45,7 @@ def resize_features(
         raise ValueError(f"f_hat must have shape [B, C, H, W], all but B at least 1, got {list(f_hat.shape)}")
     if f_hat.dtype != torch.float32:
         raise TypeError(f"f_hat must be float32, got {f_hat.dtype}")
-    check_interpolation(interpolation)
+    check_word("interpolation", interpolation, Interpolation)
     refuse_gradients("resize_features", f_hat=f_hat)
     return _resize_op(f_hat, size, interpolation, bool(channels_last))
 
@@ -77,7 +78,7 @@ def _empty_resized(f_hat: Tensor, size: Sequence[int], channels_last: bool) -> T
     return f_hat.new_empty((B, C, *size))
 
 
-def interpolate(x: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+def interpolate(x: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
     if tuple(x.shape[2:]) == size:
         return x
     if interpolation == "trilinear":
@@ -95,11 +96,6 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     if len(both) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in both):
         raise ValueError(f"{name} must be a positive int or two of them, got {value!r}")
     return both
-
-
-def check_interpolation(interpolation: str) -> None:
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(map(repr, INTERPOLATIONS))}, got {interpolation!r}")
 
 
 def refuse_gradients(op: str, **tensors: Tensor | None) -> None:

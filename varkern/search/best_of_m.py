@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from varkern.literals import Pick
 from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
@@ -73,7 +75,7 @@ class BestOfM:
         m: int | Sequence[int] = 4,
         first_scale: int = 1,
         last_scale: int | None = None,
-        pick: str | int = "best",
+        pick: Pick | int = "best",
         temperature: float = 1.0,
         *,
         maps_at_once: int = 1024,
@@ -90,7 +92,7 @@ class BestOfM:
                 "first_scale and last_scale cannot be combined with a per-scale m; use 1 for scales not to search"
             )
         check_scales(first_scale, last_scale)
-        if pick not in ("best", "resample") if isinstance(pick, str) else not is_int(pick) or pick < 1:
+        if pick not in get_args(Pick) if isinstance(pick, str) else not is_int(pick) or pick < 1:
             raise ValueError(f"pick must be 'best', 'resample' or an int >= 1, got {pick!r}")
         check_scoring(temperature, maps_at_once)
         self.scorer, self.first_scale, self.last_scale = scorer, first_scale, last_scale

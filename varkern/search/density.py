@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from varkern import ops
+from varkern.literals import BandwidthRule, Compatibility, DensityFamily, Metric, Per, Strategy, Threshold
 from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
 from .base import Candidates, Choice
 
-STRATEGIES = ("hybrid", "top", "random", "small", "rank")
+STRATEGIES = get_args(Strategy)
 # The settings of the paper and of the released code, and the defaults.
 COMPATIBILITY = {
     None: {"per": "position", "bandwidth": "image", "min_distance": 1.8, "threshold": "released"},
@@ -130,14 +131,14 @@ class DensitySearch:
         representatives: int = 10,
         alpha: float = 2.3,
         scales: int | Iterable[int] = (1,),
-        strategy: str = "hybrid",
-        metric: str = "euclidean",
-        per: str | None = None,
-        bandwidth: str | float | Tensor | None = None,
+        strategy: Strategy = "hybrid",
+        metric: Metric = "euclidean",
+        per: Per | None = None,
+        bandwidth: BandwidthRule | float | Tensor | None = None,
         min_distance: float | None = None,
         *,
-        threshold: str | None = None,
-        compat: str | None = None,
+        threshold: Threshold | None = None,
+        compat: Compatibility | None = None,
     ):
         one_of("compat", compat, tuple(COMPATIBILITY))
         given = {"per": per, "bandwidth": bandwidth, "min_distance": min_distance, "threshold": threshold}
@@ -165,7 +166,7 @@ class DensitySearch:
         return f"DensitySearch({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @staticmethod
-    def recommended_alpha(depth: int, family: str = "VAR") -> AlphaRange:
+    def recommended_alpha(depth: int, family: DensityFamily = "VAR") -> AlphaRange:
         """The paper's recommended range of alpha (Table 1b) for a model of this depth; ``.middle`` is its middle.
 
         The ranges are for 10 to 100 candidates; VAR's are for scale 1 at ``cfg=1.0``, FlexVAR's for scale 2 at

@@ -1,0 +1,42 @@
+"""The words that public arguments take, as types. What checks an argument at run time takes its words from here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+Backend = Literal["auto", "torch", "triton"]
+"""Of :class:`varkern.use_backend`."""
+
+Sampler = Literal["philox", "multinomial"]
+"""Of every function that draws tokens."""
+
+Loop = Literal["auto", "fused", "own"]
+"""Of :func:`varkern.patch`."""
+
+GenerateLoop = Literal["auto", "fused"]
+"""Of :func:`varkern.generate`, which has no loop but varkern's."""
+
+ChosenLoop = Literal["fused", "own"]
+"""What :data:`Loop` stands for, for one model."""
+
+Pick = Literal["best", "resample"]
+"""Of :class:`varkern.BestOfM`, which also takes a number."""
+
+Strategy = Literal["hybrid", "top", "random", "small", "rank"]
+"""Of :class:`varkern.DensitySearch`, as the following are."""
+
+Metric = Literal["euclidean", "cosine"]
+Per = Literal["position", "map"]
+BandwidthRule = Literal["image", "batch"]
+Threshold = Literal["released", "paper"]
+Compatibility = Literal["paper", "released"]
+DensityFamily = Literal["VAR", "FlexVAR"]
+
+Interpolation = Literal["bicubic", "bilinear", "area", "nearest", "trilinear"]
+"""Of the ops that resize features."""
+
+
+def check_word(name: str, value: object, words: Any) -> None:
+    """Raise ``ValueError`` if ``value`` of the argument ``name`` is not one of ``words``, a type of this file."""
+    if not isinstance(value, str) or value not in get_args(words):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(words)))}, got {value!r}")
