@@ -1,6 +1,12 @@
-"""Options of the benchmarks."""
+"""Options of the benchmarks. Their rehearsals on a CPU run the kernels in Triton's interpreter."""
 
+import os
 from pathlib import Path
+
+import torch
+
+if os.environ.get("VARKERN_BENCH_TINY") == "1" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
 
 
 def pytest_addoption(parser):

@@ -17,7 +17,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from bench.measure import DEVICES, Rates
+from bench.measure import Rates, rates_of
 from bench.roofline import PARTS, Part, count_model, published_models
 from varkern.studies.report import COLOURS
 from varkern.tables import markdown_table
@@ -28,7 +28,7 @@ BARS |= {(30, 24, 128): 1.05, (16, 24, 128): 1.15, (16, 1, 1): 0.5, (16, 1, 4): 
 CPU_BARS = {(8, 2, 4): 1.05}
 WAYS = ("published", "patched", "graph", "upstream", "upstream patched")
 MEMORY_BAR = 1.05  # peak at M=128 over that at M=1
-FAR = 2.0  # the report has a sentence on a part that takes more than FAR times its floor
+FAR = 2.0  # a part that takes more than FAR times its floor is marked
 
 
 def median(row: dict, way: str) -> float | None:
@@ -106,10 +106,6 @@ def memory_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-def known_rates(device: str) -> Rates | None:
-    return next((rates for name, rates in DEVICES.items() if name in device), None)
-
-
 @cache
 def counts_of(cell: str) -> dict[str, Part]:
     depth, batch, m = (int(part.lstrip("dBM=")) for part in cell.split())
@@ -120,7 +116,7 @@ models_of = cache(published_models)
 
 
 def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> str:
-    """Measured time and floor of every part in milliseconds; ratios above ``FAR`` are bold."""
+    """Measured time and floor of every part in milliseconds; ratios above ``FAR`` are bold, with the part's bound."""
     lines = []
     for cell, seconds in parts.items():
         cells = [cell]
@@ -129,51 +125,11 @@ def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> str:
             text = "" if taken is None else f"{taken * 1e3:.2f}"
             floor = counts_of(cell)[name].floor(rates) if rates else 0
             if taken is not None and floor:
-                over = taken / floor
-                text += f" / {floor * 1e3:.2f}" + (f" **x{over:.1f}**" if over > FAR else f" x{over:.1f}")
+                over, bound = taken / floor, counts_of(cell)[name].bound(rates)
+                text += f" / {floor * 1e3:.2f}" + (f" **x{over:.1f}, {bound}**" if over > FAR else f" x{over:.1f}")
             cells.append(text)
         lines.append(cells)
     return markdown_table(["cell", *PARTS], lines)
-
-
-def far_lines(parts: dict[str, dict[str, float]], rows: list[dict], rates: Rates | None) -> list[str]:
-    """A sentence per part: in how many cells it takes more than ``FAR`` times its floor, and the largest ratio."""
-    if rates is None:
-        return ["No floors: the device is not in the table of `bench/measure.py`."]
-    by_cell = {cell_name(row["depth"], row["B"], row["M"]): row for row in rows}
-    lines = []
-    for name in PARTS:
-        times = {cell: seconds[name] for cell, seconds in parts.items() if name in seconds}
-        over = {cell: taken / floor for cell, taken in times.items() if (floor := counts_of(cell)[name].floor(rates))}
-        far = [cell for cell in over if over[cell] > FAR]
-        if not far:
-            if over:
-                lines.append(f"- **{name}**: at most {FAR:g} times its floor in all {len(over)} cells.")
-            continue
-        largest = max(int(cell.split()[1].removeprefix("B=")) for cell in over)
-        worst = max(far, key=over.get)
-        said = [distance(name, worst, times, over, by_cell.get(worst), rates)]
-        at_size = [cell for cell in far if f"B={largest} " in cell]
-        if at_size and (full := max(at_size, key=over.get)) != worst:
-            said.append(f"at {largest} images " + distance(name, full, times, over, by_cell.get(full), rates))
-        elif not at_size:
-            said.append(f"never at {largest} images")
-        lines.append(
-            f"- **{name}**: above {FAR:g} times its floor in {len(far)} of {len(over)} cells; " + "; ".join(said) + "."
-        )
-    return lines
-
-
-def distance(name: str, cell: str, times: dict, over: dict, row: dict | None, rates: Rates) -> str:
-    part = counts_of(cell)[name]
-    text = (
-        f"at most x{over[cell]:.1f}, in {cell}: {times[cell] * 1e3:.3f} ms, floor {part.floor(rates) * 1e3:.3f} ms "
-        f"by {part.bound(rates)}"
-    )
-    if row and "graph" in row["seconds"]:
-        saved = 1 - median(row, "graph") / median(row, "patched")
-        text += f" (a graph saves {saved:.0%} of this whole generation, by launching faster)"
-    return text
 
 
 def predicted_table(rows: list[dict], rates: Rates | None) -> list[str]:
@@ -276,7 +232,7 @@ def render(folder: Path) -> str:
     order = [cell_name(row["depth"], row["B"], row["M"]) for row in rows]
     parts = {cell: parts[cell] for cell in order if cell in parts}
     device, unfinished = generation["device"], not generation.get("finished", True)
-    rates, bars = known_rates(device), bars_of(device)
+    rates, bars = rates_of(device), bars_of(device)
     pictures, part_pictures = plots(folder, rows, parts)
     sections = [
         [f"# Generations on {device}"],
@@ -292,11 +248,11 @@ def render(folder: Path) -> str:
         [" ".join(pictures)],
         ["## Parts"],
         [
-            "Milliseconds of each part without a graph / its floor (`bench/roofline.py`), and the ratio, which is bold",
-            "above 2. Without a graph, the times include launching by the host.",
+            "Milliseconds of each part without a graph / its floor (`bench/roofline.py`, for the devices of",
+            "`bench/measure.py`), and the ratio, which is bold above 2 and followed by what bounds the part. Without a",
+            "graph, the times include launching by the host.",
         ],
         [parts_table(parts, rates)],
-        far_lines(parts, rows, rates),
         predicted_table(rows, rates),
         part_pictures,
     ]

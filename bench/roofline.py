@@ -2,7 +2,6 @@
 
     python -m bench.roofline --device H200                       # d16, d20, d24, d30 at 24 images, M in 1, 4, 128
     python -m bench.roofline --device H200 --depth 30 --batch 1 --m 4
-    python -m bench.roofline --device H200 --measured bench/results/<device>/parts.json
 
 The parts are the transformer's blocks, its head, the sampler, F(.) of the candidates, the scorer, the step that keeps
 the winner, and the decoder. Every matrix product, convolution and attention must at least do its multiplications, read
@@ -15,12 +14,10 @@ under float16 autocast with half weights.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -145,13 +142,13 @@ def published_models(depth: int) -> tuple[VAR, Scorer]:
         return var, Scorer(ScorerConfig()).bfloat16()
 
 
-def table(depth: int, batch: int, candidates: list[int], rates: Rates, measured: dict | None = None) -> str:
-    """Markdown with one row per part: for each M its operations, bytes and floor, and its measured time if known."""
+def table(depth: int, batch: int, candidates: list[int], rates: Rates) -> str:
+    """Markdown with one row per part: for each M its operations, bytes and floor."""
     var, scorer = published_models(depth)
     counts = {m: count_model(var, scorer, batch, m) for m in candidates}
     head, lines = ["part"], []
     for m in candidates:
-        head += [f"M={m} Gop", "MB", "floor ms", *(["measured ms", "x"] if measured else [])]
+        head += [f"M={m} Gop", "MB", "floor ms"]
     totals = {m: 0.0 for m in candidates}
     for name in PARTS:
         cells = [name]
@@ -160,9 +157,6 @@ def table(depth: int, batch: int, candidates: list[int], rates: Rates, measured:
             floor = part.floor(rates)
             totals[m] += floor
             cells += [f"{part.operations / 1e9:,.0f}", f"{part.bytes / 1e6:,.0f}", f"{floor * 1e3:.3f}"]
-            if measured:
-                found = measured.get(f"d{depth} B={batch} M={m}", {}).get(name)
-                cells += [f"{found * 1e3:.3f}", f"{found / floor:.1f}" if floor else ""] if found else ["", ""]
         lines.append(cells)
     floors = ", ".join(f"M={m} {totals[m] * 1e3:.2f} ms ({totals[m] / totals[candidates[0]]:.3f})" for m in candidates)
     table = markdown_table(head, lines)
@@ -175,12 +169,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, nargs="+", default=[16, 20, 24, 30])
     parser.add_argument("--batch", type=int, nargs="+", default=[24])
     parser.add_argument("--m", type=int, nargs="+", default=[1, 4, 128])
-    parser.add_argument("--measured", type=Path, help="parts.json of bench/test_generation.py")
     arguments = parser.parse_args()
-    measured = json.loads(arguments.measured.read_text()) if arguments.measured else None
     for depth in arguments.depth:
         for batch in arguments.batch:
-            print(table(depth, batch, arguments.m, DEVICES[arguments.device], measured))
+            print(table(depth, batch, arguments.m, DEVICES[arguments.device]))
 
 
 if __name__ == "__main__":

@@ -11,63 +11,21 @@ plain calls. The bars of the op are printed as lines.
 """
 
 import importlib.util
-import os
-import statistics
 
 import pytest
 import torch
 
-TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
-if TINY and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+from bench.measure import DEVICE, RATES, TINY, Table, bar, call_seconds, graph_seconds, peak_bytes, synchronize
+from tests.references.density import chain
+from varkern.ops import bit_density, kernel_density, silverman_bandwidth, token_density
+from varkern.ops.backend import use_backend
 
-from bench import measure  # noqa: E402
-from tests.references.density import chain  # noqa: E402
-from varkern.ops import bit_density, kernel_density, silverman_bandwidth, token_density  # noqa: E402
-from varkern.ops.backend import use_backend  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # B, N, D
 SIZES = [(2, 20, 8), (1, 30, 5)] if TINY else [
     (24, 20, 32), (24, 50, 32), (24, 100, 32), (64, 100, 32), (24, 100, 128), (1, 507, 32), (24, 1000, 32),
     (1, 3000, 32), (24, 3000, 32), (1, 3000, 128), (1, 4096, 32), (1, 4096, 1024), (24, 100, 8192), (1, 1000, 8192),
     (1, 4096, 8192),
 ]  # fmt: skip
-# Float32 instructions per second: lanes times the boost clock, half of the data sheets' operations.
-INSTRUCTIONS = {"H100": 33.5e12, "H200": 33.5e12, "A100": 9.75e12, "B200": 37e12}
-
-
-def instructions():
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
-    return next((rate for key, rate in INSTRUCTIONS.items() if key in name), float("nan"))
-
-
-def wait():
-    measure.synchronize(DEVICE)
-
-
-def call_seconds(step):
-    """Median seconds of a plain call, launches included; often of one call, because the largest chain is slow."""
-    return statistics.median(measure.call_seconds(step, DEVICE, 0 if TINY else 0.2, 1))
-
-
-def graph_seconds(step):
-    return measure.graph_seconds(step, DEVICE)
-
-
-def peak_bytes(step):
-    """Peak memory of a call, without the memory that was in use before; NaN without a GPU."""
-    if DEVICE.type != "cuda":
-        return float("nan")
-    step()
-    wait()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = step()
-    wait()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
-    return peak
 
 
 def keops_density(x, h):
@@ -91,58 +49,33 @@ def peers(x):
     return steps
 
 
-def row_of(ours, others, operations, flops=1.5):
-    """A row of a table; ``flops``: operations per instruction, 1.5 for a subtraction and a multiply-add."""
-    row = {"floor": operations / instructions(), "graph": graph_seconds(ours), "call": call_seconds(ours)}
-    row |= {"tflops": flops * operations / row["graph"] / 1e12, "peak": peak_bytes(ours)}
+def measured(work, ours, others, operations):
+    """A row: floor, times and peak memory of ours; then those of the others, and their times over ours."""
+    floor, taken = operations / RATES.instructions, graph_seconds(ours)
+    row = {"work": f"{work:<26}", "floor us": floor * 1e6, "graph us": taken * 1e6, "x floor": taken / floor}
+    row |= {"call us": call_seconds(ours) * 1e6, "peak MB": peak_bytes(ours) / 1e6}
     for name, step in others.items():
-        timed = call_seconds if name == "pykeops" else graph_seconds
-        row |= {name: timed(step), f"{name} peak": peak_bytes(step)}
+        theirs = (call_seconds if name == "pykeops" else graph_seconds)(step)
+        row |= {f"{name} us": theirs * 1e6, f"{name} x": theirs / taken, f"{name} MB": peak_bytes(step) / 1e6}
     return row
 
 
-def print_row(label, row, names):
-    cells = [
-        f"{label:>26}",
-        f"{row['floor'] * 1e6:8.1f} {row['graph'] * 1e6:9.1f} {row['graph'] / row['floor']:7.2f} {row['tflops']:7.2f}",
-        f"{row['call'] * 1e6:9.1f} {row['peak'] / 1e6:8.2f}",
-        *(
-            f"{row[n] * 1e6:11.1f} {row[n] / row['graph']:6.1f} {row[f'{n} peak'] / 1e6:8.1f}"
-            for n in names
-            if n in row
-        ),
-    ]
-    print(" | ".join(cells), flush=True)
-
-
-def print_head(names):
-    heads = [f"{'':>26}", f"{'floor us':>8} {'graph us':>9} x floor {'TFLOP/s':>7}", f"{'call us':>9} {'peak MB':>8}"]
-    print("\n" + " | ".join(heads + [f"{name + ' us':>11}      x  peak MB" for name in names]))
-
-
 def test_samples(benchmark):
-    print_head(["chain", "compiled", "pykeops"] if importlib.util.find_spec("pykeops") else ["chain", "compiled"])
-    rows = []
+    rows, table = [], Table()
     with torch.no_grad(), use_backend("triton"):
         for batch, n, d in SIZES:
             x = torch.randn(batch, n, d, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(n))
             exact = chain(x[:1, :, None].double())[0]
             error = ((kernel_density(x)[0].double() - exact).abs() / exact).max().item()
             assert error < 1e-4, f"B={batch}, N={n}, D={d}: relative error {error}"
-            steps = peers(x)
-            row = row_of(lambda: kernel_density(x), steps, batch * n * (n + 1) * d)  # noqa: B023
-            rows.append({"B": batch, "N": n, "D": d, "error": error, **row})
-            print_row(f"B={batch} N={n} D={d}", row, steps)
-        large = [row for row in rows if row["N"] == 3000]
-        for row in large:
-            share = row["peak"] / row["chain peak"]
-            print(
-                f"bar, B={row['B']} N=3000 D={row['D']}: {row['chain'] / row['graph']:.1f} times the chain "
-                f"(bar: 10), peak memory {share:.1%} of it (bar: below 5%)"
-            )
-        print(f"largest relative error {max(row['error'] for row in rows):.1e}; torch {torch.__version__}")
+            ours = lambda: kernel_density(x)  # noqa: B023, E731
+            rows.append(measured(f"B={batch} N={n} D={d}", ours, peers(x), batch * n * (n + 1) * d))
+            table.add(rows[-1])
+            if n == 3000:
+                bar("times of the chain over ours", rows[-1]["chain x"], 10, at_most=False)
+                bar("peak memory over that of the chain", rows[-1]["peak MB"] / rows[-1]["chain MB"], 0.05)
         benchmark.extra_info["rows"] = rows
-        benchmark.pedantic(lambda: (kernel_density(x), wait()), rounds=1 if TINY else 20, warmup_rounds=1)
+        benchmark.pedantic(lambda: (ours(), synchronize()), rounds=1 if TINY else 20, warmup_rounds=1)
 
 
 # B, N, l, V, C
@@ -155,7 +88,7 @@ MAPS = [(2, 20, 4, 50, 8)] if TINY else [
 @pytest.mark.parametrize("per", ["position", "map"])
 def test_token_maps(per):
     """The density computation of a search at its scale, without sampling the candidates; scale 1 has l=4."""
-    print_head(["chain"])
+    table = Table()
     with torch.no_grad(), use_backend("triton"):
         for batch, n, length, vocabulary, width in MAPS:
             codebook = torch.randn(vocabulary, width, device=DEVICE)
@@ -169,10 +102,11 @@ def test_token_maps(per):
                 codes = codebook[tokens]
                 return chain(codes if per == "position" else codes.flatten(2)[:, :, None])
 
-            row = row_of(ours, {"chain": released}, batch * n * (n + 1) * length * width)
-            print_row(f"{per} B={batch} N={n} l={length}", row, ["chain"])
+            operations = batch * n * (n + 1) * length * width
+            row = measured(f"{per} B={batch} N={n} l={length}", ours, {"chain": released}, operations)
+            table.add(row)
             if (batch, n, length, per) == (24, 100, 4, "position"):
-                print(f"bar, N=100, B=24, scale 1: {row['graph'] * 1e6:.1f} us (bar: below 30)")
+                bar("scale 1, us", row["graph us"], 30)
 
 
 # B, N, l, d
@@ -181,7 +115,7 @@ BITS = [(2, 20, 2, 8)] if TINY else [(1, 500, 4, 32), (1, 3000, 4, 32), (24, 300
 
 def test_bits():
     """Infinity's codes. The floor counts an exclusive or, a bit count and an exponential per pair of words."""
-    print_head(["chain"])
+    table = Table()
     with torch.no_grad(), use_backend("triton"):
         for batch, n, length, d in BITS:
             bits = torch.randint(0, 2, (batch, n, length, d), device=DEVICE, dtype=torch.uint8)
@@ -192,10 +126,6 @@ def test_bits():
             def released(bits=bits):
                 return chain(bits.float())
 
+            operations = batch * n * (n + 1) / 2 * length * (9 * -(-d // 32) + 18)
             others = {"chain": released} if length <= 4 else {}
-            words = -(-d // 32)
-            row = row_of(ours, others, batch * n * (n + 1) / 2 * length * (9 * words + 18), flops=0)
-            print_row(f"bits B={batch} N={n} l={length} d={d}", row, others)
-            if "chain" in row and n == 3000:
-                share = row["peak"] / row["chain peak"]
-                print(f"bar: {row['chain'] / row['graph']:.1f} times the chain, peak memory {share:.1%} of it")
+            table.add(measured(f"bits B={batch} N={n} l={length} d={d}", ours, others, operations))

@@ -11,51 +11,19 @@ the operations that the kernels execute.
 """
 
 import functools
-import os
-import time
 
 import torch
 import torch.nn.functional as F
+from varkern.kernels.fusion import multiplies
 
-TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
-if TINY and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from varkern.kernels.fusion import multiplies  # noqa: E402
-
-from bench import measure  # noqa: E402
-from tests.references.fusion import SIDES_256, case, chain  # noqa: E402
-from varkern.ops import commit_tokens, fuse_tokens, resize_features  # noqa: E402
-from varkern.ops.backend import use_backend  # noqa: E402
-from varkern.ops.fusion_tables import TILE, tile_inputs  # noqa: E402
+from bench.measure import DEVICE, RATES, TINY, Table, call_seconds, graph_seconds, synchronize
+from tests.references.fusion import SIDES_256, case, chain
+from varkern.ops import commit_tokens, fuse_tokens, resize_features
+from varkern.ops.backend import use_backend
+from varkern.ops.fusion_tables import TILE, tile_inputs
 
 SIDES, SIZE, C, V = ((2, 4), 4, 8, 64) if TINY else (SIDES_256, 16, 32, 4096)
 B, CANDIDATES = (2, (1, 2)) if TINY else (24, (1, 4, 32, 128))
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def peaks():
-    """Bytes per second, half-precision operations per second."""
-    rates = measure.rates_of(DEVICE)
-    return (rates.bandwidth, rates.half) if rates else (float("nan"), float("nan"))
-
-
-def seconds(step):
-    return measure.graph_seconds(step, DEVICE)
-
-
-def wall_seconds(step, repeats=20):
-    """Seconds of a plain call, launches included."""
-    repeats = 1 if TINY else repeats
-    step()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
 
 
 def work(side, M):
@@ -91,62 +59,47 @@ def peers(side, codebook, f_hat, phi):
     return steps
 
 
-def compare(side, rows):
-    """Check and time one scale at every M; append the rows of the table to ``rows``."""
-    bandwidth, rate = peaks()
+def fuse(tokens, codebook, side, f_hat, phi):
+    options = {"side": side, "size": SIZE, "f_hat": f_hat, "phi": phi}
+    return fuse_tokens(tokens, codebook, dtype=torch.bfloat16, channels_last=True, **options)
+
+
+def compare(side, table):
+    """Check and time one scale at every M; returns the rows of the table."""
     _, codebook, f_hat, phi = case(DEVICE, side, SIZE, B=B, M=1, V=V, C=C)
-    others = peers(side, codebook, f_hat, phi)
+    others, rows = peers(side, codebook, f_hat, phi), []
     for M in CANDIDATES:
         tokens = torch.randint(0, V, (B, M, side * side), device=DEVICE)
-
-        def ours(tokens=tokens):
-            return fuse_tokens(
-                tokens, codebook, side=side, size=SIZE, f_hat=f_hat, phi=phi, dtype=torch.bfloat16, channels_last=True
-            )
-
+        ours = functools.partial(fuse, tokens, codebook, side, f_hat, phi)
         exact = chain(tokens[:, :1], codebook, side, SIZE, f_hat, phi)
         error = ((ours()[:, :1].double() - exact).abs().max() / exact.abs().max()).item()
         assert error < 1e-2, f"side {side}, M={M}: relative error {error}"
         moved, operations = work(side, M)
-        times = {"ours": seconds(ours)}
+        floor, taken = max(moved / RATES.bandwidth, operations / RATES.half), graph_seconds(ours)
+        row = {"side": side, "M": M, "MB": moved / 1e6, "Gop": operations / 1e9, "floor us": floor * 1e6}
+        row |= {"ours us": taken * 1e6, "GB/s": moved / taken / 1e9, "x floor": taken / floor}
         for name, step in others.items():
-            times[name] = seconds(lambda step=step: step(tokens))  # noqa: B023
-        rows.append({"M": M, "side": side, "bytes": moved, "operations": operations, "error": error, **times})
-        rows[-1]["floor"] = max(moved / bandwidth, operations / rate)
-        rows[-1]["bound"] = "bytes" if moved / bandwidth > operations / rate else "ops"
-
-
-def print_table(rows):
-    names = [name for name in ("float32", "bfloat16", "compiled") if name in rows[0]]
-    heads = [
-        f"{'M':>4} {'side':>4}",
-        f"{'MB':>6} {'Gop':>6} {'floor us':>8} by   ",
-        f"{'ours us':>8} {'GB/s':>5} x floor",
-    ]
-    print("\n" + " | ".join(heads + [f"{name + ' us':>11}     x" for name in names]))
-    for M in CANDIDATES:
-        of_m = [row for row in rows if row["M"] == M]
-        keys = ("bytes", "operations", "floor", "ours", *names)
-        total = {"M": M, "side": "all", "bound": "", **{key: sum(row[key] for row in of_m) for key in keys}}
-        for row in (*of_m, total):
-            cells = [
-                f"{row['M']:>4} {row['side']:>4}",
-                f"{row['bytes'] / 1e6:6.1f} {row['operations'] / 1e9:6.1f} {row['floor'] * 1e6:8.1f} {row['bound']:<5}",
-                f"{row['ours'] * 1e6:8.1f} {row['bytes'] / row['ours'] / 1e9:5.0f} {row['ours'] / row['floor']:7.2f}",
-            ]
-            print(" | ".join(cells + [f"{row[name] * 1e6:11.1f} {row[name] / row['ours']:5.1f}" for name in names]))
+            theirs = graph_seconds(functools.partial(step, tokens))
+            row |= {f"{name} us": theirs * 1e6, f"{name} x": theirs / taken}
+        rows.append(row)
+        table.add(row)
+    return rows
 
 
 def test_scales(benchmark):
-    rows = []
+    table = Table()
     with torch.no_grad(), use_backend("triton"):
-        for side in SIDES:
-            compare(side, rows)
-        print_table(rows)
-        print(f"largest relative error {max(row['error'] for row in rows):.1e}; torch {torch.__version__}, {peaks()}")
-        generation = generation_of_candidates(CANDIDATES[-1])
+        rows = [row for side in SIDES for row in compare(side, table)]
+        for M in CANDIDATES:
+            print_sum(f"all sides, M={M}", [row for row in rows if row["M"] == M])
         benchmark.extra_info["rows"] = rows
-        benchmark.pedantic(generation, rounds=1 if TINY else 20, warmup_rounds=1)
+        benchmark.pedantic(generation_of_candidates(CANDIDATES[-1]), rounds=1 if TINY else 20, warmup_rounds=1)
+
+
+def print_sum(title, rows):
+    """Print the sum of every column of times."""
+    sums = {name: sum(row[name] for row in rows) for name in rows[0] if name.endswith(" us")}
+    Table().add({"": title, **sums})
 
 
 def generation_of_candidates(M):
@@ -155,11 +108,8 @@ def generation_of_candidates(M):
 
     def run():
         for side, tokens, codebook, f_hat, phi in cases:
-            fuse_tokens(
-                tokens, codebook, side=side, size=SIZE, f_hat=f_hat, phi=phi, dtype=torch.bfloat16, channels_last=True
-            )
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+            fuse(tokens, codebook, side, f_hat, phi)
+        synchronize()
 
     return run
 
@@ -181,22 +131,14 @@ def winner_step(tokens, f_hat, codebook, side, next_side, phi):
 
 def test_winner():
     """Two launches per scale compared with the unpatched step, in float32: device time and wall-clock time."""
-    print("\nside | commit + resize us | unpatched us    x | wall-clock us | unpatched us    x")
-    sums = [0.0] * 4
+    rows, table = [], Table()
     with torch.no_grad(), use_backend("triton"):
         for side, next_side in zip(SIDES, (*SIDES[1:], None), strict=True):
             tokens, codebook, f_hat, phi = case(DEVICE, side, SIZE, B=B, M=1, V=V, C=C)
-            given = (tokens[:, 0], f_hat, codebook, side, next_side, phi)
-            steps = [functools.partial(step, *given) for step in (winner_step, unpatched_step)]
-            found = [measure(step) for measure in (seconds, wall_seconds) for step in steps]
-            sums = [a + b for a, b in zip(sums, found, strict=True)]
-            print_winner(side, found)
-    print_winner("all", sums)
-
-
-def print_winner(side, found):
-    ours, theirs, wall, their_wall = (1e6 * t for t in found)
-    print(
-        f"{side:>4} | {ours:18.1f} | {theirs:12.1f} {theirs / ours:4.1f} | "
-        f"{wall:13.1f} | {their_wall:12.1f} {their_wall / wall:4.1f}"
-    )
+            row = {"side": side}
+            for name, step in (("ours", winner_step), ("unpatched", unpatched_step)):
+                call = functools.partial(step, tokens[:, 0], f_hat, codebook, side, next_side, phi)
+                row |= {f"{name} us": graph_seconds(call) * 1e6, f"{name} call us": call_seconds(call) * 1e6}
+            rows.append(row)
+            table.add(row)
+    print_sum("all sides", rows)

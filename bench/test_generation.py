@@ -34,21 +34,26 @@ import torch
 
 import varkern
 from bench.blame import find_kernel
-from bench.measure import device_name, synchronize
+from bench.measure import BATCH, DEVICE, TINY, Table, device_name, synchronize
 from bench.models import as_published, random_models, upstream_model
 from bench.parts import timing_parts
+from varkern.ops.backend import use_backend
 
-TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 DEPTHS = (2,) if TINY else (16, 30, 20, 24) if CUDA else (8,)
-BATCHES = (2,) if TINY or not CUDA else (24, 1, 8)
+BATCHES = (2,) if TINY or not CUDA else (BATCH, 1, 8)
 CANDIDATES = (1, 4) if TINY or not CUDA else (1, 4, 128, 16)
 SAMPLING = {"cfg": 1.5, "top_k": 20 if TINY else 900, "top_p": 0.96}
 BUDGET = 0.0 if TINY else 0.9 if CUDA else 60.0  # seconds per way of generating and cell
 LEAST, MOST = (1, 1) if TINY else (3, 15)
 METHOD = "autoregressive_infer_cfg"
 OUT = Path(os.environ.get("VARKERN_BENCH_OUT", "."))
+
+
+@pytest.fixture(autouse=True)
+def plain_forms_on_a_cpu():
+    with use_backend("auto" if CUDA else "torch"):
+        yield
 
 
 def autocast():
@@ -59,7 +64,7 @@ def generate(model, batch, seed):
     labels = torch.arange(batch, device=DEVICE) % model.num_classes
     with torch.inference_mode(), autocast():
         images = model.autoregressive_infer_cfg(batch, labels, g_seed=seed, **SAMPLING)
-    synchronize(DEVICE)
+    synchronize()
     return images
 
 
@@ -164,22 +169,21 @@ def parts_of(depth, batch, m, folder=None):
     return dict(seconds)
 
 
-def print_row(row):
+def print_row(row, table):
     base = statistics.median(row["seconds"]["published"])
-    cells = []
+    cells = {"depth": row["depth"], "B": row["B"], "M": row["M"]}
     for name, times in row["seconds"].items():
-        median, low, high = statistics.median(times), times[0], times[-1]
-        peak = row["peak"].get(name)
-        memory = "" if peak is None else f" {peak / 2**30:5.2f} GiB"
-        cells.append(f"{name} {median * 1e3:8.1f} ms ({low * 1e3:.1f}-{high * 1e3:.1f}) x{median / base:.3f}{memory}")
-    print(f"d{row['depth']} B={row['B']:<2} M={row['M']:<3} | " + " | ".join(cells), flush=True)
+        cells |= {f"{name} ms": statistics.median(times) * 1e3, f"{name} x": statistics.median(times) / base}
+        if row["peak"].get(name) is not None:
+            cells[f"{name} GiB"] = row["peak"][name] / 2**30
+    table.add(cells)
 
 
 def write(rows, parts, finished):
     """Write the results so far; a run that is stopped leaves complete files."""
     versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     versions |= {"cuda": torch.version.cuda, "python": platform.python_version()}
-    content = {"device": device_name(DEVICE), **versions, "sampling": SAMPLING, "finished": finished, "rows": rows}
+    content = {"device": device_name(), **versions, "sampling": SAMPLING, "finished": finished, "rows": rows}
     OUT.mkdir(parents=True, exist_ok=True)
     for name, saved in (("generation.json", content), ("parts.json", parts)):
         unfinished = OUT / f"{name}.partial"
@@ -204,13 +208,13 @@ def test_generations(benchmark, request):
     chosen = request.config.getoption("--depths")
     depths = tuple(int(part) for part in chosen.split(",")) if chosen else DEPTHS
     folder = request.config.getoption("--upstream")
-    rows, parts, failures = [], {}, []
-    print(f"\n{device_name(DEVICE)}, torch {torch.__version__}; x: time / median time of the published loop")
+    rows, parts, failures, table = [], {}, [], Table()
+    print(f"\n{device_name()}, torch {torch.__version__}; x: time / median time of the published loop")
     for key in in_order(depths):
         row = attempt("d{} B={} M={}".format(*key), failures, cell, *key, folder)
         if row is not None:
             rows.append(row)
-            print_row(row)
+            print_row(row, table)
             write(rows, parts, finished=False)
     for row in rows:
         key = row["depth"], row["B"], row["M"]

@@ -12,58 +12,42 @@ graph; ``call`` and the peers are plain calls, launches included.
 
 import importlib.util
 import math
-import os
-import statistics
 import time
 
 import pytest
 import torch
 
-TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
-if TINY and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+from bench.measure import (
+    BATCH,
+    DEVICE,
+    RATES,
+    SIDES,
+    TINY,
+    Table,
+    bar,
+    call_seconds,
+    graph_seconds,
+    synchronize,
+)
+from varkern.ops import sample_tokens
+from varkern.ops.backend import use_backend
+from varkern.ops.philox import image_seeds
+from varkern.published import filter_logits, sample_multinomial
 
-import triton  # noqa: E402
-
-from bench import measure  # noqa: E402
-from varkern.ops import sample_tokens  # noqa: E402
-from varkern.ops.backend import use_backend  # noqa: E402
-from varkern.ops.philox import image_seeds  # noqa: E402
-from varkern.published import filter_logits, sample_multinomial  # noqa: E402
-
-SIDES, CANDIDATES = ((1, 2), (1, 4)) if TINY else ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 4, 32, 128))
-V, B = (300, 2) if TINY else (4096, 24)
+CANDIDATES = (1, 4) if TINY else (1, 4, 32, 128)
+V, B = (300 if TINY else 4096), BATCH
 GUIDANCE, TOP_K, TOP_P = 1.5, (60 if TINY else 900), 0.96
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bandwidth():
-    rates = measure.rates_of(DEVICE)
-    return rates.bandwidth if rates else float("nan")
-
-
-def wait():
-    measure.synchronize(DEVICE)
-
-
-def call_seconds(step):
-    """Median seconds of a plain call, launches included."""
-    return statistics.median(measure.call_seconds(step, DEVICE, *((0, 1) if TINY else (0.15, 3))))
-
-
-def graph_seconds(step, repeats=10):
-    return measure.graph_seconds(step, DEVICE, repeats)
 
 
 def host_seconds(step, calls=200):
     """Host time of a call, from calls that take less time on the device than on the host."""
     step()
-    wait()
+    synchronize()
     start = time.perf_counter()
     for _ in range(2 if TINY else calls):
         step()
     taken = time.perf_counter() - start
-    wait()
+    synchronize()
     return taken / (2 if TINY else calls)
 
 
@@ -106,38 +90,22 @@ def peers(compiled):
     return steps
 
 
-def print_row(row, names):
-    cells = [
-        f"{row['M']:>4} {row['l']:>4} {row['bytes'] / 1e6:6.1f} {row['floor'] * 1e6:8.1f}",
-        f"{row['graph'] * 1e6:9.1f} {row['bytes'] / row['graph'] / 1e9:5.0f} {row['graph'] / row['floor']:7.2f}",
-        f"{row['call'] * 1e6:8.1f}",
-        *(f"{row[name] * 1e6:13.1f} {row[name] / row['call']:6.1f}" for name in names),
-    ]
-    print(" | ".join(cells), flush=True)
-
-
 def print_bars(rows, names):
     """Print the bars of the largest scale and of all cells, and whether they were met."""
     largest = {row["M"]: row for row in rows if row["l"] == rows[-1]["l"]}
-    bars = [(f"M={m}: at most 2 x the floor", largest[m]["graph"] / largest[m]["floor"], 2.0, True) for m in (1, 4)]
-    for m, least in ((1, 10.0), (32, 50.0)):
+    for m in (1, 4):
+        bar(f"M={m}, over the floor", largest[m]["x floor"], 2)
+    for m, least in ((1, 10), (32, 50)):
         if m in largest:
-            ratio = largest[m].get("chain", math.nan) / largest[m]["call"]
-            bars.append((f"M={m}: at least {least:.0f} x the chain", ratio, least, False))
+            bar(f"M={m}, times of the chain over ours", largest[m].get("chain x", math.nan), least, at_most=False)
     last, first = largest[CANDIDATES[-1]], largest[CANDIDATES[0]]
-    bars.append((f"M={last['M']}: at most 3 x M={first['M']}", last["graph"] / first["graph"], 3.0, True))
-    slowest = min(row[name] / row["call"] for row in rows for name in names)
-    bars.append(("every cell: faster than every peer", slowest, 1.0, False))
-    for text, came, bar, at_most in bars:
-        print(f"{text:<36} {came:7.2f}  {'met' if (came <= bar if at_most else came >= bar) else 'NOT MET'}")
+    bar(f"M={last['M']} over M={first['M']}", last["graph us"] / first["graph us"], 3)
+    bar("every peer over ours, the least", min(row[f"{n} x"] for row in rows for n in names), 1, at_most=False)
 
 
 def test_scales(benchmark):
     steps = peers(torch.compile(published, dynamic=True) if DEVICE.type == "cuda" else None)
-    heads = [f"{'M':>4} {'l':>4} {'MB':>6} {'floor us':>8}", f"{'graph us':>9} {'GB/s':>5} x floor", f"{'call us':>8}"]
-    print("\n" + " | ".join(heads + [f"{name + ' us':>13}      x" for name in steps]))
-    rows = []
-    seeds = image_seeds(0, B, DEVICE)
+    rows, table, seeds = [], Table(), image_seeds(0, B, DEVICE)
     options = {"guidance": GUIDANCE, "top_k": TOP_K, "top_p": TOP_P, "seeds": seeds}
     with torch.no_grad(), use_backend("triton"):
         for m in CANDIDATES:
@@ -147,34 +115,38 @@ def test_scales(benchmark):
                 def ours(both=both, m=m):
                     return sample_tokens(both[:B], m, uncond_logits=both[B:], **options)
 
-                row = {"M": m, "l": side * side, "bytes": both.numel() * 4, "floor": both.numel() * 4 / bandwidth()}
-                row |= {"graph": graph_seconds(ours), "call": call_seconds(ours)}
-                row |= {name: call_seconds(lambda step=step: step(both, m)) for name, step in steps.items()}  # noqa: B023
+                row = {"M": m, "l": side * side, **timed(ours, both.numel() * 4), "call us": call_seconds(ours) * 1e6}
+                for name, step in steps.items():
+                    theirs = call_seconds(lambda step=step: step(both, m)) * 1e6  # noqa: B023
+                    row |= {f"{name} us": theirs, f"{name} x": theirs / row["call us"]}
                 rows.append(row)
-                print_row(row, steps)
+                table.add(row)
         small = logits_of(1)
         print(f"host time of a call: {host_seconds(lambda: ours(small, 4)) * 1e6:.1f} us")
         print_bars(rows, steps)
-        print(f"torch {torch.__version__}, triton {triton.__version__}")
         benchmark.extra_info["rows"] = rows
-        benchmark.pedantic(lambda: (ours(), wait()), rounds=1 if TINY else 20, warmup_rounds=1)
+        benchmark.pedantic(lambda: (ours(), synchronize()), rounds=1 if TINY else 20, warmup_rounds=1)
+
+
+def timed(step, moved):
+    """Columns of the device time of a step that must move ``moved`` bytes."""
+    taken, floor = graph_seconds(step), moved / RATES.bandwidth
+    row = {"MB": moved / 1e6, "floor us": floor * 1e6, "graph us": taken * 1e6}
+    return row | {"GB/s": moved / taken / 1e9, "x floor": taken / floor}
 
 
 VOCABULARIES = (2, 300) if TINY else (2, 256, 4096, 8912, 16384, 65536, 262144)
 
 
-@pytest.mark.parametrize("tokens_and_filter", ["filtered", "unfiltered"])
-def test_vocabularies(tokens_and_filter):
+@pytest.mark.parametrize("filtered", [True, False], ids=["filtered", "unfiltered"])
+def test_vocabularies(filtered):
     """Device time over the floor for other vocabularies, without guidance, for about 200 MB of logits."""
-    print(f"\n{'V':>7} {'rows':>8} {'M':>4} | {'graph us':>9} {'GB/s':>5} x floor ({tokens_and_filter})")
-    top_k, top_p = (TOP_K, TOP_P) if tokens_and_filter == "filtered" else (0, 0.0)
+    table, options = Table(), {"top_k": TOP_K if filtered else 0, "top_p": TOP_P if filtered else 0.0}
     with torch.no_grad(), use_backend("triton"):
         for vocab in VOCABULARIES:
             length = max(1, (2**10 if TINY else 5 * 2**20) // max(vocab, 32))
             logits = torch.randn(2 if TINY else 10, length, vocab, device=DEVICE) * 2
             seeds = image_seeds(0, len(logits), DEVICE)
             for m in (1, 16):
-                taken = graph_seconds(lambda: sample_tokens(logits, m, top_k=top_k, top_p=top_p, seeds=seeds), 3)  # noqa: B023
-                moved = logits.numel() * 4
-                rate, over = moved / taken / 1e9, taken / (moved / bandwidth())
-                print(f"{vocab:>7} {logits.numel() // vocab:>8} {m:>4} | {taken * 1e6:9.1f} {rate:5.0f} {over:7.2f}")
+                step = lambda: sample_tokens(logits, m, seeds=seeds, **options)  # noqa: B023, E731
+                table.add({"V": vocab, "rows": logits.numel() // vocab, "M": m, **timed(step, logits.numel() * 4)})

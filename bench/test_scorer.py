@@ -11,41 +11,26 @@ of the matrix units and bytes / bandwidth; that of a norm is bytes / bandwidth.
 """
 
 import copy
-import os
-import sys
-from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-TINY = os.environ.get("VARKERN_BENCH_TINY", "0") == "1"
-if TINY and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+from bench.measure import BATCH, DEVICE, RATES, TINY, Table, bar, call_seconds, graph_seconds, synchronize
+from bench.roofline import Part, counting
+from tests.references.norm import eager_norm, exact_norm
+from tests.references.scorer import eager_scores
+from varkern import Scorer, ScorerConfig
+from varkern.ops import map_norm
+from varkern.scorer import stage_sides
 
-from bench.measure import call_seconds, device_name, graph_seconds, rates_of, synchronize  # noqa: E402
-from bench.roofline import Part, counting  # noqa: E402
-from tests.references.norm import eager_norm, exact_norm  # noqa: E402
-from tests.references.scorer import eager_scores  # noqa: E402
-from varkern import Scorer, ScorerConfig  # noqa: E402
-from varkern.ops import map_norm  # noqa: E402
-from varkern.scorer import stage_sides  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = ScorerConfig(5, 3, 4, 4, widths=(8,), embedding=4, hidden=(4,)) if TINY else ScorerConfig()
-IMAGES, CANDIDATES = (2, 2) if TINY else (24, 128)
+IMAGES, CANDIDATES = BATCH, 2 if TINY else 128
 PAIRS = 1 if TINY else 128
 BAR = 2e-3
 HALF = torch.bfloat16
 
 
 map_norm_backward = torch.ops.varkern.map_norm_backward
-
-
-def peak():
-    rates = rates_of(DEVICE)
-    return (rates.bandwidth, rates.half) if rates else (float("nan"), float("nan"))
 
 
 def case(images, candidates, dtype=HALF):
@@ -81,12 +66,11 @@ def operations(maps):
 
 
 def print_times(title, times, count):
-    rate = peak()[1]
-    print(f"\n{title}, {device_name(DEVICE)}, torch {torch.__version__}")
-    print(f"{'':>10} {'ms':>9} {'TFLOP/s':>8} of peak   x ours")
+    """A row per way of computing ``count`` operations; ``times``: seconds by name."""
+    table = Table()
     for name, seconds in times.items():
-        speed = count / seconds
-        print(f"{name:>10} {seconds * 1e3:9.3f} {speed / 1e12:8.1f} {speed / rate:7.1%} {seconds / times['ours']:8.2f}")
+        row = {title: name, "ms": seconds * 1e3, "TFLOP/s": count / seconds / 1e12}
+        table.add(row | {"of peak": count / seconds / RATES.half, "x ours": seconds / times["ours"]})
 
 
 def test_forward(benchmark):
@@ -99,15 +83,15 @@ def test_forward(benchmark):
         steps = {"ours": lambda: scorer(labels, features, 1), "eager": lambda: plain(scorer, labels, features, 1)}
         for name, function in compile_peer(plain).items():
             steps[name] = lambda function=function: function(scorer, labels, features, 1)
-        times = {name: graph_seconds(step, DEVICE) for name, step in steps.items()}
-        print_times(f"forward, {maps} maps, bfloat16 (error {error:.3f} of the spread)", times, operations(maps))
-        wall = call_seconds(steps["ours"], DEVICE)
-        print(f"{'bar':>10} {BAR * 1e3:9.3f}    plain calls, launches included: {wall[len(wall) // 2] * 1e3:.3f} ms")
+        times = {name: graph_seconds(step) for name, step in steps.items()}
+        print_times(f"forward, {maps} maps, bfloat16", times, operations(maps))
+        bar("forward, ms", times["ours"] * 1e3, BAR * 1e3)
+        print(f"plain calls: {call_seconds(steps['ours']) * 1e3:.3f} ms; error {error:.3f} of the scores' spread")
         benchmark.extra_info.update(times=times, bar=BAR, operations=operations(maps), error=error)
 
         def waited():
             steps["ours"]()
-            synchronize(DEVICE)
+            synchronize()
 
         benchmark.pedantic(waited, rounds=1 if TINY else 20, warmup_rounds=1)
 
@@ -129,8 +113,7 @@ def test_training_step(benchmark):
     }
     for name, function in compile_peer(plain).items():
         steps[name] = lambda function=function: loss(lambda: function(scorer, labels, features, 0))
-    all_times = {name: call_seconds(step, DEVICE) for name, step in steps.items()}
-    times = {name: seconds[len(seconds) // 2] for name, seconds in all_times.items()}
+    times = {name: call_seconds(step) for name, step in steps.items()}
     maps = features.shape[0] * features.shape[1]
     # Backward does two more convolutions for each one, for its two gradients.
     print_times(f"training step, {maps} maps, bfloat16 autocast", times, 3 * operations(maps))
@@ -174,9 +157,7 @@ def norm_steps(x, weight, bias, residual, grad):
 
 def test_norm(benchmark):
     """The norm on the features of every stage: bandwidth, and time over the floor."""
-    bandwidth, maps, rows = peak()[0], IMAGES * CANDIDATES, []
-    print(f"\nnorm, {maps} maps, bfloat16, {device_name(DEVICE)}")
-    print(f"{'features':>14} {'':<18} {'MB':>7} {'us':>8} {'GB/s':>6} x floor")
+    maps, rows, table = IMAGES * CANDIDATES, [], Table()
     for width, side in stages():
         torch.manual_seed(0)
         x, residual, grad = (
@@ -188,52 +169,46 @@ def test_norm(benchmark):
         error -= exact_norm(x[:4], weight, bias, residual[:4], slope=0.2)
         assert error.abs().max() < 2**-6
         for name, (step, passes) in norm_steps(x, weight, bias, residual, grad).items():
-            seconds = graph_seconds(step, DEVICE)
             moved = passes * x.numel() * x.element_size()
-            rows.append({"width": width, "side": side, "step": name, "seconds": seconds, "bytes": moved})
-            print(
-                f"{f'{width}x{side}x{side}':>14} {name:<18} {moved / 1e6:7.1f} {seconds * 1e6:8.1f} "
-                f"{moved / seconds / 1e9:6.0f} {seconds * bandwidth / moved:7.2f}"
-            )
+            rows.append(timed(name, x, graph_seconds(step), 0, moved))
+            table.add(rows[-1])
     benchmark.extra_info["rows"] = rows
     step = norm_steps(x, weight, bias, residual, grad)["forward, residual"][0]
     benchmark.pedantic(step, rounds=1 if TINY else 20, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("maps", [IMAGES * CANDIDATES])
-def test_where_forward_spends_its_time(maps):
+def timed(name, out, seconds, count, moved):
+    """A row for one step with the result ``out``, ``count`` operations and ``moved`` bytes."""
+    row = {"step": f"{name:<18}", "result": f"{'x'.join(map(str, out.shape[1:])):>14}", "Gop": count / 1e9}
+    row |= {"MB": moved / 1e6, "us": seconds * 1e6, "GB/s": moved / seconds / 1e9}
+    return row | {"floor us": max(count / RATES.half, moved / RATES.bandwidth) * 1e6}
+
+
+def test_where_forward_spends_its_time():
     """The time and the floor of every layer, except the MLP, without launches."""
-    bandwidth, rate = peak()
     scorer, _, features = case(IMAGES, CANDIDATES)
-    x, total, floors = features.flatten(0, 1), 0.0, 0.0
-    print(f"\n{'layer':>20} {'output':>14} {'Gop':>6} {'MB':>6} {'us':>8} {'floor':>7}")
+    x, table, rows = features.flatten(0, 1), Table(), []
 
-    def show(name, out, seconds, count, moved):
-        nonlocal total, floors
-        floor = max(count / rate, moved / bandwidth)
-        total, floors = total + seconds, floors + floor
-        size = "x".join(map(str, out.shape[1:]))
-        print(f"{name:>20} {size:>14} {count / 1e9:6.1f} {moved / 1e6:6.1f} {seconds * 1e6:8.1f} {floor * 1e6:7.1f}")
+    def show(*arguments):
+        rows.append(timed(*arguments))
+        table.add(rows[-1])
 
-    def timed(name, convolution, norm, x, residual=None, slope=0.2):
+    def layer(name, convolution, norm, x, residual=None, slope=0.2):
         def convolve():
             return F.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
 
         y = convolve()
         count = 2 * y.numel() * convolution.weight[0].numel()
-        show(name, y, graph_seconds(convolve, DEVICE), count, 2 * (x.numel() + y.numel()))
-
-        def normalise():
-            return norm(y, residual, slope)
-
-        passes = 2 if residual is None else 3
-        show("norm", y, graph_seconds(normalise, DEVICE), 0, passes * 2 * y.numel())
-        return normalise()
+        show(name, y, graph_seconds(convolve), count, 2 * (x.numel() + y.numel()))
+        show(
+            "norm", y, graph_seconds(lambda: norm(y, residual, slope)), 0, (2 + (residual is not None)) * 2 * y.numel()
+        )
+        return norm(y, residual, slope)
 
     with torch.no_grad():
         for block in (block for stage in scorer.stages for block in stage[:2]):
-            y = timed("3x3", block.conv1, block.ln1, x)
-            y = timed("3x3", block.conv2, block.ln2, y)
-            shortcut = timed("1x1, shortcut", *block.shortcut, x, slope=None) if len(block.shortcut) else x
-            x = timed("1x1", block.conv3, block.ln3, y, shortcut)
-    print(f"{'all':>20} {'':>14} {'':>6} {'':>6} {total * 1e6:8.1f} {floors * 1e6:7.1f}")
+            y = layer("3x3", block.conv1, block.ln1, x)
+            y = layer("3x3", block.conv2, block.ln2, y)
+            shortcut = layer("1x1, shortcut", *block.shortcut, x, slope=None) if len(block.shortcut) else x
+            x = layer("1x1", block.conv3, block.ln3, y, shortcut)
+    Table().add({"all": "", **{name: sum(row[name] for row in rows) for name in ("us", "floor us")}})

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from varkern.kernels import sampling as kernels
 
-from bench.test_sampling import DEVICE, B, bandwidth, graph_seconds, logits_of
+from bench.measure import DEVICE, RATES, graph_seconds
+from bench.test_sampling import B, logits_of
 from varkern.ops import sample_tokens
 from varkern.ops.philox import image_seeds
 
@@ -57,7 +58,7 @@ def report(label, both, m, top_k=900, top_p=0.96, guidance=1.5):
     def step():
         return sample_tokens(both[:B], m, **options)
 
-    floor = both.numel() * both.element_size() / bandwidth() / (1 if guidance else 2)
+    floor = both.numel() * both.element_size() / RATES.bandwidth / (1 if guidance else 2)
     try:
         taken = graph_seconds(step)
         kinds = kernel_times(step)

@@ -79,6 +79,6 @@ def test_candidates_cost_only_what_searching_costs():
     assert one["sampler"].bytes == pytest.approx(48 * 680 * 4096 * 4, rel=1e-3)
 
 
-def test_the_table_has_a_row_a_part_and_measured_times_beside_them():
-    text = table(16, 1, [1, 4], DEVICES["H200"], {"d16 B=1 M=4": {"blocks": 0.5}})
-    assert text.count("\n| ") == 9 and "500.000" in text
+def test_the_table_has_a_row_per_part():
+    text = table(16, 1, [1, 4], DEVICES["H200"])
+    assert text.count("\n| ") == 9 and "| part | M=1 Gop | MB | floor ms | M=4 Gop |" in text
