@@ -175,7 +175,7 @@ class TestRefused:
 
     def test_an_altered_shard(self, command, one_line, tmp_path):
         write_maps(tmp_path / "maps", torch.arange(24) % CLASSES, random_tokens(24, 0), num_classes=CLASSES)
-        shard = sorted((tmp_path / "maps").glob("tokens-*.npy"))[1]
+        shard = sorted((tmp_path / "maps").glob("shard-*.safetensors"))[1]
         content = bytearray(shard.read_bytes())
         content[-2] ^= 1
         shard.write_bytes(content)

@@ -89,18 +89,18 @@ class TestGenerate:
 
     def test_goes_on_where_it_stopped(self, generate, tmp_path, monkeypatch, one_line, capsys):
         generate(tmp_path / "whole")
-        written = writer.write_shard
+        placed = writer.place
 
-        def interrupted(folder, number, manifest, rows):
-            if number == 1:
+        def interrupted(folder, name, content, rank):
+            if name.startswith("shard-00001"):
                 raise KeyboardInterrupt
-            written(folder, number, manifest, rows)
+            placed(folder, name, content, rank)
 
-        monkeypatch.setattr(writer, "write_shard", interrupted)
+        monkeypatch.setattr(writer, "place", interrupted)
         capsys.readouterr()
         assert generate() == 130
         assert one_line() == "varkern: interrupted"
-        monkeypatch.setattr(writer, "write_shard", written)
+        monkeypatch.setattr(writer, "place", placed)
         assert generate() == 0
         for path in (tmp_path / "whole").iterdir():
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
@@ -178,14 +178,17 @@ class TestInfo:
     @pytest.mark.parametrize(
         "damage, said",
         [
-            (lambda content: content[:-1], "tokens-00000.npy was truncated"),
-            (lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:], "tokens-00000.npy was altered"),
+            (lambda content: content[:-1], "shard-00000.safetensors was truncated"),
+            (
+                lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:],
+                "shard-00000.safetensors was altered",
+            ),
         ],
         ids=["truncated", "altered"],
     )
     def test_damage(self, encode, tmp_path, capsys, damage, said):
         encode()
-        path = tmp_path / "out" / "tokens-00000.npy"
+        path = tmp_path / "out" / "shard-00000.safetensors"
         path.write_bytes(damage(path.read_bytes()))
         capsys.readouterr()
         assert cli.main(["tokens", "info", str(tmp_path / "out")]) == 2

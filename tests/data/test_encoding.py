@@ -96,7 +96,7 @@ class TestEncoding:
 
     def test_resize_counts(self, vae, images, unbroken, tmp_path):
         write(tmp_path, vae, images, resize=1.5)
-        assert contents(tmp_path)["tokens-00000.npy"] != unbroken["tokens-00000.npy"]
+        assert contents(tmp_path)["shard-00000.safetensors"] != unbroken["shard-00000.safetensors"]
         with pytest.raises(ValueError, match=r"source\.resize was 1\.5, now 1\.125"):
             write(tmp_path, vae, images)
 
@@ -173,4 +173,4 @@ class TestWrongInput:
         (tmp_path / "images" / "a" / "1.png").unlink()
         with pytest.raises(FileNotFoundError, match=r"1\.png"):
             write(tmp_path / "maps", vae, images)
-        assert not list((tmp_path / "maps").glob("*.npy"))
+        assert not list((tmp_path / "maps").glob("*.safetensors"))

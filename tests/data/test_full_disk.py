@@ -14,9 +14,9 @@ from .helpers import contents, ended, fork, write
 
 
 class TestFullDisk:
-    @pytest.mark.parametrize("limit, name", [(100, "manifest.json"), (300, "tokens-00000.npy")])
+    @pytest.mark.parametrize("limit, name", [(100, "manifest.json"), (300, "shard-00000.safetensors")])
     def test_file_size_limit(self, unbroken, tmp_path, limit, name):
-        """The kernel itself refuses to write on, in the middle of a file; a file of tokens has 324 bytes."""
+        """The kernel itself refuses to write on, in the middle of a file; a shard has 392 bytes."""
         if name != "manifest.json":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(writer, "write_shards", lambda *arguments, **named: None)
@@ -50,7 +50,7 @@ class TestFullDisk:
         monkeypatch.setattr(os, "fsync", full)
         failures = 0
         while True:
-            left = 2
+            left = 1
             try:
                 if write(tmp_path):
                     break
@@ -59,7 +59,7 @@ class TestFullDisk:
                 assert error.errno == errno.ENOSPC and "No space left on device" in str(error)
                 assert str(tmp_path) in str(error) and not list(tmp_path.rglob("*.partial"))
             if failures % 5 == 0:  # a little room
-                left = 6
+                left = 2
                 try:
                     write(tmp_path)
                 except OSError:
@@ -70,17 +70,18 @@ class TestFullDisk:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "write_shards", lambda *arguments, **named: None)
             write(tmp_path)
-        (tmp_path / "labels-00001.npy.partial").symlink_to("/dev/full")
-        with pytest.raises(OSError, match=r"No space left on device, while writing .*labels-00001\.npy"):
+        (tmp_path / "progress").mkdir(exist_ok=True)
+        (tmp_path / "progress" / "shard-00001.safetensors.0.partial").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"No space left on device, while writing .*shard-00001\.safetensors"):
             write(tmp_path)
         write_token_maps_again(tmp_path, unbroken)
 
     def test_small_tmpfs(self, unbroken, tmp_path):
-        """A file system of 40 kB that fills up, and is then given room."""
+        """A file system of 24 kB that fills up, and is then given room."""
         read, ready = os.pipe()
 
         def on_tmpfs():
-            if not mount_tmpfs(tmp_path, "size=40k"):
+            if not mount_tmpfs(tmp_path, "size=24k"):
                 os.write(ready, b"not allowed")
                 return
             try:

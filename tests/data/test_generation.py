@@ -69,7 +69,7 @@ class TestGenerating:
         """In the tokens, and in the manifest by its name."""
         write(tmp_path, model, **change)
         found = contents(tmp_path)
-        assert any(found[name] != unbroken[name] for name in found if name.startswith("tokens"))
+        assert any(found[name] != unbroken[name] for name in found if name.startswith("shard"))
         ((name, value),) = change.items()
         assert json.loads(found["manifest.json"])["source"][name] == value
 
@@ -77,7 +77,7 @@ class TestGenerating:
         write(tmp_path, model, autocast=torch.bfloat16)
         manifest = Manifest.read(tmp_path)
         assert manifest.source["autocast"] == "bfloat16" and manifest.source["dtype"] == "float32"
-        assert contents(tmp_path)["tokens-00000.npy"] != unbroken["tokens-00000.npy"]
+        assert contents(tmp_path)["shard-00000.safetensors"] != unbroken["shard-00000.safetensors"]
 
     def test_defaults_are_the_published_sampling(self, model, tmp_path):
         generate_token_maps(tmp_path, model, per_class=1)
@@ -99,7 +99,7 @@ class TestGenerating:
     def test_a_smaller_one_is_the_beginning_of_a_larger(self, model, unbroken, tmp_path):
         write(tmp_path, model, per_class=5)
         found = contents(tmp_path)
-        assert all(found[name] == unbroken[name] for name in ("tokens-00000.npy", "labels-00001.npy"))
+        assert all(found[name] == unbroken[name] for name in ("shard-00000.safetensors", "shard-00001.safetensors"))
 
     def test_a_patched_model_draws_its_own_maps(self, model, unbroken, tmp_path):
         """The model's distribution is what the scorer is to learn, whatever search is patched in."""

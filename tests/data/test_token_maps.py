@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from varkern.data import Batch, Manifest, TokenMaps, file_sha256, write_token_maps
 
@@ -30,6 +31,13 @@ def dataset(written, tmp_path) -> Path:
 def edit(folder: Path, **changes) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change(path: Path, name: str, place, value: int) -> None:
+    """Change one number of a shard."""
+    content = load_file(path)
+    content[name].numpy()[place] = value
+    path.write_bytes(save(content, {"skipped": "[]"}))
 
 
 class TestReading:
@@ -74,12 +82,13 @@ class TestReading:
         write_token_maps(tmp_path / "maps", manifest, lambda wanted: [Batch(every, [0])])
         assert torch.equal(TokenMaps.open(tmp_path / "maps", verify=True).gather([0]), every)
 
-    def test_files_are_plain_npy(self, dataset):
-        tokens, labels = np.load(dataset / "tokens-00001.npy"), np.load(dataset / "labels-00001.npy")
-        assert tokens.dtype == np.uint16 and tokens.shape == (7, 14) and labels.shape == (7,)
-        assert np.array_equal(tokens[2], tokens_of(9, small_manifest()))
-        shard = TokenMaps.open(dataset).manifest.shards[1]
-        assert shard.tokens_sha256 == file_sha256(dataset / "tokens-00001.npy")
+    def test_files_are_plain_safetensors(self, dataset):
+        path = dataset / "shard-00001.safetensors"
+        content = load_file(path)
+        assert content["tokens"].dtype == torch.uint16 and content["tokens"].shape == (7, 14)
+        assert content["labels"].dtype == torch.int32 and content["labels"].shape == (7,)
+        assert np.array_equal(content["tokens"][2].numpy(), tokens_of(9, small_manifest()))
+        assert TokenMaps.open(dataset).manifest.shards[1].sha256 == file_sha256(path)
 
     def test_pickle(self, dataset):
         again = pickle.loads(pickle.dumps(TokenMaps.open(dataset)))
@@ -88,13 +97,18 @@ class TestReading:
     def test_opening_reads_no_tokens(self, tmp_path):
         """1.28 million images of 680 tokens, as files with holes: nothing is read of them, and no file is held open."""
         sides, count = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 4096
-        shards = [tmp_path / f"{kind}-00000.npy" for kind in ("tokens", "labels")]
-        for path, shape, dtype in zip(shards, [(count, 680), (count,)], ["<u2", "<i4"], strict=True):
-            with path.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
-                file.truncate(file.tell() + np.dtype(dtype).itemsize * int(np.prod(shape)))
-        entry = {"count": count, "tokens_sha256": "", "labels_sha256": "", "skipped": []}
-        entry |= {"tokens": shards[0].name, "labels": shards[1].name}
+        labels, tokens = 4 * count, 2 * count * 680
+        header = {
+            "__metadata__": {"skipped": "[]"},
+            "labels": {"dtype": "I32", "shape": [count], "data_offsets": [0, labels]},
+            "tokens": {"dtype": "U16", "shape": [count, 680], "data_offsets": [labels, labels + tokens]},
+        }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (tmp_path / "shard-00000.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + labels + tokens)
+        entry = {"file": "shard-00000.safetensors", "count": count, "sha256": "", "skipped": []}
         manifest = Manifest(sides, 4096, 1000, 313 * count, {}, shard_size=count)
         text = {**json.loads(manifest.to_json()), "shards": [entry] * 313}
         (tmp_path / "manifest.json").write_text(json.dumps(text))
@@ -129,10 +143,10 @@ class TestDamage:
         with pytest.raises(ValueError, match=f"manifest.json is {said}"):
             TokenMaps.open(dataset)
 
-    @pytest.mark.parametrize("version", [0, 2, "1", None], ids=repr)
+    @pytest.mark.parametrize("version", [0, 1, "2", None], ids=repr)
     def test_other_version(self, dataset, version):
         edit(dataset, version=version)
-        with pytest.raises(ValueError, match=rf"must have format version 1, got {version!r}"):
+        with pytest.raises(ValueError, match=rf"must have format version 2, got {version!r}"):
             TokenMaps.open(dataset)
 
     @pytest.mark.parametrize(
@@ -158,14 +172,14 @@ class TestDamage:
 
     def test_shards_of_another_folder(self, dataset):
         shards = json.loads((dataset / "manifest.json").read_text())["shards"]
-        edit(dataset, shards=[{**shards[0], "tokens": "../tokens-00000.npy"}])
-        with pytest.raises(ValueError, match=r"must be in the manifest's folder, got \.\./tokens-00000"):
+        edit(dataset, shards=[{**shards[0], "file": "../shard-00000.safetensors"}])
+        with pytest.raises(ValueError, match=r"must be in the manifest's folder, got \.\./shard-00000"):
             TokenMaps.open(dataset)
 
     def test_other_schedule(self, dataset):
         """Tokens that do not fit the manifest's scales are not taken for others."""
         edit(dataset, patch_nums=[1, 2])
-        with pytest.raises(ValueError, match=r"tokens-00000\.npy was altered: its header must be"):
+        with pytest.raises(ValueError, match=r"00000\.safetensors was altered: it must have uint16 tokens \[7, 5\] "):
             TokenMaps.open(dataset)
 
     def test_unfinished(self, dataset):
@@ -175,58 +189,52 @@ class TestDamage:
         ):
             TokenMaps.open(dataset)
 
-    @pytest.mark.parametrize("name", ["tokens-00002.npy", "labels-00007.npy"])
     @pytest.mark.parametrize(
         "left", [0, 5, 64, 128, -1], ids=lambda left: f"to {left} bytes" if left >= 0 else "by one"
     )
-    def test_truncated(self, dataset, name, left):
-        content = (dataset / name).read_bytes()
-        (dataset / name).write_bytes(content[:left])
-        with pytest.raises(ValueError, match=f"{name} was truncated"):
+    def test_truncated(self, dataset, left):
+        path = dataset / "shard-00002.safetensors"
+        path.write_bytes(path.read_bytes()[:left])
+        with pytest.raises(ValueError, match=r"shard-00002\.safetensors was truncated or altered"):
             TokenMaps.open(dataset)
 
     def test_too_long(self, dataset):
-        with (dataset / "tokens-00002.npy").open("ab") as file:
+        with (dataset / "shard-00002.safetensors").open("ab") as file:
             file.write(b"x")
-        with pytest.raises(ValueError, match=r"tokens-00002\.npy was altered: it must have \d+ bytes, got \d+"):
+        with pytest.raises(ValueError, match=r"shard-00002\.safetensors was truncated or altered"):
             TokenMaps.open(dataset)
 
-    @pytest.mark.parametrize("name", ["tokens-00002.npy", "labels-00007.npy"])
-    def test_missing(self, dataset, name):
-        (dataset / name).unlink()
-        with pytest.raises(FileNotFoundError, match=f"{name} is missing from the dataset"):
+    def test_missing(self, dataset):
+        (dataset / "shard-00007.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"shard-00007\.safetensors is missing from the dataset"):
             TokenMaps.open(dataset)
 
-    @pytest.mark.parametrize("name", ["tokens-00002.npy", "labels-00000.npy"])
-    @pytest.mark.parametrize("place", [100, -4], ids=["header", "data"])
-    def test_altered(self, dataset, name, place):
+    @pytest.mark.parametrize("place", [-2, -14 * 2 * 7 - 4], ids=["tokens", "labels"])
+    def test_altered(self, dataset, place):
         """One bit, which leaves every size and range as it was: found by the checksum alone."""
-        content = bytearray((dataset / name).read_bytes())
-        # A blank of the header's padding becomes another blank's like, a token or label another.
-        content[place] = ord("\t") if place == 100 else content[place] ^ 1
-        (dataset / name).write_bytes(content)
+        path = dataset / "shard-00002.safetensors"
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
         maps = TokenMaps.open(dataset)
-        with pytest.raises(ValueError, match=f"{name} was altered: its sha256 differs from the manifest's"):
+        with pytest.raises(ValueError, match=r"shard-00002\.safetensors was altered: its sha256 differs from the"):
             maps.verify()
-        with pytest.raises(ValueError, match=f"{name} was altered"):
+        with pytest.raises(ValueError, match=r"shard-00002\.safetensors was altered"):
             TokenMaps.open(dataset, verify=True)
 
     @pytest.mark.parametrize("label", [5, -1], ids=["beyond", "negative"])
     def test_label_beyond_the_classes(self, dataset, label):
-        labels = np.load(dataset / "labels-00003.npy")
-        labels[4] = label
-        np.save(dataset / "labels-00003.npy", labels)
-        with pytest.raises(ValueError, match=r"labels-00003\.npy must have labels in 0\.\.4, got "):
+        change(dataset / "shard-00003.safetensors", "labels", 4, label)
+        with pytest.raises(ValueError, match=r"shard-00003\.safetensors must have labels in 0\.\.4, got "):
             TokenMaps.open(dataset)
 
     def test_token_beyond_the_vocabulary(self, dataset):
-        tokens = np.load(dataset / "tokens-00001.npy")
-        tokens[3, 5] = 100
-        np.save(dataset / "tokens-00001.npy", tokens)
+        path = dataset / "shard-00001.safetensors"
+        change(path, "tokens", (3, 5), 100)
         shards = json.loads((dataset / "manifest.json").read_text())["shards"]
-        shards[1]["tokens_sha256"] = file_sha256(dataset / "tokens-00001.npy")
+        shards[1]["sha256"] = file_sha256(path)
         edit(dataset, shards=shards)
-        with pytest.raises(ValueError, match=r"tokens-00001\.npy must have tokens below 100, got 100"):
+        with pytest.raises(ValueError, match=r"shard-00001\.safetensors must have tokens below 100, got 100"):
             TokenMaps.open(dataset).verify()
 
     def test_whole_is_verified(self, dataset):

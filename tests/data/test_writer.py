@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from varkern.data import Batch, Manifest, TokenMaps, write_token_maps, writer
 
@@ -28,7 +29,7 @@ TOKENS, LABELS = torch.zeros(4, 14, dtype=torch.int64), torch.zeros(4, dtype=tor
 
 class TestWriting:
     def test_files(self, unbroken):
-        shards = [f"{kind}-{number:05d}.npy" for kind in ("labels", "tokens") for number in range(8)]
+        shards = [f"shard-{number:05d}.safetensors" for number in range(8)]
         assert sorted(unbroken) == sorted(["manifest.json", *shards])
 
     def test_manifest(self, unbroken, tmp_path):
@@ -36,7 +37,7 @@ class TestWriting:
         manifest, text = Manifest.read(tmp_path), json.loads(unbroken["manifest.json"])
         assert (manifest.length, manifest.lengths, manifest.count, manifest.skipped) == (14, [1, 4, 9], 50, [])
         assert [shard.count for shard in manifest.shards] == [7] * 7 + [1]
-        assert text["format"] == "varkern token maps" and text["version"] == 1
+        assert text["format"] == "varkern token maps" and text["version"] == 2
         assert text["patch_nums"] == [1, 2, 3] and text["source"] == {"kind": "test"}
 
     @pytest.mark.parametrize("maps", [True, False], ids=["K maps", "one tensor"])
@@ -88,12 +89,12 @@ class TestWriting:
 
 class TestKills:
     def test_before_random_changes_on_disk(self, unbroken, tmp_path):
-        """Between any two steps: within a file, between a shard's files, before the note, in the clearing up."""
+        """Between any two steps: within a file, before it has its name, in the clearing up."""
         kills = kill_before_changes(lambda: write(tmp_path / "maps"), tmp_path / "maps", random.Random(0))
         assert kills >= 7 and contents(tmp_path / "maps") == unbroken
 
     def test_before_each_change_of_the_end(self, unbroken, tmp_path):
-        """All shards are noted: each step from there to the finished folder, one kill after another."""
+        """All shards are there: each step from there to the finished folder, one kill after another."""
         folder, kills = tmp_path / "maps", 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "finish", lambda *arguments: None)
@@ -135,35 +136,33 @@ class TestKills:
         write_token_maps(tmp_path, manifest, lambda wanted: batches(wanted, None))
         assert asked[:3] == [14, 18, 21]
 
-    @pytest.mark.parametrize("kind", ["tokens", "labels"])
-    @pytest.mark.parametrize("damage", ["cut", "gone"])
-    def test_damaged_since(self, unbroken, tmp_path, kind, damage):
-        """A shard that is noted but no longer whole is made again."""
+    @pytest.mark.parametrize("damage", ["cut", "gone", "other", "fewer", "labels", "not one"])
+    def test_damaged_since(self, unbroken, tmp_path, damage):
+        """A shard that is no longer whole, or never was, is made again."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "finish", lambda *arguments: None)
             write(tmp_path)
-        path = tmp_path / f"{kind}-00004.npy"
-        path.write_bytes(path.read_bytes()[:-1]) if damage == "cut" else path.unlink()
-        write(tmp_path)
-        assert contents(tmp_path) == unbroken
-
-    @pytest.mark.parametrize("note", [b"", b"{", b"3", b'{"shard": {}}'], ids=repr)
-    def test_unreadable_note(self, unbroken, tmp_path, note):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writer, "finish", lambda *arguments: None)
-            write(tmp_path)
-        (tmp_path / "progress" / "00002.json").write_bytes(note)
+        path, other = tmp_path / "shard-00004.safetensors", tmp_path / "shard-00003.safetensors"
+        content = load_file(path)
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        elif damage == "gone":
+            path.unlink()
+        elif damage == "other":
+            path.write_bytes(save({"tokens": content["tokens"]}, {"skipped": "[]"}))
+        elif damage == "fewer":
+            path.write_bytes(save({name: tensor[:6] for name, tensor in content.items()}, {"skipped": "[]"}))
+        elif damage == "labels":
+            path.write_bytes(save({**content, "labels": content["labels"] + 5}, {"skipped": "[]"}))
+        else:
+            path.write_bytes(other.read_bytes()[:9] + b"}" * 400)
         write(tmp_path)
         assert contents(tmp_path) == unbroken
 
     def test_half_written_files_of_a_kill(self, unbroken, tmp_path):
         tmp_path.joinpath("progress").mkdir()
         (tmp_path / "progress" / "manifest.json.0.partial").write_bytes(b"{")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writer, "write_shards", lambda *arguments, **named: None)
-            assert write(tmp_path) is None
-        (tmp_path / "tokens-00003.npy.partial").write_bytes(b"half")
-        (tmp_path / "labels-00003.npy").write_bytes(b"not noted")
+        (tmp_path / "progress" / "shard-00003.safetensors.2").write_bytes(b"half")
         write(tmp_path)
         assert contents(tmp_path) == unbroken
 
@@ -198,7 +197,7 @@ class TestRanks:
         for world in (2, 3):
             for rank in range(world):
                 place = {"RANK": str(rank), "WORLD_SIZE": str(world)}
-                changes = rng.randint(10, 25)
+                changes = rng.randint(3, 6)
                 pid = fork(lambda n=changes: (die_before_change(folder, n), write(folder)), place)
                 assert not ended(pid)
         write(folder)
@@ -206,14 +205,14 @@ class TestRanks:
 
     def test_two_see_the_end_at_once(self, unbroken, tmp_path, monkeypatch):
         """Another rank writes the manifest and clears up, right before this one would write it."""
-        written = writer.write_manifest
+        placed = writer.place
 
-        def late(folder, manifest, rank):
-            if manifest.shards is not None and rank == 0:
+        def late(folder, name, content, rank):
+            if name == "manifest.json" and b'"shards": null' not in content and rank == 0:
                 writer.finish(folder, small_manifest(), 1)
-            written(folder, manifest, rank)
+            placed(folder, name, content, rank)
 
-        monkeypatch.setattr(writer, "write_manifest", late)
+        monkeypatch.setattr(writer, "place", late)
         assert write(tmp_path) == Manifest.read(tmp_path)
         assert contents(tmp_path) == unbroken
 
@@ -299,7 +298,7 @@ class TestWrongInput:
     def test_batch_that_does_not_fit(self, tmp_path, batch, said):
         with pytest.raises(ValueError, match=said):
             write_token_maps(tmp_path, small_manifest(), lambda wanted: [] if batch is None else [Batch(*batch)])
-        assert not list(tmp_path.glob("*.npy"))
+        assert not list(tmp_path.glob("*.safetensors"))
 
     @pytest.mark.parametrize(
         "changes, said",

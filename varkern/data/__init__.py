@@ -1,7 +1,7 @@
 """Token-map datasets: the real and the generated maps that a scorer is trained on.
 
-A dataset is a folder with ``manifest.json`` and shards. Each shard has one ``.npy`` file of uint16 token ids ``[n, L]``
-and one of int32 labels ``[n]``. ``varkern tokens`` makes a dataset from a model's samples or from images.
+A dataset is a folder with ``manifest.json`` and shards, safetensors files with ``tokens`` ``[n, L]`` uint16 and
+``labels`` ``[n]`` int32. ``varkern tokens`` makes a dataset from a model's samples or from images.
 """
 
 from .encoding import encode_token_maps

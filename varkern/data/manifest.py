@@ -13,28 +13,25 @@ from typing import Any
 
 from varkern.spec import is_int
 
-FORMAT, VERSION = "varkern token maps", 1
+FORMAT, VERSION = "varkern token maps", 2
 FILE = "manifest.json"
 LARGEST_VOCABULARY = 2**16  # a token id is a uint16
-CHUNK = 2**22  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Two files of a dataset: token ids ``[count, L]`` and labels ``[count]``.
+    """One file of a dataset.
 
     Args:
-        tokens, labels: names of the files.
+        file: its name.
         count: images in the shard.
-        tokens_sha256, labels_sha256: checksums of the files.
+        sha256: its checksum.
         skipped: names of images that could not be read; ``count`` does not include them.
     """
 
-    tokens: str
-    labels: str
+    file: str
     count: int
-    tokens_sha256: str
-    labels_sha256: str
+    sha256: str
     skipped: tuple[str, ...] = ()
 
     @classmethod
@@ -44,11 +41,11 @@ class Shard:
             shard = cls(**{**value, "skipped": tuple(value["skipped"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"a shard's description is wrong: {error}") from error
-        texts = (shard.tokens, shard.labels, shard.tokens_sha256, shard.labels_sha256, *shard.skipped)
+        texts = (shard.file, shard.sha256, *shard.skipped)
         if not all(isinstance(text, str) for text in texts) or not is_int(shard.count) or shard.count < 0:
             raise ValueError(f"a shard's description is wrong: {value}")
-        if any(name != Path(name).name for name in (shard.tokens, shard.labels)):
-            raise ValueError(f"a shard's files must be in the manifest's folder, got {shard.tokens}, {shard.labels}")
+        if shard.file != Path(shard.file).name:
+            raise ValueError(f"a shard's file must be in the manifest's folder, got {shard.file}")
         return shard
 
 
@@ -173,6 +170,6 @@ def file_sha256(path: str | os.PathLike) -> str:
     """The checksum of a file, as ``sha256sum`` prints it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(2**22):
             digest.update(chunk)
     return digest.hexdigest()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .manifest import CHUNK, Manifest, Shard, file_sha256
+from .manifest import Manifest, file_sha256
+
+ROWS = 4096  # images whose tokens are checked at a time
 
 
 class TokenMaps:
@@ -33,17 +38,16 @@ class TokenMaps:
 
         Raises:
             FileNotFoundError: if there is no dataset, or one of its files is missing.
-            ValueError: if the dataset is unfinished or has another format version, a file has the wrong size, or a
-                label is out of range.
+            ValueError: if the dataset is unfinished or has another format version, a file is not whole or has other
+                sizes, or a label is out of range.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
         if manifest.shards is None:
             raise ValueError(f"{folder} must be a finished dataset, got an unfinished one: run its command again")
-        dtype = np.dtype("<u2")
-        shards = [map_array(folder / shard.tokens, dtype, (shard.count, manifest.length)) for shard in manifest.shards]
-        labels = [np.zeros(0, np.int64)] + [read_labels(folder, shard, manifest) for shard in manifest.shards]
-        maps = cls(folder, manifest, np.concatenate(labels), shards)
+        shards = [read_shard(folder / shard.file, manifest, shard.count) for shard in manifest.shards]
+        labels = [np.zeros(0, np.int64), *(shard.labels for shard in shards)]
+        maps = cls(folder, manifest, np.concatenate(labels), [shard.tokens for shard in shards])
         if verify:
             maps.verify()
         return maps
@@ -94,58 +98,51 @@ class TokenMaps:
             ValueError: if a file was altered or has tokens beyond the vocabulary; the message names the first one.
         """
         for shard, tokens in zip(self.manifest.shards, self._shards, strict=True):
-            for name, wanted in ((shard.tokens, shard.tokens_sha256), (shard.labels, shard.labels_sha256)):
-                if file_sha256(self.folder / name) != wanted:
-                    raise ValueError(f"{self.folder / name} was altered: its sha256 differs from the manifest's")
-            rows = max(1, CHUNK // tokens.itemsize // tokens.shape[1])
-            largest = max((tokens[i : i + rows].max() for i in range(0, len(tokens), rows)), default=0)
+            path = self.folder / shard.file
+            if file_sha256(path) != shard.sha256:
+                raise ValueError(f"{path} was altered: its sha256 differs from the manifest's")
+            largest = max((tokens[i : i + ROWS].max() for i in range(0, len(tokens), ROWS)), default=0)
             if largest >= self.manifest.vocabulary:
-                raise ValueError(
-                    f"{self.folder / shard.tokens} must have tokens below {self.manifest.vocabulary}, got {largest}"
-                )
+                raise ValueError(f"{path} must have tokens below {self.manifest.vocabulary}, got {largest}")
             if after_shard is not None:
                 after_shard()
 
 
-def read_labels(folder: Path, shard: Shard, manifest: Manifest) -> np.ndarray:
-    """Read the labels of one shard, ``[count]`` int64.
+class ShardContent(NamedTuple):
+    """The content of a shard's file."""
 
-    Raises:
-        ValueError: if the file has the wrong size, or a label is out of range.
-    """
-    labels = map_array(folder / shard.labels, np.dtype("<i4"), (shard.count,)).astype(np.int64)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < manifest.num_classes:
-        raise ValueError(
-            f"{folder / shard.labels} must have labels in 0..{manifest.num_classes - 1}, "
-            f"got {labels.min()}..{labels.max()}"
-        )
-    return labels
+    tokens: np.ndarray
+    """``[n, L]`` uint16, memory-mapped. Writing to the array does not change the file."""
+    labels: np.ndarray
+    """``[n]`` int64."""
+    skipped: list[str]
+    """Names of the images that could not be read."""
 
 
-def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Memory-map the array of a ``.npy`` file. Writing to the array does not change the file.
-
-    ``np.load(mmap_mode=...)`` would keep one file descriptor open per shard, and a process has few of them.
+def read_shard(path: Path, manifest: Manifest, count: int | None = None) -> ShardContent:
+    """Read a shard of ``count`` images; None: any number.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file does not hold the whole of such an array.
+        ValueError: if the file is not whole or has other sizes, or a label is out of range.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing from the dataset")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            found = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else f"version {version}"
-        except ValueError as error:
-            raise ValueError(f"{path} was truncated or altered: {error}") from error
-        offset = file.tell()
-    if found != (shape, False, dtype):
-        raise ValueError(f"{path} was altered: its header must be {(shape, False, dtype)}, got {found}")
-    wanted = offset + dtype.itemsize * int(np.prod(shape))
-    if size != wanted:
-        what = "truncated" if size < wanted else "altered"
-        raise ValueError(f"{path} was {what}: it must have {wanted} bytes, got {size}")
-    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    return whole[offset:].view(dtype).reshape(shape)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tokens, labels = (file.get_tensor(name).numpy() for name in ("tokens", "labels"))
+            skipped = json.loads(file.metadata()["skipped"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} was truncated or altered: {error}") from error
+    rows = len(labels) if count is None else count
+    if tokens.dtype != np.uint16 or tokens.shape != (rows, manifest.length) or labels.shape != (rows,):
+        raise ValueError(
+            f"{path} was altered: it must have uint16 tokens {[rows, manifest.length]} and labels {[rows]}, "
+            f"got {tokens.dtype} {list(tokens.shape)} and {list(labels.shape)}"
+        )
+    labels = labels.astype(np.int64)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < manifest.num_classes:
+        raise ValueError(
+            f"{path} must have labels in 0..{manifest.num_classes - 1}, got {labels.min()}..{labels.max()}"
+        )
+    return ShardContent(tokens, labels, skipped)

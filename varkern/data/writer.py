@@ -1,8 +1,8 @@
 """Writing a token-map dataset, in one or more runs and by one or more processes.
 
-The content of a shard depends only on the settings and the shard's number. A process writes its shards one by one: the
-tokens, the labels, then a note in ``progress/``. The next run after a killed one keeps the shards that have a note and
-makes the others. Every file is written whole or not at all.
+The content of a shard depends only on the settings and the shard's number. A process writes its shards one by one. The
+next run after a killed one keeps the shards that are there and makes the others. Every file is written under another
+name in ``progress/``, and moved to its place when it is complete.
 
 Under ``torchrun`` rank r of W makes the shards r, r+W, r+2W, ... No process waits for another. The process that makes
 the last missing shard writes the finished manifest, whose content does not depend on which process that is.
@@ -10,24 +10,23 @@ the last missing shard writes the finished manifest, whose content does not depe
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from varkern.progress import progress_bar
 from varkern.runs import PROGRESS, check_settings, find_rank, lock_folder, write_bytes
 
-from .manifest import FILE, Manifest, Shard
+from .manifest import FILE, Manifest, Shard, file_sha256
+from .token_maps import read_shard
 
 
 class Batch(NamedTuple):
@@ -73,88 +72,81 @@ def write_token_maps(
     names = [path.name for path in folder.iterdir() if path.name != PROGRESS]
     if names and FILE not in names:
         raise ValueError(f"out must be an empty folder or a dataset, got {folder}, which holds {min(names)}")
-    done, finished = read_progress(folder, manifest)
-    if finished is None and not done.keys() >= set(mine):
+    if (finished := finish(folder, manifest, rank)) is not None:
+        return finished
+    if missing := [number for number in mine if not is_whole(folder, number, manifest)]:
         with lock_folder(folder, rank):
             if not (folder / FILE).exists():
-                write_manifest(folder, manifest, rank)
-            done, _ = read_progress(folder, manifest)
-            write_shards(folder, manifest, batch_source, mine, done, name, quiet=rank > 0)
+                place(folder, FILE, manifest.to_json().encode(), rank)
+            write_shards(folder, manifest, batch_source, missing, name, rank)
     return finish(folder, manifest, rank)
 
 
 def finish(folder: Path, manifest: Manifest, rank: int) -> Manifest | None:
-    """Return the finished manifest, and write it if all shards are there; None if some are missing."""
-    done, finished = read_progress(folder, manifest)
-    if finished is None and len(done) == manifest.num_shards:
-        finished = replace(manifest, shards=tuple(done[number] for number in sorted(done)))
-        try:
-            write_manifest(folder, finished, rank)
-        except OSError:  # another rank may have written it and removed the notes
-            if read_progress(folder, manifest)[1] is None:
-                raise
-    if finished is not None:
-        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-    return finished
-
-
-def read_progress(folder: Path, manifest: Manifest) -> tuple[dict[int, Shard], Manifest | None]:
-    """Read the finished shards, by number, and the finished manifest if there is one.
+    """Return the finished manifest, and write it if all shards are there; None if some are missing.
 
     Raises:
         ValueError: if the folder's dataset was made with other settings.
     """
-    # Notes are read before the manifest. They are removed only after it is finished, so it is seen if they are gone.
-    done = {number: shard for number in range(manifest.num_shards) if (shard := read_note(folder, number))}
     if not (folder / FILE).exists():
-        return done, None
-    former = Manifest.read(folder)
-    check_settings(folder, former.settings(), manifest.settings())
-    return done, None if former.shards is None else former
-
-
-def read_note(folder: Path, number: int) -> Shard | None:
-    """Read the note of a finished shard; None if the shard is still to be made."""
-    try:
-        note = json.loads((folder / PROGRESS / f"{number:05d}.json").read_text())
-        sizes = [(folder / note["shard"][kind]).stat().st_size for kind in ("tokens", "labels")]
-        return Shard.from_json(note["shard"]) if sizes == note["bytes"] else None
-    except (OSError, ValueError, KeyError, TypeError):
         return None
+    finished = Manifest.read(folder)
+    check_settings(folder, finished.settings(), manifest.settings())
+    if finished.shards is None:
+        numbers = range(manifest.num_shards)
+        if not all(is_whole(folder, number, manifest) for number in numbers):
+            return None
+        finished = replace(manifest, shards=tuple(describe(folder, number, manifest) for number in numbers))
+        try:
+            place(folder, FILE, finished.to_json().encode(), rank)
+        except OSError:  # another rank may have written it and removed ``progress/``
+            if Manifest.read(folder).shards is None:
+                raise
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    return finished
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def is_whole(folder: Path, number: int, manifest: Manifest) -> bool:
+    """True if a shard is there with all its images."""
+    try:
+        content = read_shard(folder / shard_name(number), manifest)
+    except (OSError, ValueError):
+        return False
+    return len(content.labels) + len(content.skipped) == sum(map(len, manifest.batches(number)))
+
+
+def describe(folder: Path, number: int, manifest: Manifest) -> Shard:
+    path = folder / shard_name(number)
+    content = read_shard(path, manifest)
+    return Shard(path.name, len(content.labels), file_sha256(path), tuple(content.skipped))
 
 
 def write_shards(
-    folder: Path,
-    manifest: Manifest,
-    batch_source: BatchSource,
-    numbers: Sequence[int],
-    done: Mapping[int, Shard],
-    name: str,
-    quiet: bool,
+    folder: Path, manifest: Manifest, batch_source: BatchSource, missing: Sequence[int], name: str, rank: int
 ) -> None:
-    """Make those of the shards ``numbers`` that are not done."""
-    batches = {number: manifest.batches(number) for number in numbers}
-    missing = {number: parts for number, parts in batches.items() if number not in done}
-    if not missing:
-        return
-    images = {number: sum(map(len, parts)) for number, parts in batches.items()}
-    total = sum(images.values())
-    made = iter(batch_source([part for parts in missing.values() for part in parts]))
-    with progress_bar(quiet) as progress:
-        before = total - sum(images[number] for number in missing)
-        task = progress.add_task(name, total=total, completed=before, note="")
-        for number, parts in missing.items():
-            rows = []
-            for part in parts:
-                rows.append(check_batch(next(made, None), part, manifest))
+    """Make the shards ``missing``."""
+    made = iter(batch_source([part for number in missing for part in manifest.batches(number)]))
+    with progress_bar(quiet=rank > 0) as progress:
+        total = sum(len(part) for number in missing for part in manifest.batches(number))
+        task = progress.add_task(name, total=total, note="")
+        for number in missing:
+            tokens, labels, skipped = [], [], []
+            for part in manifest.batches(number):
+                batch = check_batch(next(made, None), part, manifest)
+                tokens.append(batch.tokens)
+                labels.append(batch.labels)
+                skipped += batch.skipped
                 progress.advance(task, len(part))
-            write_shard(folder, number, manifest, rows)
+            tensors = {"tokens": torch.cat(tokens).to(torch.uint16), "labels": torch.cat(labels).to(torch.int32)}
+            place(folder, shard_name(number), save(tensors, {"skipped": json.dumps(skipped)}), rank)
 
 
-def check_batch(
-    batch: Batch | None, numbers: range, manifest: Manifest
-) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
-    """Check a batch and return tokens ``[n, L]`` uint16, labels ``[n]`` int32, and the names of skipped images.
+def check_batch(batch: Batch | None, numbers: range, manifest: Manifest) -> Batch:
+    """Check a batch and return it with tensors ``[n, L]`` and ``[n]`` on the CPU.
 
     Raises:
         ValueError: if the batch does not fit the manifest.
@@ -176,32 +168,11 @@ def check_batch(
             raise ValueError(f"{what} must be integers, got {values.dtype}")
         if values.numel() and not 0 <= values.min() <= values.max() < limit:
             raise ValueError(f"{what} must be in 0..{limit - 1}, got {values.min()}..{values.max()}")
-    return tokens.numpy().astype("<u2", order="C"), labels.numpy().astype("<i4"), skipped
+    return Batch(tokens.contiguous(), labels, skipped)
 
 
-def write_shard(folder: Path, number: int, manifest: Manifest, rows: Sequence[tuple]) -> None:
-    """Write one shard's files, then its note."""
-    tokens, labels, skipped = zip(*rows, strict=True)
-    files = {
-        f"tokens-{number:05d}.npy": npy_bytes(np.concatenate(tokens)),
-        f"labels-{number:05d}.npy": npy_bytes(np.concatenate(labels)),
-    }
-    for file_name, content in files.items():
-        write_bytes(folder / file_name, content)
-    sums = [hashlib.sha256(content).hexdigest() for content in files.values()]
-    shard = Shard(*files, sum(map(len, labels)), *sums, tuple(name for names in skipped for name in names))
-    note = {"shard": asdict(shard), "bytes": [len(content) for content in files.values()]}
-    write_bytes(folder / PROGRESS / f"{number:05d}.json", json.dumps(note).encode())
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def write_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
-    # Two ranks may write it at the same time, so each writes to a name with its rank and then renames the file.
-    unfinished = folder / PROGRESS / f"{FILE}.{rank}"
-    write_bytes(unfinished, manifest.to_json().encode())
-    os.replace(unfinished, folder / FILE)
+def place(folder: Path, name: str, content: bytes, rank: int) -> None:
+    """Write a file whole or not at all. Two ranks may write the manifest at once, each under a name of its own."""
+    unfinished = folder / PROGRESS / f"{name}.{rank}"
+    write_bytes(unfinished, content)
+    os.replace(unfinished, folder / name)
