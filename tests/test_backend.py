@@ -100,6 +100,17 @@ def test_explanations(kind, switch, wanted, monkeypatch):
     assert explain(kind) == wanted
 
 
+def test_without_triton_every_tensor_gets_pytorch(monkeypatch):
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for kind in ("cpu", "cuda"):
+        assert backend_for(on(kind)) == "torch"
+        assert explain(kind) == "torch (Triton is not installed)"
+    with pytest.raises(ImportError, match="backend 'triton' needs the package triton, which is not installed"):
+        use_backend("triton")
+    assert backend_for(on("cuda")) == "torch"
+
+
 def test_a_fresh_process_without_the_switch_runs_pytorch():
     code = "import torch; from varkern.ops.backend import backend_for; print(backend_for(torch.zeros(1)))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -238,6 +238,46 @@ class TestLock:
         assert not ended(pid)
         with runs.lock_folder(tmp_path, 0):  # the lock went with its process
             pass
+        assert [path.name for path in sorted((tmp_path / "progress").iterdir())] == ["rank0.lock", "rank1.lock"]
+        assert (tmp_path / "progress" / "rank0.lock").read_bytes() == b""
+
+    def test_the_lock_is_not_that_of_a_child(self, tmp_path):
+        """A child that outlives the process that held the lock, such as a reader of data, does not keep it."""
+        read, ready = os.pipe()
+
+        def hold():
+            with runs.lock_folder(tmp_path, 0):
+                child = fork(lambda: time.sleep(60))
+                os.write(ready, child.to_bytes(4, "little"))
+                time.sleep(60)
+
+        pid = fork(hold)
+        child = int.from_bytes(os.read(read, 4), "little")
+        os.kill(pid, signal.SIGKILL)
+        assert not ended(pid)
+        try:
+            with runs.lock_folder(tmp_path, 0):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+    def test_one_process_may_not_hold_it_twice(self, tmp_path):
+        with (
+            runs.lock_folder(tmp_path, 0),
+            pytest.raises(runs.BeingWrittenError, match="is being written by another process"),
+            runs.lock_folder(tmp_path, 0),
+        ):
+            pass
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        """Nothing is locked there and nothing is left there."""
+
+        def refuse(*args, **kwargs):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(runs, "lock_descriptor", refuse)
+        with runs.lock_folder(tmp_path, 0), runs.lock_folder(tmp_path, 0):
+            assert [path.name for path in (tmp_path / "progress").iterdir()] == ["rank0.lock"]
 
 
 class TestRanks:
@@ -253,6 +293,16 @@ class TestRanks:
         monkeypatch.setenv("WORLD_SIZE", world)
         with pytest.raises(ValueError, match=f"RANK must be in .*got RANK='{rank}' and WORLD_SIZE='{world}'"):
             runs.find_rank()
+
+    def test_pytorch_without_its_distributed_part(self, monkeypatch):
+        """As some builds for Windows are: one process works, several are refused."""
+        monkeypatch.setattr(runs, "distributed", type("distributed", (), {"is_available": staticmethod(lambda: False)}))
+        with runs.join_ranks(torch.device("cpu")) as ranks:
+            assert ranks.size == 1
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="WORLD_SIZE must be 1 with a PyTorch built without"):
+            runs.join_ranks(torch.device("cpu")).__enter__()
 
     def test_one_process_alone(self):
         with runs.join_ranks(torch.device("cpu")) as ranks:

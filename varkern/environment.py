@@ -51,7 +51,9 @@ def driver() -> str:
         return "none"
     try:
         command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        answer = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return answer.split("\n")[0].strip() or "unknown"

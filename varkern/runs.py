@@ -10,16 +10,16 @@ Under ``torchrun`` several processes, the ranks, share the work of one folder.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from filelock import lock_descriptor
 from safetensors.torch import save
 from torch import Tensor, distributed
 
@@ -60,7 +60,7 @@ def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file, see :func:`write_bytes`; its folder is made if it does not exist."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         write_json(path, settings)
         return
     try:
-        former = dict(json.loads(path.read_text()))
+        former = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a readable settings file: remove {folder} or choose another folder") from error
     check_settings(folder, former, settings)
@@ -183,16 +183,34 @@ def lock_folder(folder: Path, rank: int) -> Iterator[None]:
     Raises:
         BeingWrittenError: if another process holds the lock.
     """
-    # A record lock is released however its process ends, and forked children do not inherit it.
+    # The system releases a lock on an open file however its process ends. filelock's FileLock would put a marker file
+    # in the folder where the file system has no locks, and a killed process would leave it there.
     (folder / PROGRESS).mkdir(exist_ok=True)
-    with (folder / PROGRESS / f"rank{rank}.lock").open("w") as file:
+    with (folder / PROGRESS / f"rank{rank}.lock").open("ab") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise BeingWrittenError(f"{folder} is being written by another process") from error
+            free = lock_descriptor(file.fileno(), blocking=False)
         except OSError:  # a file system without locks: two simultaneous runs only waste time
-            pass
-        yield
+            free = True
+        if not free:
+            raise BeingWrittenError(f"{folder} is being written by another process")
+        _locked.add(file)
+        try:
+            yield
+        finally:
+            _locked.discard(file)
+
+
+_locked: set[BinaryIO] = set()  # the files of this process's locks
+
+
+def _close_in_child() -> None:
+    """In a forked child, which inherits open files: close them, so that a lock ends with the process that took it."""
+    while _locked:
+        _locked.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def find_rank() -> tuple[int, int]:
@@ -241,13 +259,15 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: device of a single process. Under ``torchrun`` each rank uses the GPU of its ``LOCAL_RANK``.
     """
-    if distributed.is_initialized():  # the caller ends it
+    if distributed.is_available() and distributed.is_initialized():  # the caller ends it
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
         return
     rank, size = find_rank()
     if size == 1:
         yield Ranks(rank, size, device)
         return
+    if not distributed.is_available():
+        raise ValueError(f"WORLD_SIZE must be 1 with a PyTorch built without torch.distributed, got {size}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

@@ -6,6 +6,7 @@ Wrong input gives one line on stderr and exit code 2; an interrupted run gives o
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     traceback = arguments[:1] == ["--traceback"]
+    for stream in (sys.stdout, sys.stderr):  # a redirected stream may lack a character, as on Windows
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = app(arguments, prog_name="varkern", standalone_mode=False)
         code = code if isinstance(code, int) else 0

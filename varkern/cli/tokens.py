@@ -115,7 +115,7 @@ def encode(
     """
     require_pillow("train")
     where = pick_local_device(device)
-    names = None if class_names is None else class_names.read_text().split("\n")
+    names = None if class_names is None else class_names.read_text(encoding="utf-8-sig").split("\n")
     found = data.ImageFolder.open(images, None if names is None else [name.strip() for name in names if name.strip()])
     vae_file = WEIGHTS / "vae.safetensors" if vae == "demo" else find_file(vae, HUB_VAE)
     model = load_vae(vae_file, v_patch_nums=parse_sides(patch_nums), device=where)

@@ -151,7 +151,7 @@ class Manifest:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a token-map dataset: it has no {FILE}")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not readable as JSON: {error}") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:

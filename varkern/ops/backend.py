@@ -2,11 +2,13 @@
 
 ``auto`` (the default) uses Triton for tensors on a GPU and PyTorch for tensors on a CPU. With ``TRITON_INTERPRET=1`` in
 the environment it uses Triton's interpreter for CPU tensors, so that tests run the kernels on a machine with no GPU.
+Where Triton is not installed, as on macOS and Windows, it uses PyTorch for all tensors.
 """
 
 from __future__ import annotations
 
 import contextvars
+import functools
 import os
 
 import torch
@@ -30,6 +32,7 @@ class use_backend:
 
     Raises:
         ValueError: if ``name`` is not one of the three.
+        ImportError: if ``name`` is ``"triton"`` and Triton is not installed.
 
     Example::
 
@@ -39,6 +42,11 @@ class use_backend:
 
     def __init__(self, name: Backend):
         check_word("backend", name, Backend)
+        if name == "triton" and not has_triton():
+            raise ImportError(
+                "backend 'triton' needs the package triton, which is not installed (pip install triton, on Linux): use "
+                "'auto' or 'torch'"
+            )
         self._former = _chosen.get()
         _chosen.set(name)
 
@@ -52,6 +60,16 @@ class use_backend:
 def chosen_backend() -> Backend:
     """The current choice of :class:`use_backend`: ``"auto"``, ``"torch"`` or ``"triton"``."""
     return _chosen.get()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """True if the package triton can be imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def interpreting() -> bool:
@@ -78,7 +96,7 @@ def backend_for(tensor: torch.Tensor) -> str:
             "set TRITON_INTERPRET=1 to run the kernels on the CPU (slowly, for tests)"
         )
     if chosen == "auto":
-        return "triton" if reachable else "torch"
+        return "triton" if reachable and has_triton() else "torch"
     return chosen
 
 
@@ -88,6 +106,9 @@ def explain(device: torch.device | str) -> str:
     chosen = _chosen.get()
     if chosen != "auto":
         return f"{chosen} (chosen with use_backend)"
+    reachable = kind == "cuda" or (kind == "cpu" and interpreting())
+    if reachable and not has_triton():
+        return "torch (Triton is not installed)"
     if kind == "cuda":
         return "triton (tensors on a GPU)"
     if kind == "cpu" and interpreting():

@@ -62,7 +62,7 @@ class Preset:
 def read_presets(path: Path) -> dict[str, Preset]:
     """The presets of a file by name; its first lines describe the format."""
     found: dict[str, Preset] = {}
-    for name, table in tomllib.loads(path.read_text()).items():
+    for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
         rows: dict[Cell, dict[str, float]] = {}
         for other in table.pop("rows_of", []):
             rows |= found[other].paper

@@ -68,7 +68,7 @@ class Found(NamedTuple):
 
 def from_file(path: Path, preset: Preset) -> Found:
     """Read the JSON file that :func:`write` wrote."""
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     entries = [Entry(from_json(cell["settings"]), cell["repeats"]) for cell in report["cells"]]
     return Found(preset, entries, report["settings"], report["command"], report["times"])
 

@@ -218,7 +218,7 @@ class Sweep:
             ValueError: if they were made with another model or scorer of the same name.
         """
         try:
-            result = json.loads(self.result_path(cell, repeat).read_text())
+            result = json.loads(self.result_path(cell, repeat).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         self.compare(cell, result)
@@ -316,7 +316,7 @@ class Sweep:
                 ratios = density_ratios(model, cell, self.options(cell))
             facts = {"alpha": round(float(ratios.median()), 4), "images": len(ratios), "seed": CALIBRATION_SEED}
             write_json(path, facts)
-        return float(json.loads(path.read_text())["alpha"])
+        return float(json.loads(path.read_text(encoding="utf-8"))["alpha"])
 
 
 @dataclass

@@ -27,7 +27,7 @@ class Log:
     def __init__(self, path: Path, columns: Sequence[str], start: int):
         self.path, self.columns = path, list(columns)
         rows = [row for row in read_rows(path, self.columns) if int(row["step"]) <= start]
-        with atomically(path) as unfinished, unfinished.open("w", newline="") as file:
+        with atomically(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
@@ -35,7 +35,7 @@ class Log:
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add a row; missing columns stay empty."""
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(
                 {name: value if isinstance(value, int) else f"{value:.8g}" for name, value in row.items()}
             )
@@ -53,7 +53,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Read the complete rows of a CSV that :class:`Log` wrote; a killed run may leave an incomplete one."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         content = file.read()
     with_end = content[: content.rfind("\n") + 1]
     rows = csv.DictReader(with_end.splitlines())
