@@ -62,3 +62,11 @@ def plain_backend():
 
     with use_backend("torch"):
         yield
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face hub that is a folder of this machine, in the place of the client's functions."""
+    from tests.standins.hub import Hub  # skips the test without huggingface_hub
+
+    return Hub(tmp_path / "hub").install(monkeypatch)

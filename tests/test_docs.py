@@ -49,7 +49,7 @@ def targets(text: str) -> list[str]:
 
 class TestExamples:
     @pytest.fixture
-    def names(self, tmp_path, monkeypatch) -> dict:
+    def names(self, tmp_path, monkeypatch, hub) -> dict:
         """What stands in an example for what a user brings: a class-conditional model, an Infinity model, a reward."""
         monkeypatch.chdir(tmp_path)
         (tmp_path / "scorer.safetensors").write_bytes((run.WEIGHTS / "scorer.safetensors").read_bytes())

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import varkern
+from varkern import cards
 
 try:
     import tomllib
@@ -59,6 +60,7 @@ class TestPackage:
     def test_one_address(self):
         address = CONFIG["project"]["urls"]["Repository"]
         assert all(url.startswith(address) for url in CONFIG["project"]["urls"].values())
+        assert cards.REPOSITORY == address
         for name in ("README.md", "CHANGELOG.md", "CITATION.cff"):
             found = re.findall(r"https://[\w.]+/[\w.-]+/varkern\b", (ROOT / name).read_text())
             assert {url.replace("raw.githubusercontent", "github") for url in found} == {address}

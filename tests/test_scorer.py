@@ -2,8 +2,6 @@
 
 import copy
 import json
-import sys
-import types
 
 import pytest
 import torch
@@ -415,58 +413,6 @@ def test_published_files_that_do_not_fit(spoil, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"s\.pth is not a scorer's file: ."):
         Scorer.from_pretrained(tmp_path / "s.pth")
     assert "unpickled" not in capsys.readouterr().out
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A client of the hub that never leaves the machine: {repository: {file: path}}, and what was asked for."""
-    client, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
-    errors.EntryNotFoundError = type("EntryNotFoundError", (Exception,), {})
-    client.repositories, client.asked = {}, []
-
-    def hf_hub_download(repository, name):
-        client.asked.append((repository, name))
-        if name not in client.repositories[repository]:
-            raise errors.EntryNotFoundError(name)
-        return str(client.repositories[repository][name])
-
-    client.hf_hub_download = hf_hub_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-    return client
-
-
-@pytest.mark.parametrize("name", ["scorer.safetensors", "scoring_model.pth"])
-def test_hub_names(scorer, features, hub, tmp_path, name):
-    path = tmp_path / name
-    even = ScorerConfig(num_classes=5, num_scales=4, channels=6, size=8, widths=(8, 12), embedding=10, hidden=(14, 9))
-    published = Scorer(even)
-    published.save_pretrained(path) if path.suffix == ".safetensors" else torch.save(published.state_dict(), path)
-    hub.repositories["someone/some-scorer"] = {name: path}
-    assert Scorer.from_pretrained("someone/some-scorer").config == even
-    assert hub.asked[-1] == ("someone/some-scorer", name)
-    hub.repositories["someone/empty"] = {}
-    with pytest.raises(FileNotFoundError, match=r"someone/empty: it has no scorer\.safetensors and no scoring_model"):
-        Scorer.from_pretrained("someone/empty")
-
-
-def test_paths_are_not_taken_for_hub_names(scorer, hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "user").mkdir()
-    scorer.save_pretrained(tmp_path / "user" / "scorer.safetensors")
-    (tmp_path / "user" / "scorer.safetensors").rename(tmp_path / "user" / "repo")
-    with pytest.raises(ValueError, match="user/repo is not a scorer's file"):  # local, and without its suffix no file
-        Scorer.from_pretrained("user/repo")
-    for name in ("user/none.pth", "user/none.safetensors", "a/b/c", "./none", "none"):
-        with pytest.raises(FileNotFoundError, match="no scorer at"):
-            Scorer.from_pretrained(name)
-    assert hub.asked == []
-
-
-def test_a_hub_name_without_the_hubs_client(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"user/repo looks like a repository on the hub.*varkern\[hub\]"):
-        Scorer.from_pretrained("user/repo")
 
 
 def test_round_trip(scorer, features, tmp_path):

@@ -8,20 +8,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkern.models.loading import count_modules, read_state_dict
+from varkern import hub
+from varkern.cards import model_card
+from varkern.models.loading import count_modules, read_metadata, read_state_dict
 from varkern.ops import map_norm
-from varkern.runs import write_tensors
+from varkern.runs import write_json, write_tensors, write_text
 
 FINAL_SIDE = 2  # the last stage gives 2x2 features, as in the paper
 FIRST_WIDTHS = (64, 128)  # of the published stages; every further stage has 256 channels
 SLOPE = 0.2
-HUB_FILE_NAMES = ("scorer.safetensors", "scoring_model.pth")
 
 
 def stage_sides(size: int) -> tuple[int, ...]:
@@ -185,6 +187,9 @@ class Scorer(nn.Module):
 
     channels_last = True
     """Searches pass features in this memory format, so that :meth:`forward` need not convert them."""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """Texts by name from the scorer's file. ``"training"`` has the facts of its training, from which the model card is
+    made. :meth:`save_pretrained` writes all of them again; assign ``{}`` if you train the weights further."""
 
     def __init__(self, config: ScorerConfig | None = None):
         super().__init__()
@@ -258,40 +263,100 @@ class Scorer(nn.Module):
             return self.out_proj(self.fuser(joined)).view(batch, candidates)
 
     def save_pretrained(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-        """Write weights and config to one safetensors file. After a crash the former file is still complete."""
-        write_tensors(path, self.state_dict(), {**(metadata or {}), "config": json.dumps(asdict(self.config))})
+        """Write weights and config. After a crash the former file is still complete.
+
+        Args:
+            path: a ``.safetensors`` file; or a folder for the hub, which gets ``model.safetensors``, ``config.json``
+                and, unless it has one, the model card ``README.md``.
+            metadata: texts by name to add to :attr:`metadata` in the file.
+
+        Raises:
+            ValueError: if ``path`` has the suffix of another format.
+            OSError: if a file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+            raise ValueError(f"path must be a .safetensors file or a folder, got {path}")
+        if path.suffix == ".safetensors":
+            config = {"config": json.dumps(asdict(self.config))}
+            write_tensors(path, self.state_dict(), {**self.metadata, **(metadata or {}), **config})
+        else:
+            self.write_folder(path, metadata)
+
+    def write_folder(self, folder: Path, metadata: dict[str, str] | None = None, repository: str = "user/repo") -> None:
+        """Write the files of a repository; its name stands in the model card."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_pretrained(folder / hub.WEIGHTS, metadata)
+        write_json(folder / hub.CONFIG, asdict(self.config))
+        if not (folder / hub.CARD).exists():
+            card = model_card(asdict(self.config), {**self.metadata, **(metadata or {})}, repository)
+            write_text(folder / hub.CARD, card)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload weights, config and model card to the Hugging Face hub in one commit.
+
+        The model card has what the training recorded: data, settings and accuracy per scale. It replaces the card of
+        the repository; ``ignore_patterns="README.md"`` keeps that one.
+
+        Args:
+            repo_id: name of the repository, ``"user/repo"``; it is made if it does not exist.
+            options: of ``huggingface_hub.ModelHubMixin.push_to_hub``: ``private``, ``token``, ``branch``,
+                ``commit_message``, ``create_pr`` and more.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            ImportError: if huggingface_hub, the extra ``hub``, is not installed.
+            ValueError: if ``repo_id`` is not such a name.
+        """
+        if not hub.is_repository(repo_id):
+            raise ValueError(f"repo_id must be a name such as user/repo, got {repo_id!r}")
+        return hub.upload(lambda folder: self.write_folder(folder, repository=repo_id), repo_id, **options)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        source: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Scorer:
         """Read a scorer, in evaluation mode and without gradients.
 
         Args:
             source: a ``.safetensors`` file that :meth:`save_pretrained` wrote; or a state dict of the published
                 network, ``.pth`` (read with ``weights_only=True``) or ``.safetensors``, whose shapes give the sizes
-                (for an even latent side); or the name of a repository on the hub, ``"user/repo"``, which holds
-                ``scorer.safetensors`` or ``scoring_model.pth``. An existing local path has precedence.
+                (for an even latent side); or a folder, or the name of a repository on the hub, ``"user/repo"`` or
+                ``"user/repo@revision"``, which holds ``scorer.safetensors``, ``model.safetensors`` or
+                ``scoring_model.pth``. An existing local path has precedence.
             device: the device of the weights; :class:`varkern.BestOfM` moves a scorer to its model's device.
             dtype: the dtype of the weights and of the convolutions. On a GPU bfloat16 halves the bytes; the error of
                 its scores is a few hundredths of their spread, which changes few choices.
+            revision: branch, tag or commit of the repository; None: the newest commit of its main branch.
+            token, cache_dir, force_download, local_files_only: of ``huggingface_hub.hf_hub_download``; they have no
+                effect on a local path.
 
         Raises:
-            FileNotFoundError: if there is no such file, or the repository holds neither of the two.
-            ValueError: if the file does not hold a scorer.
+            FileNotFoundError: if there is no such path, repository or revision, or no scorer in it.
+            ValueError: if the file does not hold a scorer, or ``revision`` is given for a path.
+            OSError: if the hub cannot be reached, or does not give access.
             ImportError: if a hub name needs the ``hub`` extra.
         """
-        path = Path(source)
-        if not path.exists() and is_hub_name(str(source)):
-            path = download_scorer(str(source))
-        if not path.is_file():
-            raise FileNotFoundError(f"no scorer at {path}")
+        options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+        path = hub.locate(source, revision, local_files_only=local_files_only, **options)
         try:
             state, config = read_state_dict(path)
             scorer = cls(ScorerConfig(**(config or config_of_state(state))))
             scorer.load_state_dict(state, strict=True)
         except Exception as error:
             raise ValueError(f"{path} is not a scorer's file: {error}") from error
+        scorer.metadata = {name: text for name, text in read_metadata(path).items() if name != "config"}
         return scorer.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -314,31 +379,3 @@ def config_of_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "embedding": embedding,
         "hidden": [state[f"fuser.{i}.weight"].shape[0] for i in layers],
     }
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether a string can be the name of a repository on the hub: two words around a slash, without a file suffix."""
-    parts = source.split("/")
-    return len(parts) == 2 and all(parts) and not source.endswith((".pth", ".pt", ".safetensors")) and "." not in parts
-
-
-def download_scorer(repository: str) -> Path:
-    """The local copy of a scorer on the hub, downloaded on first use.
-
-    Raises:
-        FileNotFoundError: if the repository holds none of the files in ``HUB_FILE_NAMES``.
-        ImportError: if huggingface_hub is not installed.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise ImportError(
-            f"{repository} looks like a repository on the hub: to load it, pip install 'varkern[hub]'; else give a path"
-        ) from error
-    for name in HUB_FILE_NAMES:
-        with contextlib.suppress(EntryNotFoundError):
-            return Path(hf_hub_download(repository, name))
-    raise FileNotFoundError(
-        f"no scorer in the hub's repository {repository}: it has no {' and no '.join(HUB_FILE_NAMES)}"
-    )

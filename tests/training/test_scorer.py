@@ -200,7 +200,19 @@ class TestWhatIsTrained:
         facts = read_facts(folder / "unbroken.safetensors")
         assert facts["settings"]["scorer"]["widths"] == [8] and facts["settings"]["precision"] == "float32"
         assert (facts["pairs"], facts["held_out"], facts["left_out"], facts["ranks"]) == (38, 12, 0, 1)
+        assert facts["data"] == {
+            "real": {"images": 50, "patch_nums": [1, 2, 4], "made": "for a test"},
+            "generated": {"images": 40, "patch_nums": [1, 2, 4], "made": "for a test"},
+        }
         assert facts["step"] == steps_in(folder)[0] and json.loads(json.dumps(facts)) == facts
+
+    def test_the_model_card_has_them(self, folder, tmp_path):
+        Scorer.from_pretrained(folder / "unbroken.safetensors").save_pretrained(tmp_path)
+        card, facts = (tmp_path / "README.md").read_text(), read_facts(folder / "unbroken.safetensors")
+        for scale, accuracy in enumerate(facts["validation"]["accuracy"]):
+            assert f"| {scale} | {accuracy:.3f} |" in card
+        assert "| images | 50 |" in card and "| made | for a test |" in card and "| held-out pairs | 12 |" in card
+        assert f"| checksum of the token maps | {facts['settings']['real']} |" in card
 
 
 class TestRefused:

@@ -73,12 +73,12 @@ def explain(
     require_matplotlib("plots")
     require("number", number, 0)
     check_outputs(out)
-    scorer = find_scorer(var, scorer)
-    if scorer is None:
+    scorer_file = find_scorer(var, scorer)
+    if scorer_file is None:
         raise ValueError("scorer must be given, got none: without a scorer there is no search to explain")
-    where, candidates = pick_device(device), parse_m(m, scorer)
+    where, candidates = pick_device(device), parse_m(m, scorer_file)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
-    network = Scorer.from_pretrained(scorer, device=where)
+    network = Scorer.from_pretrained(scorer_file, device=where)
     search = BestOfM(network, candidates, first_scale, last_scale, parse_pick(pick), temperature)
     options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     check_class(label, model)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
+from varkern.data import file_sha256
 from varkern.demo.run import WEIGHTS
+from varkern.hub import locate
+from varkern.runs import describe_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -19,7 +22,13 @@ Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda
 Seed = Annotated[int, typer.Option(help="Base seed; every image gets its own seed derived from it")]
 Var = Annotated[str, typer.Option(help="VAR checkpoint, or one of the names d16, d20, d24, d30, d36, demo")]
 Vae = Annotated[Path | None, typer.Option(help="VQ-VAE checkpoint; not needed if --var is a name")]
-ScorerFile = Annotated[Path | None, typer.Option(help="Scorer file; default: that of the demo, else none")]
+ScorerFile = Annotated[
+    str | None,
+    typer.Option(
+        help="Scorer: a file, a folder, or a repository on the hub as user/repo or user/repo@revision; default: that "
+        "of the demo, else none"
+    ),
+]
 Classes = Annotated[str, typer.Option("--classes", "--class", help="Classes of the images, such as 207,88 or 0-9")]
 NumPerClass = Annotated[int, typer.Option(help="Number of images per class")]
 FirstScale = Annotated[int, typer.Option(help="First searched scale, counted from 0")]
@@ -104,6 +113,19 @@ def parse_pick(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
-def find_scorer(var: str, scorer: Path | None) -> Path | None:
-    """Return the scorer's file; the default for the demo model is its own scorer."""
-    return WEIGHTS / "scorer.safetensors" if var == "demo" and scorer is None else scorer
+def find_scorer(var: str, scorer: str | None) -> Path | None:
+    """Return the scorer's file, downloaded if a repository is named; the default for the demo model is its own scorer.
+
+    Raises:
+        OSError, ValueError, ImportError: see :func:`varkern.hub.locate`.
+    """
+    if scorer is None:
+        return WEIGHTS / "scorer.safetensors" if var == "demo" else None
+    return locate(scorer)
+
+
+def describe_scorer(scorer: str | None, file: Path | None) -> dict[str, Any] | str | None:
+    """Describe a scorer for settings: a file by path, size and time; one from the hub by name and checksum."""
+    if scorer is None or Path(scorer).exists():
+        return describe_file(file)
+    return {"repository": scorer, "sha256": file_sha256(file)}

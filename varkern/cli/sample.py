@@ -37,6 +37,7 @@ from .options import (
     Vae,
     Var,
     WeightsDtype,
+    describe_scorer,
     find_scorer,
     parse_classes,
     parse_m,
@@ -85,9 +86,9 @@ def sample(
     options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     labels = [label for label in wanted for _ in range(num_per_class)]
     order = sampling.Order(labels, seed, sampler, options, DTYPES.get(autocast))
-    scorer = find_scorer(var, scorer)
+    scorer_file = find_scorer(var, scorer)
     search_settings = {
-        "m": parse_m(m, scorer),
+        "m": parse_m(m, scorer_file),
         "first_scale": first_scale,
         "last_scale": last_scale,
         "pick": parse_pick(pick),
@@ -98,11 +99,13 @@ def sample(
     open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
     # With one candidate too, a search is made, because it checks the pick and the scales.
-    search = BestOfM(Scorer.from_pretrained(scorer, device=where) if scorer else no_scorer, **search_settings)
+    search = BestOfM(Scorer.from_pretrained(scorer_file, device=where) if scorer_file else no_scorer, **search_settings)
     sampling.check_order(model, search, order, batch_size)
     settings = {
         "varkern": varkern.__version__,
-        **{name: describe_file(path) for name, path in {"var": var, "vae": vae, "scorer": scorer}.items()},
+        "var": describe_file(var),
+        "vae": describe_file(vae),
+        "scorer": describe_scorer(scorer, scorer_file),
         "classes": wanted,
         "num_per_class": num_per_class,
         "seed": seed,

@@ -12,6 +12,7 @@ import typer
 
 from varkern.data import TokenMaps, file_sha256
 from varkern.extras import require_matplotlib
+from varkern.hub import locate
 from varkern.models import load_vae
 from varkern.models.loading import read_state_dict
 from varkern.runs import find_rank, open_folder
@@ -119,12 +120,15 @@ def train(
 
 @app.command("report")
 def report(
-    scorer: Annotated[Path, typer.Option(help="Scorer of the report, a file of `varkern scorer train`")],
+    scorer: Annotated[
+        str,
+        typer.Option(help="Scorer of the report: a file, a folder, or a repository on the hub as user/repo@revision"),
+    ],
     real: RealMaps,
     generated: GeneratedMaps,
     vae: Vae,
     out: Annotated[Path, typer.Option(help="Folder for report.json and scores.png")],
-    against: Annotated[Path | None, typer.Option(help="Second scorer, whose accuracies are compared")] = None,
+    against: Annotated[str | None, typer.Option(help="Second scorer, whose accuracies are compared")] = None,
     features: Annotated[
         Literal["fused", "own"] | None, typer.Option(help="Input of the scorer; default: as in training")
     ] = None,
@@ -143,14 +147,16 @@ def report(
     real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
     open_folder(out)
     reports = []
-    for path in filter(None, (scorer, against)):
+    for source in filter(None, (scorer, against)):
+        path = locate(source)
         network = Scorer.from_pretrained(path, device=where)
+        name = Path(source).name if Path(source).exists() else source
         facts = read_facts(path)
         settings = facts.get("settings", {})
         maker = load_maker(vae, (real_maps, generated_maps), features or settings.get("features", "fused"))
         first = settings.get("first_scale", 0) if first_scale is None else first_scale
         reports.append(
-            scores.judge(network, path.name, facts, real_maps, generated_maps, maker.to(where), first, batch_size)
+            scores.judge(network, name, facts, real_maps, generated_maps, maker.to(where), first, batch_size)
         )
     written = scores.write_report({**reports[0], "against": reports[1:]}, out)
     print(scores.as_markdown(reports))

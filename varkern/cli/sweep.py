@@ -16,6 +16,7 @@ import typer
 from varkern.data import file_sha256
 from varkern.demo import run as demo_run
 from varkern.extras import require_matplotlib
+from varkern.hub import locate
 from varkern.metrics.evaluate import PUBLISHED_IMAGES, measure_reference
 from varkern.metrics.features import Extractor
 from varkern.metrics.gathering import Measured
@@ -47,7 +48,8 @@ def sweep(
     ] = None,
     vae: Vae = None,
     scorer: Annotated[
-        list[str] | None, typer.Option(help="Scorer file; several, by the names of the preset, as pointwise=FILE")
+        list[str] | None,
+        typer.Option(help="Scorer, as for `varkern sample`; several, by the names of the preset, as pointwise=FILE"),
     ] = None,
     reference: Annotated[
         Path | None,
@@ -189,11 +191,12 @@ def load_models_lazily(chosen: SweepSettings, device: torch.device) -> Models:
     files, scorers = ({"": given} if isinstance(given, str) else given or {} for given in (chosen.var, chosen.scorer))
     if chosen.var == "demo":
         scorers = {"": str(demo_run.WEIGHTS / "scorer.safetensors"), **scorers}
+    scorers = {name: locate(source) for name, source in scorers.items()}
     load = partial(load_var, vae=chosen.vae, device=device, dtype=DTYPES[chosen.dtype])
     return Models(
         {name: partial(load, path) for name, path in files.items()},
         {name: partial(Scorer.from_pretrained, path, device=device) for name, path in scorers.items()},
-        {name: file_sha256(Path(path))[:16] for name, path in scorers.items()},
+        {name: file_sha256(path)[:16] for name, path in scorers.items()},
         {name: demo_weights() if path == "demo" else describe_file(path) for name, path in files.items()},
     )
 

@@ -40,9 +40,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            config = json.loads(metadata.get("config", "{}"))
+            config = json.loads(read_metadata(path).get("config", "{}"))
             if not isinstance(config, dict):
                 raise ValueError(f"its config is {config!r}, not a JSON object")
             return load_file(path), config
@@ -54,6 +52,14 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a plain state dict (a mapping of names to tensors)")
     return dict(state), {}
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The texts in the metadata of a ``.safetensors`` file; empty for a PyTorch file."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def save_model(model: VAR | VQVAE, path: str | os.PathLike) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from varkern import cards
 from varkern.data import TokenMaps
+from varkern.models.loading import read_metadata
 from varkern.runs import Ranks, check_file, check_settings, join_ranks
 from varkern.scorer import Scorer, ScorerConfig
 
@@ -180,15 +181,23 @@ def check_fit(real: TokenMaps, maker: FeatureMaker, config: ScorerConfig, first_
             raise ValueError(f"the scorer's {name} must be {value} for these token maps, got {getattr(config, name)}")
 
 
+def describe_maps(maps: TokenMaps) -> dict[str, Any]:
+    """Describe a dataset for the facts: its size and its source, with the length of long lists such as all classes."""
+    source = {
+        name: f"{len(value)} values" if isinstance(value, list) and len(value) > cards.LONGEST_LIST else value
+        for name, value in maps.manifest.source.items()
+    }
+    return {"images": len(maps), "patch_nums": list(maps.manifest.patch_nums), **source}
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """Read the facts that :func:`train_scorer` wrote to a scorer's file; empty if the file has none.
 
     Raises:
-        ValueError: if it is not a safetensors file.
+        ValueError: if it is not a readable safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("training", "{}"))
+        return cards.read_facts(read_metadata(path))
     except Exception as error:
         raise ValueError(f"{path} is not a scorer's safetensors file: {error}") from error
 
@@ -280,6 +289,7 @@ def run(
     trainer = Trainer(scorer, pairs, maker, training, ranks, out.with_suffix(".csv"), every)
     facts: dict[str, Any] = {"settings": settings, "pairs": len(pairs.training), "held_out": len(pairs.validation)}
     facts |= {"left_out": pairs.left_out, "ranks": ranks.size, "device": str(ranks.device)}
+    facts["data"] = {"real": describe_maps(real), "generated": describe_maps(generated)}
 
     def finish() -> None:
         if trainer.best is not None:

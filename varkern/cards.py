@@ -1,0 +1,102 @@
+"""The model card of a scorer, from what its training recorded: data, settings, accuracy per scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from varkern.runs import flatten
+from varkern.tables import markdown_table
+
+REPOSITORY = "https://github.com/varkern/varkern"
+TAGS = ("varkern", "visual-autoregressive", "best-of-m", "model_hub_mixin")
+LONGEST_LIST = 12  # a longer list, such as all classes, is shown by its length
+
+
+def read_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The facts that ``varkern scorer train`` recorded in a file's metadata; empty if there are none.
+
+    Raises:
+        ValueError: if they are not a JSON object.
+    """
+    facts = json.loads(metadata.get("training", "{}"))
+    if not isinstance(facts, dict):
+        raise ValueError(f"training must be a JSON object, got {facts!r}")
+    return facts
+
+
+def model_card(sizes: Mapping[str, Any], metadata: Mapping[str, str], repository: str = "user/repo") -> str:
+    """The text of ``README.md`` for a scorer's repository.
+
+    Args:
+        sizes: the fields of the scorer's config.
+        metadata: the metadata of the scorer's file.
+        repository: the name of the repository, for the example.
+    """
+    facts = read_facts(metadata)
+    parts = [
+        "\n".join(["---", "library_name: varkern", "tags:", *(f"- {tag}" for tag in TAGS), "---"]),
+        "# Scorer for best-of-M sampling",
+        "This network scores the token maps of a visual autoregressive (VAR) image model: a higher score means closer "
+        f"to real images. It is the network of [LSRS](https://arxiv.org/abs/2512.03796), for [varkern]({REPOSITORY}). "
+        f"It fits models with {sizes['num_classes']} classes, {sizes['num_scales']} scales, and a latent of "
+        f"{sizes['size']}x{sizes['size']} with {sizes['channels']} channels.",
+        "## Use",
+        "\n".join(
+            [
+                "```python",
+                "import varkern",
+                "",
+                f'scorer = varkern.Scorer.from_pretrained("{repository}")',
+                "varkern.patch(var, varkern.BestOfM(scorer, m=4))  # var: your own model object",
+                "```",
+            ]
+        ),
+        "## Training",
+        *training(facts),
+    ]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def training(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The parts of the card about the training."""
+    if not facts:
+        yield "The file records nothing about its training."
+        return
+    settings = {name: value for name, value in facts.get("settings", {}).items() if name != "scorer"}
+    data = facts.get("data", {})
+    for name, title in (("real", "Real images"), ("generated", "Images of the model")):
+        checksum = settings.pop(name, None)
+        rows = dict(flatten(data.get(name, {}))) | ({"checksum of the token maps": checksum} if checksum else {})
+        if rows:
+            yield f"### {title}"
+            yield table(["fact", "value"], rows)
+    yield "### Settings"
+    if "vae" in settings:
+        settings["checksum of the VQ-VAE"] = settings.pop("vae")
+    counts = {"pairs": "training pairs", "held_out": "held-out pairs", "step": "steps", "best_step": "kept step"}
+    counted = {title: facts.get(name) for name, title in counts.items()}
+    yield table(["setting", "value"], dict(flatten(settings)) | counted)
+    if "validation" in facts:
+        yield "### Accuracy per scale"
+        yield (
+            f"The share of {facts.get('held_out', 'the')} held-out pairs, a real and a generated image of a class, in "
+            "which the real image has the higher score; 0.5 is chance. Scales count from 0."
+        )
+        first = facts["settings"].get("first_scale", 0)
+        figures = zip(facts["validation"]["accuracy"], facts["validation"]["loss"], strict=True)
+        rows = [[str(first + k), f"{accuracy:.3f}", f"{loss:.4f}"] for k, (accuracy, loss) in enumerate(figures)]
+        yield markdown_table(["scale", "accuracy", f"{facts['settings'].get('loss', '')} loss".strip()], rows)
+
+
+def table(head: list[str], rows: Mapping[str, Any]) -> str:
+    """A table of names and values; values of None are left out."""
+    return markdown_table(head, [[name, show(value)] for name, value in rows.items() if value is not None])
+
+
+def show(value: Any) -> str:
+    """A value in a cell of a table."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(show, value)) if len(value) <= LONGEST_LIST else f"{len(value)} values"
+    return str(value).replace("|", "\\|").replace("\n", " ")
