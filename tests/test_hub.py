@@ -218,11 +218,11 @@ class TestUpload:
 
 class TestCard:
     def test_it_has_what_training_recorded(self, scorer, hub):
-        scorer.push_to_hub("user/repo")
-        text = (hub.folder("user/repo") / "README.md").read_text()
+        scorer.push_to_hub("some-one/lsrs-d16")
+        text = (hub.folder("some-one/lsrs-d16") / "README.md").read_text()
         _, head, body = text.split("---\n", 2)
         assert yaml.safe_load(head)["library_name"] == "varkern"
-        assert 'varkern.Scorer.from_pretrained("user/repo")' in body
+        assert 'varkern.Scorer.from_pretrained("some-one/lsrs-d16")' in body
         rows = [re.split(r" *\| *", line.strip("| ")) for line in body.splitlines() if line.startswith("|")]
         cells = {tuple(row) for row in rows}
         assert {("1", "0.520", "0.6100"), ("2", "0.712", "0.5000"), ("3", "0.900", "0.4000")} <= cells
