@@ -92,7 +92,8 @@ ALLOWED = {
         "spec",
         "tables",
     },
-    "environment": {"ops", "varkern"},
+    "diagnosis": {"ops"},
+    "environment": {"diagnosis", "ops", "varkern"},
     "demo": {
         "data",
         "extras",

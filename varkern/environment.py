@@ -5,29 +5,37 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 
 import torch
 
 import varkern
+from varkern.diagnosis import attempt, describe_driver, describe_gpus, describe_triton
 from varkern.ops.backend import explain
 
-VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+VARIABLES = (
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "CUDA_LAUNCH_BLOCKING",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+)
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Describe versions, the device, the backend in use with its reason, and the installed extras, by name."""
+    """Describe versions, the device, the backend in use with its reason, every GPU, and the extras, by name."""
+    driver = describe_driver()
     report = {
         "varkern": varkern.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
-        "triton": version_of("triton"),
-        "cuda": f"{torch.version.cuda or 'none'} (PyTorch's), driver {driver()}",
-        "device": device_name(device),
+        "triton": describe_triton(version_of("triton")),
+        "cuda": f"{torch.version.cuda or 'none'} (PyTorch's), driver {driver or 'none'}",
+        "device": attempt(lambda: device_name(device)),
         "backend": explain(device),
+        **describe_gpus(driver),
     }
     if torch.version.hip:
         report["rocm"] = torch.version.hip
@@ -42,21 +50,6 @@ def version_of(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def driver() -> str:
-    """Return the version of the NVIDIA driver, from nvidia-smi."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return "none"
-    try:
-        command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(
-            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=20, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.split("\n")[0].strip() or "unknown"
 
 
 def device_name(device: torch.device) -> str:

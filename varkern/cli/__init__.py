@@ -97,5 +97,11 @@ def env(device: Device = "auto") -> None:
     """Print versions, device, backend and optional packages, for a bug report."""
     from varkern.environment import describe
 
-    for name, value in describe(pick_device(device)).items():
+    try:
+        where = pick_device(device)
+    except ValueError:
+        raise
+    except Exception:  # PyTorch fails to look for GPUs, which a line of the description says
+        where = torch.device("cpu")
+    for name, value in describe(where).items():
         print(f"{name + ':':<12} {value}")
