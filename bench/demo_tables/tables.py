@@ -18,7 +18,7 @@ from varkern.demo.run import WEIGHTS
 from varkern.demo.train import SAMPLING
 from varkern.metrics.evaluate import compare, measure
 from varkern.metrics.features import Extractor
-from varkern.metrics.gathering import Measured
+from varkern.metrics.statistics import Measured
 from varkern.models import VQVAE, load_var
 from varkern.runs import find_rank, write_json
 from varkern.scorer import Scorer

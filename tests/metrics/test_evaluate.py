@@ -10,7 +10,7 @@ from scipy.linalg import sqrtm
 from varkern.metrics.arrays import ImageArray, write_array
 from varkern.metrics.evaluate import PUBLISHED_IMAGES, Report, evaluate, measure
 from varkern.metrics.features import Extracted, Extractor
-from varkern.metrics.statistics import StoredStatistics, load_statistics, save_statistics
+from varkern.metrics.statistics import Measured, load_statistics, save_statistics
 
 from .test_precision_recall import brute_force
 
@@ -97,7 +97,7 @@ class TestStatistics:
     def test_stored_statistics_give_the_same_distances(self, sets, tmp_path):
         whole = evaluate(*sets, None, EXTRACTOR, keep_statistics=lambda s: save_statistics(tmp_path / "s.npz", s))
         stored = load_statistics(tmp_path / "s.npz")
-        assert stored.count == 70 and stored.features == "own"
+        assert stored.count == 70 and stored.extractor == "own"
         report = evaluate(sets[0], None, stored, EXTRACTOR)
         assert (report.fid, report.sfid) == (whole.fid, whole.sfid) and report.reference == 70
         assert report.precision is None and "statistics but no images" in report.missing["precision"]
@@ -106,7 +106,7 @@ class TestStatistics:
         """FID is taken against the statistics, precision and recall against the images."""
         whole = evaluate(sets[0], array("other", random_pixels(200, 5)), None, EXTRACTOR)
         other = measure(array("other", random_pixels(200, 5)), EXTRACTOR, 64)
-        stored = StoredStatistics(other.moments, other.spatial, None, None)
+        stored = Measured(other.moments, other.spatial, None, None)
         report = evaluate(*sets, stored, EXTRACTOR)
         assert (report.fid, report.sfid, report.reference) == (whole.fid, whole.sfid, None)
         plain = evaluate(*sets, None, EXTRACTOR)
@@ -116,25 +116,25 @@ class TestStatistics:
     def test_another_dimension(self, sets, order):
         shorter = Extractor("shorter", lambda images: (extract(images).features[:, :5], None), CPU)
         seen = measure(sets[1], shorter, 8)
-        stored = StoredStatistics(seen.moments, None, None, None)
+        stored = Measured(seen.moments, None, None, None)
         images = sets[1] if order == "images" else None
         with pytest.raises(ValueError, match=r"statistics must have 6 features, as extractor own gives, got 5"):
             evaluate(sets[0], images, stored, EXTRACTOR)
 
     def test_another_dimension_of_spatial_features(self, sets):
         seen = measure(sets[1], EXTRACTOR, 8)
-        stored = StoredStatistics(seen.moments, seen.moments, None, None)
+        stored = Measured(seen.moments, seen.moments, None, None)
         with pytest.raises(ValueError, match=r"have 4 spatial features, as extractor own gives, got 6"):
             evaluate(sets[0], None, stored, EXTRACTOR)
 
     def test_of_another_extractor(self, sets):
         seen = measure(sets[1], EXTRACTOR, 8)
         with pytest.raises(ValueError, match=r"of features 'own', got those of 'inception'"):
-            evaluate(sets[0], None, StoredStatistics(seen.moments, None, 70, "inception"), EXTRACTOR)
+            evaluate(sets[0], None, Measured(seen.moments, None, 70, "inception"), EXTRACTOR)
 
     def test_without_spatial_statistics(self, sets):
         seen = measure(sets[1], EXTRACTOR, 8)
-        report = evaluate(sets[0], None, StoredStatistics(seen.moments, None, None, None), EXTRACTOR)
+        report = evaluate(sets[0], None, Measured(seen.moments, None, None, None), EXTRACTOR)
         assert report.sfid is None and report.missing["sfid"] == "the reference's statistics have no spatial features"
 
     def test_no_reference(self, sets):

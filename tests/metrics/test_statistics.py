@@ -8,9 +8,9 @@ import torch
 
 from varkern.metrics.frechet import Moments
 from varkern.metrics.statistics import (
+    Measured,
     RunningMoments,
     RunningScore,
-    StoredStatistics,
     load_statistics,
     save_statistics,
 )
@@ -129,12 +129,10 @@ class TestScore:
 
 class TestFiles:
     def test_round_trip(self, tmp_path):
-        stored = StoredStatistics(
-            in_batches(FEATURES, 9).moments(), in_batches(FEATURES[:, :3], 9).moments(), 257, "demo"
-        )
+        stored = Measured(in_batches(FEATURES, 9).moments(), in_batches(FEATURES[:, :3], 9).moments(), 257, "demo")
         save_statistics(tmp_path / "a.npz", stored)
         found = load_statistics(tmp_path / "a.npz")
-        assert found.count == 257 and found.features == "demo"
+        assert found.count == 257 and found.extractor == "demo"
         for mine, theirs in zip((*stored.moments, *stored.spatial), (*found.moments, *found.spatial), strict=True):
             assert torch.equal(mine, theirs)
         assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
@@ -145,7 +143,7 @@ class TestFiles:
         np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), **arrays)
         found = load_statistics(tmp_path / "a.npz")
         assert found.moments.mean.dtype == torch.float64 and found.spatial.mean.tolist() == [1, 1]
-        assert found.count is None and found.features is None
+        assert found.count is None and found.extractor is None
 
     @pytest.mark.parametrize(
         "arrays, named",

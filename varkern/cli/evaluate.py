@@ -18,7 +18,7 @@ from varkern.demo import run as demo_run
 from varkern.metrics import evaluate as evaluation
 from varkern.metrics import features as extractors
 from varkern.metrics.images import ImageSet, open_images
-from varkern.metrics.statistics import StoredStatistics, load_statistics, save_statistics
+from varkern.metrics.statistics import Measured, load_statistics, save_statistics
 from varkern.runs import check_file, write_json
 
 from .options import Device, pick_device, require
@@ -86,7 +86,7 @@ def evaluate(
     warn(report.warnings)
 
 
-def open_reference(path: Path) -> tuple[ImageSet | None, StoredStatistics | None]:
+def open_reference(path: Path) -> tuple[ImageSet | None, Measured | None]:
     """Open the images and the statistics of a reference, which may have either or both.
 
     Raises:

@@ -19,7 +19,7 @@ from varkern.extras import require_matplotlib
 from varkern.hub import locate
 from varkern.metrics.evaluate import PUBLISHED_IMAGES, measure_reference
 from varkern.metrics.features import Extractor
-from varkern.metrics.gathering import Measured
+from varkern.metrics.statistics import Measured
 from varkern.models import load_var
 from varkern.runs import describe_file, find_rank, open_folder
 from varkern.scorer import Scorer
@@ -289,8 +289,8 @@ def find_reference(reference: str | None, demo: bool, extractor: Extractor, sett
     if reference is None:
         raise ValueError("reference must be real images or their statistics, got none")
     images, stored = open_reference(Path(reference))
-    if stored is not None and stored.features not in (None, extractor.name):
-        raise ValueError(f"reference must hold statistics of features {extractor.name!r}, got {stored.features!r}")
+    if stored is not None and stored.extractor not in (None, extractor.name):
+        raise ValueError(f"reference must hold statistics of features {extractor.name!r}, got {stored.extractor!r}")
     return measure_reference(images, stored, extractor, settings.batch_size, settings.neighbors)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varkern.metrics.evaluate import measure
 from varkern.metrics.features import SPATIAL_CHANNELS, Extracted, Extractor
-from varkern.metrics.gathering import Measured
+from varkern.metrics.statistics import Measured
 from varkern.studies.cells import MEDIAN
 from varkern.studies.presets import Preset
 

@@ -5,6 +5,7 @@ They are read and written batch by batch, because 50,000 images of 256x256 pixel
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -31,8 +32,35 @@ class ImageArray:
         with self._open() as (shape, _):
             self.count, self.size = shape[0], (shape[1], shape[2])
 
-    def _open(self) -> _Member:
-        return _Member(self.name)
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
+        """Open ``arr_0``; yields its shape and the file, after the header."""
+        try:
+            with zipfile.ZipFile(self.name) as archive:
+                names = archive.namelist()
+                if f"{ARRAY}.npy" not in names:
+                    found = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
+                    raise ValueError(f"{self.name} must have {ARRAY}, the images [N, H, W, 3] uint8, got {found}")
+                with archive.open(f"{ARRAY}.npy") as file:
+                    yield self._read_shape(file), file
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{self.name} is damaged or not an .npz file: {error}") from error
+
+    def _read_shape(self, file: IO[bytes]) -> tuple[int, ...]:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {ARRAY} is damaged: {error}") from error
+        if dtype != np.uint8:
+            raise ValueError(
+                f"{self.name}: {ARRAY} must be uint8 in 0..255, got {dtype}: first multiply images in [0, 1] by 255 "
+                "and round them"
+            )
+        if len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] == 0:
+            raise ValueError(f"{self.name}: {ARRAY} must have shape [N, H, W, 3] in C order, got {list(shape)}")
+        return shape
 
     def __len__(self) -> int:
         return self.count
@@ -42,10 +70,7 @@ class ImageArray:
         with self._open() as (_, file):
             for start in range(0, self.count, batch_size):
                 count = min(batch_size, self.count - start)
-                try:
-                    data = file.read(count * height * width * 3)
-                except (zipfile.BadZipFile, EOFError) as error:
-                    raise ValueError(f"{self.name} is damaged: {error}") from error
+                data = file.read(count * height * width * 3)
                 if len(data) < count * height * width * 3:
                     raise ValueError(f"{self.name} is truncated: {ARRAY} must have {self.count} images, got fewer")
                 pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, height, width, 3)
@@ -56,48 +81,6 @@ class ImageArray:
 
     def warnings(self) -> list[str]:
         return []
-
-
-class _Member:
-    """A context manager that opens ``arr_0`` of an ``.npz`` and gives its shape and the file, after the header."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self) -> tuple[tuple[int, ...], IO[bytes]]:
-        try:
-            self.archive = zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.path} is damaged or not an .npz file: {error}") from error
-        try:
-            return self._read_header()
-        except BaseException:
-            self.archive.close()
-            raise
-
-    def _read_header(self) -> tuple[tuple[int, ...], IO[bytes]]:
-        names = self.archive.namelist()
-        if f"{ARRAY}.npy" not in names:
-            found = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
-            raise ValueError(f"{self.path} must have {ARRAY}, the images [N, H, W, 3] uint8, got {found}")
-        file = self.archive.open(f"{ARRAY}.npy")
-        try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path}: {ARRAY} is damaged: {error}") from error
-        if dtype != np.uint8:
-            raise ValueError(
-                f"{self.path}: {ARRAY} must be uint8 in 0..255, got {dtype}: first multiply images in [0, 1] by 255 "
-                "and round them"
-            )
-        if len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] == 0:
-            raise ValueError(f"{self.path}: {ARRAY} must have shape [N, H, W, 3] in C order, got {list(shape)}")
-        return shape, file
-
-    def __exit__(self, *exception: object) -> None:
-        self.archive.close()
 
 
 def write_array(path: str | os.PathLike, count: int, size: tuple[int, int], batches: Iterable[Tensor]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from varkern.progress import progress_bar
 
 from .features import Extracted, Extractor
-from .frechet import FrechetParts, Moments, frechet_parts
-from .gathering import Gathering, Measured
+from .frechet import FrechetParts, frechet_parts
+from .gathering import Gathering
 from .images import ImageSet, PixelFacts, sides
 from .precision_recall import precision_recall
-from .statistics import StoredStatistics
+from .statistics import Measured
 
 PUBLISHED_IMAGES = 50_000  # published figures use this number of generated images
 KINDS = {"fid": "features", "sfid": "spatial features"}
@@ -42,7 +42,7 @@ class Report:
 
 
 def measure(
-    images: ImageSet, extractor: Extractor, batch_size: int, keep: int = 0, wanted: StoredStatistics | None = None
+    images: ImageSet, extractor: Extractor, batch_size: int, keep: int = 0, wanted: Measured | None = None
 ) -> Measured:
     """Measure a set of images in one pass.
 
@@ -72,7 +72,7 @@ def measure(
                 check_fit(extracted, wanted, extractor)
             gathering.add(extracted, start)
             progress.advance(task, len(batch))
-    return gathering.summarize(facts)
+    return gathering.summarize(extractor.name, facts)
 
 
 def check_finite(extracted: Extracted, extractor: Extractor, images: ImageSet, start: int) -> None:
@@ -89,11 +89,11 @@ def check_finite(extracted: Extracted, extractor: Extractor, images: ImageSet, s
             )
 
 
-def check_fit(extracted: Extracted, wanted: StoredStatistics, extractor: Extractor) -> None:
+def check_fit(extracted: Extracted, wanted: Measured, extractor: Extractor) -> None:
     """Raise ``ValueError`` if features cannot be compared with stored statistics."""
-    if wanted.features not in (None, extractor.name):
+    if wanted.extractor not in (None, extractor.name):
         raise ValueError(
-            f"the reference's statistics must be of features {extractor.name!r}, got those of {wanted.features!r}"
+            f"the reference's statistics must be of features {extractor.name!r}, got those of {wanted.extractor!r}"
         )
     for name, moments, part in (
         ("features", wanted.moments, extracted.features),
@@ -106,13 +106,9 @@ def check_fit(extracted: Extracted, wanted: StoredStatistics, extractor: Extract
             )
 
 
-def from_stored(stored: StoredStatistics) -> Measured:
-    return Measured(stored.moments, stored.spatial, stored.count)
-
-
 def measure_reference(
     reference: ImageSet | None,
-    stored: StoredStatistics | None,
+    stored: Measured | None,
     extractor: Extractor,
     batch_size: int = 64,
     keep: int = PUBLISHED_IMAGES,
@@ -126,11 +122,10 @@ def measure_reference(
         raise ValueError("reference must have images or statistics, got neither")
     if stored is None:
         return measure(reference, extractor, batch_size, keep)
-    loaded = from_stored(stored)
     if reference is None or keep == 0:
-        return loaded
+        return stored
     images = measure(reference, extractor, batch_size, keep, stored)
-    return replace(loaded, features=images.features, facts=images.facts)
+    return replace(stored, features=images.features, facts=images.facts)
 
 
 def compare(generated: Measured, reference: Measured, extractor: str, k: int = 3) -> Report:
@@ -151,12 +146,15 @@ def compare(generated: Measured, reference: Measured, extractor: str, k: int = 3
     if generated.count is None:
         raise ValueError("generated must be measured from images, got statistics without a count")
     report = Report(extractor, generated.count, reference.count)
-    parts = _frechet(report, "fid", generated.moments, reference.moments, generated, reference)
-    if parts is not None:
-        report.fid, report.fid_parts = parts.distance, parts
-    parts = _frechet(report, "sfid", generated.spatial, reference.spatial, generated, reference)
-    if parts is not None:
-        report.sfid = parts.distance
+    for name, part in (("fid", "moments"), ("sfid", "spatial")):
+        reason = _reason_missing(name, part, generated, reference, extractor)
+        if reason is not None:
+            report.missing[name] = reason
+            continue
+        parts = frechet_parts(getattr(reference, part), getattr(generated, part))
+        setattr(report, name, parts.distance)
+        if name == "fid":
+            report.fid_parts = parts
     report.inception_score = generated.score
     if generated.score is None:
         report.missing["inception_score"] = f"features {extractor} have no logits"
@@ -164,37 +162,24 @@ def compare(generated: Measured, reference: Measured, extractor: str, k: int = 3
     return report
 
 
-def _frechet(
-    report: Report,
-    name: str,
-    generated_moments: Moments | None,
-    reference_moments: Moments | None,
-    generated: Measured,
-    reference: Measured,
-) -> FrechetParts | None:
-    if generated_moments is None:
-        report.missing[name] = _explain_missing(report, name, generated, True)
-        return None
-    if reference_moments is None:
-        report.missing[name] = _explain_missing(report, name, reference, False)
-        return None
-    dimension = len(generated_moments.mean)
-    for side, count in (("generated", generated.count), ("reference", reference.count)):
-        if count is not None and count <= dimension:
-            report.missing[name] = (
-                f"{count} {side} images but {dimension} features: with so few images the distance mainly reflects "
-                f"the number of images; more than {dimension} are needed, {PUBLISHED_IMAGES:,} are usual"
+def _reason_missing(name: str, part: str, generated: Measured, reference: Measured, extractor: str) -> str | None:
+    """Why a distance between two sets would be meaningless or unknown; None if it is neither."""
+    sets = {"generated": generated, "reference": reference}
+    for side, measured in sets.items():
+        if getattr(measured, part) is None:
+            if measured.count is not None and measured.count < 2:
+                return f"the {'generated set' if side == 'generated' else 'reference'} has fewer than 2 images"
+            if measured.facts is None and side == "reference":
+                return f"the reference's statistics have no {KINDS[name]}"
+            return f"features {extractor} have no {KINDS[name]}"
+    dimension = len(getattr(generated, part).mean)
+    for side, measured in sets.items():
+        if measured.count is not None and measured.count <= dimension:
+            return (
+                f"{measured.count} {side} images but {dimension} features: with so few images the distance mainly "
+                f"reflects the number of images; more than {dimension} are needed, {PUBLISHED_IMAGES:,} are usual"
             )
-            return None
-    return frechet_parts(reference_moments, generated_moments)
-
-
-def _explain_missing(report: Report, name: str, side: Measured, generated: bool) -> str:
-    if side.count is not None and side.count < 2:
-        return f"the {'generated set' if generated else 'reference'} has fewer than 2 images"
-    if generated or side.facts is not None:
-        return f"features {report.features} have no {KINDS[name]}"
-    return f"the reference's statistics have no {KINDS[name]}"
+    return None
 
 
 def _add_precision_recall(report: Report, generated: Measured, reference: Measured, k: int) -> None:
@@ -241,11 +226,11 @@ def warnings(
 def evaluate(
     generated: ImageSet,
     reference: ImageSet | None,
-    stored: StoredStatistics | None,
+    stored: Measured | None,
     extractor: Extractor,
     batch_size: int = 64,
     keep: int = PUBLISHED_IMAGES,
-    keep_statistics: Callable[[StoredStatistics], None] | None = None,
+    keep_statistics: Callable[[Measured], None] | None = None,
 ) -> Report:
     """Measure two sets and compare them.
 
@@ -265,9 +250,8 @@ def evaluate(
     """
     to = measure_reference(reference, stored, extractor, batch_size, keep)
     if keep_statistics is not None and to.moments is not None:
-        keep_statistics(StoredStatistics(to.moments, to.spatial, to.count, extractor.name))
-    wanted = StoredStatistics(to.moments, to.spatial, None, None if stored is None else stored.features)
-    measured = measure(generated, extractor, batch_size, keep, wanted if to.moments is not None else None)
+        keep_statistics(replace(to, extractor=extractor.name))
+    measured = measure(generated, extractor, batch_size, keep, to if to.moments is not None else None)
     report = compare(measured, to, extractor.name)
     report.warnings += warnings(generated, measured.facts, reference, to.facts)
     return report

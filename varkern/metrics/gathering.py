@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,30 +14,8 @@ from torch import Tensor
 from varkern.runs import write_tensors
 
 from .features import Extracted
-from .frechet import Moments
 from .images import PixelFacts
-from .statistics import RunningMoments, RunningScore
-
-
-@dataclass
-class Measured:
-    """The statistics of one set of images, measured or read from a file.
-
-    Args:
-        moments: moments of the features; None if there are fewer than two images.
-        spatial: moments of the spatial features; None if the extractor has none.
-        count: number of images; None if unknown.
-        score: the Inception score; None if the extractor has no logits.
-        features: features ``[N, D]`` float32 of the first images, for precision and recall; None if there are none.
-        facts: facts about the pixels; None if they were not collected.
-    """
-
-    moments: Moments | None
-    spatial: Moments | None
-    count: int | None
-    score: float | None = None
-    features: Tensor | None = None
-    facts: PixelFacts | None = None
+from .statistics import Measured, RunningMoments, RunningScore
 
 
 class Gathering:
@@ -51,13 +28,17 @@ class Gathering:
     """
 
     def __init__(self, keep: int = 0):
-        self.keep, self.count = keep, 0
+        self.keep = keep
         self.moments, self.spatial, self.score = RunningMoments(), RunningMoments(), RunningScore()
         self.kept: dict[int, Tensor] = {}  # number of the first image of a batch: its features [n, D]
 
+    @property
+    def count(self) -> int:
+        """Number of images so far."""
+        return self.moments.count
+
     def add(self, extracted: Extracted, start: int) -> None:
         """Add the features of the images ``start``, ``start + 1``, ... of the set."""
-        self.count += len(extracted.features)
         self.moments.add(extracted.features)
         if start < self.keep and len(extracted.features):
             self.kept[start] = extracted.features[: self.keep - start].float()
@@ -72,19 +53,19 @@ class Gathering:
         Raises:
             ValueError: if the numbers of features differ.
         """
-        self.count += other.count
         self.moments.merge(other.moments)
         self.spatial.merge(other.spatial)
         self.score.merge(other.score)
         self.kept |= other.kept
 
-    def summarize(self, facts: PixelFacts | None = None) -> Measured:
+    def summarize(self, extractor: str | None = None, facts: PixelFacts | None = None) -> Measured:
         """The statistics of all images so far."""
         kept = [self.kept[start] for start in sorted(self.kept)]
         return Measured(
             self.moments.moments() if self.moments.count > 1 else None,
             self.spatial.moments() if self.spatial.count > 1 else None,
             self.count,
+            extractor,
             self.score.score() if self.score.sums else None,
             torch.cat(kept) if kept else None,
             facts,
@@ -93,37 +74,23 @@ class Gathering:
     def save(self, path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -> None:
         """Write the data and ``notes``, JSON values by name, to one safetensors file, completely or not at all."""
         tensors = {f"kept.{start}": features for start, features in self.kept.items()}
-        for name, running in (("moments", self.moments), ("spatial", self.spatial)):
-            if running.mean is not None and running.scatter is not None:
-                tensors |= {f"{name}.mean": running.mean, f"{name}.scatter": running.scatter}
-        for number, (_, total, plogp) in self.score.sums.items():
-            tensors |= {f"score.{number}.total": total, f"score.{number}.plogp": plogp}
-        counts = {
-            "count": self.count,
-            "keep": self.keep,
-            "moments": self.moments.count,
-            "spatial": self.spatial.count,
-            "score": {str(number): sums[0] for number, sums in self.score.sums.items()},
-        }
-        metadata = {"counts": json.dumps(counts), "notes": json.dumps(dict(notes or {}))}
-        write_tensors(path, tensors, metadata)
+        tensors |= {f"score.{number}": sums for number, sums in self.score.sums.items()}
+        for part, running in (("moments", self.moments), ("spatial", self.spatial)):
+            if running.count:
+                found = {"count": torch.tensor(running.count), "mean": running.mean, "scatter": running.scatter}
+                tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
+        write_tensors(path, tensors, {"keep": str(self.keep), "notes": json.dumps(dict(notes or {}))})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple[Gathering, dict[str, Any]]:
         """Read a file that :meth:`save` wrote; returns the gathering and its notes."""
+        parts: dict[str, dict[str, Tensor]] = {"kept": {}, "score": {}, "moments": {}, "spatial": {}}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        counts = json.loads(metadata["counts"])
-        gathering = cls(counts["keep"])
-        gathering.count = counts["count"]
-        for name, running in (("moments", gathering.moments), ("spatial", gathering.spatial)):
-            running.count = counts[name]
-            running.mean, running.scatter = tensors.get(f"{name}.mean"), tensors.get(f"{name}.scatter")
-        gathering.score.sums = {
-            int(number): (count, tensors[f"score.{number}.total"], tensors[f"score.{number}.plogp"])
-            for number, count in counts["score"].items()
-        }
-        prefix = "kept."
-        gathering.kept = {int(n.removeprefix(prefix)): x for n, x in tensors.items() if n.startswith(prefix)}
+            for name in file.keys():
+                part, key = name.split(".")
+                parts[part][key] = file.get_tensor(name)
+        gathering = cls(int(metadata["keep"]))
+        gathering.moments, gathering.spatial = RunningMoments(**parts["moments"]), RunningMoments(**parts["spatial"])
+        gathering.kept, gathering.score.sums = ({int(n): x for n, x in parts[p].items()} for p in ("kept", "score"))
         return gathering, json.loads(metadata["notes"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from varkern.runs import atomically
 
 from .frechet import Moments
+from .images import PixelFacts
 
 SPLIT = 5000  # images per split of the Inception score in the published suite
 
@@ -24,10 +25,10 @@ class RunningMoments:
     (1979). Unlike sums of squares, it loses no precision if means are large.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | None = None  # [D]
-        self.scatter: Tensor | None = None  # [D, D], the sum of (x - mean)(x - mean)^T
+    def __init__(self, count: int = 0, mean: Tensor | None = None, scatter: Tensor | None = None):
+        self.count = int(count)
+        self.mean = mean  # [D]
+        self.scatter = scatter  # [D, D], the sum of (x - mean)(x - mean)^T
 
     def add(self, features: Tensor) -> None:
         """Add features ``[N, D]``, any float dtype; N may be 0. The sums are on the device of the first batch.
@@ -37,14 +38,10 @@ class RunningMoments:
         """
         if features.dim() != 2:
             raise ValueError(f"features must have shape [N, D], got {list(features.shape)}")
-        part = RunningMoments()
-        part.count = len(features)
-        if part.count:
+        if len(features):
             features = features.double()
-            part.mean = features.mean(0)
-            centred = features - part.mean
-            part.scatter = centred.T @ centred
-            self.merge(part)
+            centred = features - (mean := features.mean(0))
+            self.merge(RunningMoments(len(features), mean, centred.T @ centred))
 
     def merge(self, other: RunningMoments) -> None:
         """Add the statistics of ``other``.
@@ -86,23 +83,22 @@ class RunningScore:
 
     def __init__(self, split: int = SPLIT):
         self.split = split
-        self.sums: dict[int, tuple[int, Tensor, Tensor]] = {}  # per split: images, sum of p [classes], sum of p log p
+        self.sums: dict[int, Tensor] = {}  # per split: number of images, sum of p log p, sum of p [classes]
 
     def add(self, probabilities: Tensor, start: int) -> None:
         """Add the class probabilities ``[N, classes]`` of the images ``start``, ``start + 1``, ..."""
         for first in range(start - start % self.split, start + len(probabilities), self.split):
             part = probabilities[max(first - start, 0) : first + self.split - start].double()
-            self._add(first // self.split, (len(part), part.sum(0), torch.special.xlogy(part, part).sum()))
+            plogp = torch.special.xlogy(part, part).sum()
+            self._add(first // self.split, torch.cat((plogp.new_tensor([len(part)]), plogp[None], part.sum(0))))
 
     def merge(self, other: RunningScore) -> None:
         """Add the sums of ``other``, which has other images and the same ``split``."""
         for number, sums in other.sums.items():
             self._add(number, sums)
 
-    def _add(self, number: int, sums: tuple[int, Tensor, Tensor]) -> None:
-        if number in self.sums:
-            sums = tuple(a + b for a, b in zip(self.sums[number], sums, strict=True))  # type: ignore[assignment]
-        self.sums[number] = sums
+    def _add(self, number: int, sums: Tensor) -> None:
+        self.sums[number] = self.sums[number] + sums if number in self.sums else sums
 
     def score(self) -> float:
         """The mean over the splits of ``exp(mean KL(p(y|x) || p(y)))``.
@@ -113,37 +109,49 @@ class RunningScore:
         if not self.sums:
             raise ValueError("the Inception score needs at least 1 image, got 0")
         scores = []
-        for count, total, plogp in self.sums.values():
-            mean = total / count
+        for sums in self.sums.values():
+            plogp, mean = sums[1] / sums[0], sums[2:] / sums[0]
             # The mean over images of sum p log(p / mean) is mean(p log p) - sum(mean log mean).
-            scores.append((plogp / count - torch.special.xlogy(mean, mean).sum()).exp())
+            scores.append((plogp - torch.special.xlogy(mean, mean).sum()).exp())
         return float(torch.stack(scores).mean())
 
 
-class StoredStatistics(NamedTuple):
-    """The contents of a statistics file; ``count`` and ``features`` are None in files of other programs."""
+@dataclass
+class Measured:
+    """The statistics of one set of images, measured or read from a file.
 
-    moments: Moments
-    spatial: Moments | None
-    count: int | None
-    features: str | None
+    Args:
+        moments: moments of the features; None if there are fewer than two images.
+        spatial: moments of the spatial features; None if the extractor has none.
+        count: number of images; None if unknown.
+        extractor: name of the feature extractor; None if unknown.
+        score: the Inception score; None if the extractor has no logits.
+        features: features ``[N, D]`` float32 of the first images, for precision and recall; None if there are none.
+        facts: facts about the pixels; None if they were not collected.
+    """
+
+    moments: Moments | None
+    spatial: Moments | None = None
+    count: int | None = None
+    extractor: str | None = None
+    score: float | None = None
+    features: Tensor | None = None
+    facts: PixelFacts | None = None
 
 
-def save_statistics(path: str | os.PathLike, stored: StoredStatistics) -> None:
-    """Write statistics in the format of the published suite: ``mu``, ``sigma`` and, for spatial features, ``mu_s``,
+def save_statistics(path: str | os.PathLike, measured: Measured) -> None:
+    """Write moments in the format of the published suite: ``mu``, ``sigma`` and, for spatial features, ``mu_s``,
     ``sigma_s``. The number of images and the extractor's name are added as ``count`` and ``features``."""
-    arrays = {"mu": stored.moments.mean.numpy(), "sigma": stored.moments.covariance.numpy()}
-    if stored.spatial is not None:
-        arrays |= {"mu_s": stored.spatial.mean.numpy(), "sigma_s": stored.spatial.covariance.numpy()}
-    if stored.count is not None:
-        arrays["count"] = np.array(stored.count)
-    if stored.features is not None:
-        arrays["features"] = np.array(stored.features)
+    arrays = {"mu": measured.moments.mean.numpy(), "sigma": measured.moments.covariance.numpy()}
+    if measured.spatial is not None:
+        arrays |= {"mu_s": measured.spatial.mean.numpy(), "sigma_s": measured.spatial.covariance.numpy()}
+    named = {"count": measured.count, "features": measured.extractor}
+    arrays |= {name: np.array(value) for name, value in named.items() if value is not None}
     with atomically(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
 
 
-def load_statistics(path: str | os.PathLike) -> StoredStatistics:
+def load_statistics(path: str | os.PathLike) -> Measured:
     """Read a statistics file of :func:`save_statistics` or the published suite. Nothing is unpickled.
 
     Raises:
@@ -159,7 +167,7 @@ def load_statistics(path: str | os.PathLike) -> StoredStatistics:
             features = str(file["features"]) if "features" in file else None
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is damaged or not an .npz file: {error}") from error
-    return StoredStatistics(moments, spatial, count, features)
+    return Measured(moments, spatial, count, features)
 
 
 def _moments(path: str | os.PathLike, file: np.lib.npyio.NpzFile, mu: str, sigma: str) -> Moments:

@@ -27,8 +27,8 @@ from varkern.families import recognise
 from varkern.generation import generate
 from varkern.metrics.evaluate import check_finite, check_fit, compare
 from varkern.metrics.features import Extractor
-from varkern.metrics.gathering import Gathering, Measured
-from varkern.metrics.statistics import SPLIT, StoredStatistics
+from varkern.metrics.gathering import Gathering
+from varkern.metrics.statistics import SPLIT, Measured
 from varkern.ops import image_seeds
 from varkern.progress import progress_bar
 from varkern.runs import PROGRESS, SETTINGS, check_settings, claim, find_rank, lock_folder, write_json
@@ -255,8 +255,7 @@ class Sweep:
                 extracted = self.extractor(torch.from_numpy(to_pixels(made.images)).movedim(-1, 1))
                 check_finite(extracted, self.extractor, Unstored(cell.name), batch.start)
                 if gathering.count == 0 and self.reference.moments is not None:
-                    wanted = StoredStatistics(self.reference.moments, self.reference.spatial, None, None)
-                    check_fit(extracted, wanted, self.extractor)
+                    check_fit(extracted, self.reference, self.extractor)
                 gathering.add(extracted, batch.start)
                 if extracted.logits is not None and extracted.logits.shape[1] == num_classes:
                     notes.hits += int((extracted.logits.argmax(1).cpu() == labels).sum())
