@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,6 @@ def random_models(depth: int, device: torch.device, small: bool = False) -> tupl
     return var.to(device).eval().requires_grad_(False), scorer.to(device, dtype).eval().requires_grad_(False)
 
 
-def layers_of(layer: type) -> Iterator[type]:
-    """All classes derived from ``layer``."""
-    for derived in layer.__subclasses__():
-        yield derived
-        yield from layers_of(derived)
-
-
 def upstream_model(folder: Path, ours: VAR) -> Any:
     """The published class from a checkout at ``folder``, with the weights of ``ours``.
 
@@ -80,19 +74,15 @@ def upstream_model(folder: Path, ours: VAR) -> Any:
     finally:
         sys.path.remove(str(folder))
     device = ours.lvl_1L.device
-    # build_vae_var removes the initialization from PyTorch's layers permanently. It is restored below, because the
+    # build_vae_var removes the initialization from PyTorch's layers permanently. It is restored here, because the
     # weights of models made later would be uninitialized memory.
-    kept = [(c, vars(c)["reset_parameters"]) for c in layers_of(nn.Module) if "reset_parameters" in vars(c)]
-    try:
+    layers = [layer for layer in vars(nn).values() if hasattr(layer, "reset_parameters")]
+    with ExitStack() as restored:
+        for layer in layers:
+            restored.enter_context(patch.object(layer, "reset_parameters", layer.reset_parameters))
         vae, var = build_vae_var(
             device, ours.patch_nums, V=ours.V, Cvae=ours.Cvae, num_classes=ours.num_classes, depth=ours.depth
         )
-    finally:
-        for layer in layers_of(nn.Module):
-            if "reset_parameters" in vars(layer):
-                del layer.reset_parameters
-        for layer, method in kept:
-            layer.reset_parameters = method
     vae.load_state_dict(ours.vae_proxy[0].state_dict(), strict=True)
     var.load_state_dict(ours.state_dict(), strict=True)
     return var.eval().requires_grad_(False)

@@ -102,7 +102,6 @@ ALLOWED = {
         "metrics",
         "models",
         "ops",
-        "progress",
         "scorer",
         "search",
         "studies",

@@ -256,8 +256,8 @@ class TestWrongInput:
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         if local is not None:
             monkeypatch.setenv("LOCAL_RANK", local)
-        assert cli.tokens.pick_local_device(name) == torch.device(wanted)
-        assert cli.tokens.pick_local_device("cpu") == torch.device("cpu")
+        assert cli.options.pick_local_device(name) == torch.device(wanted)
+        assert cli.options.pick_local_device("cpu") == torch.device("cpu")
 
 
 class TestPublishedFiles:

@@ -17,34 +17,8 @@ from varkern.scorer import Scorer
 from varkern.search import BestOfM
 from varkern.studies import sampling
 
+from . import options
 from .evaluate import warn
-from .options import (
-    DTYPES,
-    Autocast,
-    BatchSize,
-    Cfg,
-    Classes,
-    Device,
-    FirstScale,
-    LastScale,
-    NumPerClass,
-    Pick,
-    ScorerFile,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    Vae,
-    Var,
-    WeightsDtype,
-    describe_scorer,
-    find_scorer,
-    parse_classes,
-    parse_m,
-    parse_pick,
-    pick_device,
-    require,
-)
 
 Candidates = Annotated[
     str | None,
@@ -58,46 +32,46 @@ Npz = Annotated[Path | None, typer.Option(help="File for all images, an .npz fil
 
 
 def sample(
-    var: Var,
-    classes: Classes,
+    var: options.Var,
+    classes: options.Classes,
     out: Annotated[Path, typer.Option(help="Folder for the images")],
-    vae: Vae = None,
-    scorer: ScorerFile = None,
+    vae: options.Vae = None,
+    scorer: options.ScorerFile = None,
     m: Candidates = None,
-    first_scale: FirstScale = 1,
-    last_scale: LastScale = None,
-    pick: Pick = "best",
-    temperature: Temperature = 1.0,
-    seed: Seed = 0,
-    cfg: Cfg = 1.5,
-    top_k: TopK = 900,
-    top_p: TopP = 0.96,
-    num_per_class: NumPerClass = 1,
-    batch_size: BatchSize = 8,
-    device: Device = "auto",
-    dtype: WeightsDtype = "float32",
-    autocast: Autocast = None,
+    first_scale: options.FirstScale = 1,
+    last_scale: options.LastScale = None,
+    pick: options.Pick = "best",
+    temperature: options.Temperature = 1.0,
+    seed: options.Seed = 0,
+    cfg: options.Cfg = 1.5,
+    top_k: options.TopK = 900,
+    top_p: options.TopP = 0.96,
+    num_per_class: options.NumPerClass = 1,
+    batch_size: options.BatchSize = 8,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = "float32",
+    autocast: options.Autocast = None,
     sampler: Sampler = "philox",
     npz: Npz = None,
 ) -> None:
     """Sample images to a folder: PNG files and a contact sheet. A killed run continues where it stopped."""
-    require("num_per_class", num_per_class, 1)
-    where, wanted = pick_device(device), parse_classes(classes)
-    options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+    options.require("num_per_class", num_per_class, 1)
+    where, wanted = options.pick_device(device), options.parse_classes(classes)
+    sampling_options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     labels = [label for label in wanted for _ in range(num_per_class)]
-    order = sampling.Order(labels, seed, sampler, options, DTYPES.get(autocast))
-    scorer_file = find_scorer(var, scorer)
+    order = sampling.Order(labels, seed, sampler, sampling_options, options.DTYPES.get(autocast))
+    scorer_file = options.find_scorer(var, scorer)
     search_settings = {
-        "m": parse_m(m, scorer_file),
+        "m": options.parse_m(m, scorer_file),
         "first_scale": first_scale,
         "last_scale": last_scale,
-        "pick": parse_pick(pick),
+        "pick": options.parse_pick(pick),
         "temperature": temperature,
     }
     require_matplotlib("plots")
     check_file("npz", npz, ".npz")
     open_folder(out)
-    model = load_var(var, vae=vae, device=where, dtype=DTYPES[dtype])
+    model = load_var(var, vae=vae, device=where, dtype=options.DTYPES[dtype])
     # With one candidate too, a search is made, because it checks the pick and the scales.
     search = BestOfM(Scorer.from_pretrained(scorer_file, device=where) if scorer_file else no_scorer, **search_settings)
     sampling.check_order(model, search, order, batch_size)
@@ -105,12 +79,12 @@ def sample(
         "varkern": varkern.__version__,
         "var": describe_file(var),
         "vae": describe_file(vae),
-        "scorer": describe_scorer(scorer, scorer_file),
+        "scorer": options.describe_scorer(scorer, scorer_file),
         "classes": wanted,
         "num_per_class": num_per_class,
         "seed": seed,
         **search_settings,
-        **options,
+        **sampling_options,
         "dtype": dtype,
         "autocast": autocast,
         "sampler": sampler,

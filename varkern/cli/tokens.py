@@ -18,21 +18,7 @@ from varkern.models import PATCH_NUMS_256, load_vae, load_var
 from varkern.models.loading import HUB_FILES, HUB_VAE, download
 from varkern.progress import progress_bar
 
-from .options import (
-    DTYPES,
-    Autocast,
-    Cfg,
-    Device,
-    NumPerClass,
-    TopK,
-    TopP,
-    Vae,
-    Var,
-    WeightsDtype,
-    parse_classes,
-    pick_local_device,
-    require,
-)
+from . import options
 
 SHOWN = 20  # skipped images listed on stderr
 
@@ -44,32 +30,32 @@ Out = Annotated[Path, typer.Option(help="Folder for the dataset")]
 
 @app.command()
 def generate(
-    var: Var,
+    var: options.Var,
     out: Out,
-    vae: Vae = None,
-    per_class: NumPerClass = 1000,
+    vae: options.Vae = None,
+    per_class: options.NumPerClass = 1000,
     classes: Annotated[str | None, typer.Option(help="Classes, such as 207,88 or 0-9; default: all")] = None,
-    cfg: Cfg = 1.5,
-    top_k: TopK = 900,
-    top_p: TopP = 0.96,
+    cfg: options.Cfg = 1.5,
+    top_k: options.TopK = 900,
+    top_p: options.TopP = 0.96,
     seed: Annotated[
         int, typer.Option(help="Base seed of the images; use another seed for evaluation")
     ] = data.DATASET_SEED,
     batch_size: BatchSize = 64,
     shard_size: ShardSize = 4096,
-    device: Device = "auto",
-    dtype: WeightsDtype = "float32",
-    autocast: Autocast = None,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = "float32",
+    autocast: options.Autocast = None,
 ) -> None:
     """Sample a model without a search and write the token maps. A killed run continues where it stopped.
 
     Under torchrun several processes share the work; the dataset is the same.
     """
-    require("per_class", per_class, 1)
-    wanted = None if classes is None else parse_classes(classes)
-    where = pick_local_device(device)
+    options.require("per_class", per_class, 1)
+    wanted = None if classes is None else options.parse_classes(classes)
+    where = options.pick_local_device(device)
     var_file, vae_file = find_files(var, vae)
-    model = load_var(var_file, vae=vae_file, device=where, dtype=DTYPES[dtype])
+    model = load_var(var_file, vae=vae_file, device=where, dtype=options.DTYPES[dtype])
     manifest = data.generate_token_maps(
         out,
         model,
@@ -79,7 +65,7 @@ def generate(
         cfg=cfg,
         top_k=top_k,
         top_p=top_p,
-        autocast=DTYPES.get(autocast),
+        autocast=options.DTYPES.get(autocast),
         batch_size=batch_size,
         shard_size=shard_size,
         provenance={**versions(), "var": file_facts(var_file), "vae": file_facts(vae_file)},
@@ -107,14 +93,14 @@ def encode(
     workers: Annotated[int, typer.Option(help="Number of threads that read images")] = 4,
     batch_size: BatchSize = 64,
     shard_size: ShardSize = 4096,
-    device: Device = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Encode a folder of images to token maps. Broken images are skipped. A killed run continues where it stopped.
 
     Under torchrun several processes share the work; the dataset is the same.
     """
     require_pillow("train")
-    where = pick_local_device(device)
+    where = options.pick_local_device(device)
     names = None if class_names is None else class_names.read_text(encoding="utf-8-sig").split("\n")
     found = data.ImageFolder.open(images, None if names is None else [name.strip() for name in names if name.strip()])
     vae_file = WEIGHTS / "vae.safetensors" if vae == "demo" else find_file(vae, HUB_VAE)

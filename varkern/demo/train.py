@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from varkern.data import Batch, Manifest, TokenMaps, file_sha256, generate_token_maps, write_token_maps
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
-from varkern.progress import progress_bar
 from varkern.runs import write_tensors
 from varkern.scorer import ScorerConfig
 from varkern.training import scorer as scorer_training
@@ -121,30 +120,12 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
     )
 
 
-@torch.inference_mode()
-def real_token_maps(vae: VQVAE, count: int, seed: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Encode ``count`` jittered real digits: K token maps ``[N, l]`` and labels ``[N]``."""
-    generator = torch.Generator().manual_seed(seed)
-    maps, labels = [], []
-    with progress_bar() as progress:
-        task = progress.add_task("encoding real digits", total=count, note="")
-        for start in range(0, count, 500):
-            images, batch_labels = digits.real_batch(min(500, count - start), generator)
-            maps.append(torch.cat(vae.img_to_idxBl(images.to(device)), dim=1))
-            labels.append(batch_labels)
-            progress.advance(task, len(batch_labels))
-    return split_scales(torch.cat(maps)), torch.cat(labels).to(device)
-
-
-def split_scales(tokens: Tensor) -> list[Tensor]:
-    """Split the tokens of all scales ``[N, L]`` into K token maps ``[N, l]``."""
-    return list(tokens.split([side * side for side in PATCH_NUMS], dim=1))
-
-
 def train_var(recipe: Recipe, folder: Path, device: torch.device) -> None:
     """Train the VAR by the cross-entropy of every token, with teacher forcing."""
     vae = load_vae(folder / "vae.safetensors", device=device)
-    maps, labels = real_token_maps(vae, recipe.real_maps, recipe.seed + 2, device)
+    real = write_real_tokens(recipe, folder, device, folder / "tokens" / "real")
+    maps = real.split(real.gather(range(len(real))).to(device))
+    labels = torch.from_numpy(real.labels).to(device)
     torch.manual_seed(recipe.seed + 2)
     var = VAR(vae, **VAR_SIZES).to(device)
 

@@ -61,20 +61,23 @@ class Cell:
                 self._set(name, float(value))
         if not isinstance(self.m, int):
             self._set("m", 1 if set(self.m) == {1} else tuple(self.m))
-        idle = set()
+        for field in fields(self):
+            if field.name in self.idle:
+                self._set(field.name, field.default)
+
+    @property
+    def idle(self) -> set[str]:
+        """The names of the settings that have no effect in the cell."""
+        idle = {"temperature"} if self.pick == "best" else set()
         if self.m == 1:
             idle |= BEST_OF_M
         elif not isinstance(self.m, int):
             idle |= {"first_scale", "last_scale"}
-        if self.pick == "best":
-            idle.add("temperature")
         if self.n == 1:
             idle |= DENSITY
         elif self.strategy != "hybrid":
             idle |= {"alpha", "threshold"}
-        for field in fields(self):
-            if field.name in idle:
-                self._set(field.name, field.default)
+        return idle
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from varkern.runs import atomically, write_text
 from varkern.tables import markdown_table
 
-from .cells import BEST_OF_M, DENSITY, Cell, format_value, from_json
+from .cells import Cell, format_value, from_json
 from .presets import Preset
 from .sweep import Entry
 
@@ -94,21 +95,10 @@ def uses_inception(found: Found) -> bool:
     return found.settings.get("features", "inception") == "inception"
 
 
-def matters(cell: Cell, name: str) -> bool:
-    """True if a setting has an effect in a cell."""
-    if name in ("first_scale", "last_scale"):
-        return cell.m != 1 and isinstance(cell.m, int)
-    if name in BEST_OF_M:
-        return cell.m != 1
-    if name in DENSITY:
-        return cell.n != 1 and (name != "alpha" or cell.strategy == "hybrid")
-    return True
-
-
 def list_varying(cells: Sequence[Cell]) -> list[str]:
     """The settings that have more than one value, over the cells in which they have an effect."""
     names = [field.name for field in fields(Cell)]
-    return [n for n in names if len({getattr(cell, n) for cell in cells if matters(cell, n)}) > 1]
+    return [n for n in names if len({getattr(cell, n) for cell in cells if n not in cell.idle}) > 1]
 
 
 def list_columns(found: Found) -> list[str]:
@@ -122,7 +112,7 @@ def list_columns(found: Found) -> list[str]:
 def format_setting(cell: Cell, name: str) -> str:
     """A setting as the table shows it; empty if it has no effect in the cell."""
     value = getattr(cell, name)
-    if not matters(cell, name) or value is None or value == "":
+    if name in cell.idle or value is None or value == "":
         return ""
     if (name == "m" and cell.n != 1 and value == 1) or (name == "n" and value == 1):
         return ""
@@ -231,36 +221,29 @@ class Axis(NamedTuple):
 
 def axes_of(found: Found) -> list[Axis]:
     """An axis for each of M, n, the first scale and the density search's scale that varies, and one for the time."""
-    cells = found.preset.cells
-
-    def numbers(name: str, wanted: Callable[[Cell], bool]) -> set[int]:
-        return {getattr(cell, name) for cell in cells if wanted(cell)}
-
-    def best(cell: Cell) -> bool:
-        return cell.m != 1 and isinstance(cell.m, int)
-
-    def dense(cell: Cell) -> bool:
-        return cell.n != 1
-
     axes = []
-    for name, title, wanted, logarithmic in (
-        ("m", "candidates M", best, True),
-        ("first_scale", "first searched scale", best, False),
-        ("n", "candidates n", dense, True),
-        ("scale", "searched scale", dense, False),
+    for name, title, logarithmic in (
+        ("m", "candidates M", True),
+        ("first_scale", "first searched scale", False),
+        ("n", "candidates n", True),
+        ("scale", "searched scale", False),
     ):
-        if len(numbers(name, wanted)) > 1:
-            axes.append(Axis(name, title, setting_of(name, wanted), logarithmic))
+        values = {value for cell in found.preset.cells if (value := number_of(cell, name)) is not None}
+        if len(values) > 1:
+            axes.append(Axis(name, title, partial(entry_number, name=name), logarithmic))
     if not found.settings["timing"]:
         axes.append(Axis("seconds", FIGURES["seconds"][0], seconds_of, False))
-    return axes or [Axis("m", "candidates M", setting_of("m", best), False)]
+    return axes or [Axis("m", "candidates M", partial(entry_number, name="m"), False)]
 
 
-def setting_of(name: str, wanted: Callable[[Cell], bool]) -> Callable[[Entry], float | None]:
-    def value(entry: Entry) -> float | None:
-        return float(getattr(entry.cell, name)) if wanted(entry.cell) else None
+def number_of(cell: Cell, name: str) -> float | None:
+    """M, n or a scale of a cell's search; None if the cell has no such search, or one M per scale."""
+    searched = cell.m != 1 and isinstance(cell.m, int) if name in ("m", "first_scale") else cell.n != 1
+    return float(getattr(cell, name)) if searched else None
 
-    return value
+
+def entry_number(entry: Entry, name: str) -> float | None:
+    return number_of(entry.cell, name)
 
 
 def seconds_of(entry: Entry) -> float | None:
