@@ -244,6 +244,13 @@ class TestCard:
         text = cards.model_card(vars(SMALL), {})
         assert "The file records nothing about its training." in text and "| scale |" not in text
 
+    @pytest.mark.parametrize("text", ["no JSON", "[1, 2]", "3"])
+    def test_metadata_that_are_no_facts(self, text, tmp_path):
+        scorer = Scorer(SMALL)
+        scorer.metadata = {"training": text}
+        with pytest.raises(ValueError, match=r"training in a scorer's metadata must be a JSON object, got '"):
+            scorer.save_pretrained(tmp_path)
+
     def test_no_validation(self):
         text = cards.model_card(vars(SMALL), {"training": json.dumps({"settings": {"loss": "pointwise"}, "step": 3})})
         assert "| loss | pointwise |" in text and "Accuracy" not in text

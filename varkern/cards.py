@@ -20,9 +20,13 @@ def read_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ValueError: if they are not a JSON object.
     """
-    facts = json.loads(metadata.get("training", "{}"))
+    text = metadata.get("training", "{}")
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        facts = None
     if not isinstance(facts, dict):
-        raise ValueError(f"training must be a JSON object, got {facts!r}")
+        raise ValueError(f"training in a scorer's metadata must be a JSON object, got {text[:80]!r}")
     return facts
 
 

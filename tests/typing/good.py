@@ -148,3 +148,12 @@ def scorers() -> None:
     own = varkern.Scorer(config)
     own.save_pretrained("folder/scorer.safetensors", {"note": "mine"})
     print(own(labels, torch.randn(8, 4, 16, 6, 6), 2).shape, own.config.size + 1, varkern.__version__.split("."))
+
+
+def hub() -> None:
+    """A scorer on the hub."""
+    scorer.save_pretrained("folder", {"note": "text"})
+    address: str = scorer.push_to_hub("user/repo", private=True)
+    found: varkern.Scorer = varkern.Scorer.from_pretrained("user/repo", revision="v1", token="t", local_files_only=True)
+    print(address, found.metadata.get("training", ""))
+    found.metadata = {}
