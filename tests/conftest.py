@@ -4,6 +4,9 @@ Kernels run on the GPU where there is one and in Triton's interpreter where ther
 a kernel is defined, so it is set here, before anything imports one. ``--compiled sm_90`` runs them as compiled code on
 an emulated GPU instead (``tests/emulator``). Tests run the plain PyTorch forms unless they ask for the kernels with
 ``use_backend("triton")``, because the interpreter and the emulator are thousands of times slower than a GPU.
+
+Without Triton, or with one that is too old for the kernels, the tests of kernels are skipped. ``VARKERN_NEED_KERNELS=1``
+makes this an error, so that a machine that must run the kernels cannot pass without them.
 """
 
 import os
@@ -42,6 +45,31 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("compiled_only"):
                 item.add_marker(skip)
+
+
+def without_kernels() -> str | None:
+    """Why the kernels cannot be tested; None: they can, or they must be."""
+    from varkern.ops.backend import triton_trouble
+
+    return None if os.environ.get("VARKERN_NEED_KERNELS") == "1" else triton_trouble()
+
+
+def pytest_ignore_collect(collection_path):
+    """The files that import kernels."""
+    kernels = collection_path.parent.name in ("kernels", "emulator") and collection_path.name.startswith("test_")
+    return True if kernels and without_kernels() else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test of a kernel is skipped where no kernel can run."""
+    report = yield
+    error = call.excinfo and call.excinfo.value
+    while error is not None and type(error).__name__ != "NoKernelsError":  # opcheck raises another error from it
+        error = error.__cause__ or error.__context__
+    if error is not None and without_kernels():
+        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1] or 0, without_kernels())
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,21 @@
 """Which implementation runs, and how it is chosen."""
 
+import functools
 import os
+import re
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
 
 from varkern import use_backend
 from varkern.ops import backend
-from varkern.ops.backend import backend_for, explain, interpreting
+from varkern.ops.backend import backend_for, explain, interpreting, triton_trouble
+
+TROUBLE = triton_trouble()  # of the Triton that is installed; the tests replace it
 
 
 def on(kind):
@@ -21,6 +26,9 @@ def on(kind):
 @pytest.fixture(autouse=True)
 def auto(monkeypatch):
     monkeypatch.setattr(backend, "takes_cpu_tensors", interpreting)  # with --compiled, something else is there
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
+    monkeypatch.setattr(backend, "triton_trouble", functools.cache(backend.triton_trouble.__wrapped__))
+    monkeypatch.setattr(backend, "_warn", functools.cache(backend._warn.__wrapped__))
     with use_backend("auto"):
         yield
 
@@ -70,6 +78,33 @@ def test_as_a_function_it_holds_from_then_on():
     assert backend_for(on("cuda")) == "triton"
 
 
+def test_an_old_or_missing_triton_means_pytorch_with_one_warning(monkeypatch):
+    for version, trouble in (
+        ("3.5.1", "the kernels need Triton 3.6 or newer, got 3.5.1"),
+        ("2.1.0", "the kernels need Triton 3.6 or newer, got 2.1.0"),
+        (None, "the kernels need Triton 3.6 or newer, but importing it failed: ModuleNotFoundError: .*triton.*"),
+    ):
+        module = None if version is None else types.SimpleNamespace(__version__=version)  # None: import raises
+        monkeypatch.setitem(sys.modules, "triton", module)
+        for cached in (backend.triton_trouble, backend._warn):
+            cached.cache_clear()
+        with pytest.warns(UserWarning, match=f"{trouble}; the ops run in plain PyTorch") as seen:
+            assert [backend_for(on("cuda")) for _ in range(3)] == ["torch"] * 3
+        assert len(seen) == 1
+        assert re.fullmatch(rf"torch \({trouble}\)", explain("cuda"))
+        assert backend_for(on("mps")) == "torch"
+        with pytest.raises(backend.NoKernelsError, match=f"backend 'triton' cannot be used: {trouble}; use 'auto'"):
+            use_backend("triton")
+        assert backend.chosen_backend() == "auto"
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.1", "4.0.0+git", "3.6.0.post1"])
+def test_new_tritons_are_used(version, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    backend.triton_trouble.cache_clear()
+    assert backend_for(on("cuda")) == "triton"
+
+
 def test_a_bad_name_changes_nothing():
     use_backend("torch")
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton', got 'cuda'"):
@@ -100,20 +135,10 @@ def test_explanations(kind, switch, wanted, monkeypatch):
     assert explain(kind) == wanted
 
 
-def test_without_triton_every_tensor_gets_pytorch(monkeypatch):
-    monkeypatch.setattr(backend, "has_triton", lambda: False)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for kind in ("cpu", "cuda"):
-        assert backend_for(on(kind)) == "torch"
-        assert explain(kind) == "torch (Triton is not installed)"
-    with pytest.raises(ImportError, match="backend 'triton' needs the package triton, which is not installed"):
-        use_backend("triton")
-    assert backend_for(on("cuda")) == "torch"
-
-
 def test_a_fresh_process_without_the_switch_runs_pytorch():
     code = "import torch; from varkern.ops.backend import backend_for; print(backend_for(torch.zeros(1)))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    for extra, wanted in (({}, "torch"), ({"TRITON_INTERPRET": "1"}, "triton")):
+    kernels = "torch" if TROUBLE else "triton"
+    for extra, wanted in (({}, "torch"), ({"TRITON_INTERPRET": "1"}, kernels)):
         run = subprocess.run([sys.executable, "-c", code], env=environment | extra, capture_output=True, text=True)
         assert run.stdout.strip() == wanted, run.stderr

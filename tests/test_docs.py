@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 import torch
 
 import varkern
@@ -102,6 +103,8 @@ class TestCommands:
         """.ci/run takes these two lines from README.md."""
         found = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
         assert found == ["pip install -e '.[demo]' && varkern demo", "pip install -e '.[test]' && pytest"]
+        workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+        assert found == [step["run"] for step in workflow["jobs"]["readme"]["steps"] if "run" in step]
 
     @pytest.mark.parametrize("line", commands())
     def test_options_exist(self, line):

@@ -49,6 +49,16 @@ class TestPackage:
         text = "\n".join(path.read_text() for path in files)
         assert wanted == {name for name in wanted if re.search(rf"^\s*(from|import) {name}\b", text, re.MULTILINE)}
 
+    def test_every_dependency_has_a_lowest_version(self):
+        """.ci/run tests with the lowest versions, which it reads from pyproject.toml by this pattern."""
+        script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+        pattern = re.search(r"s/\.\*(.*?)\.\*/", script)[1].replace("\\(", "(").replace("\\)", ")")
+        found = [re.search(pattern, f'"{line}"') for line in CONFIG["project"]["dependencies"]]
+        assert None not in found
+        assert [match[1] for match in found] == [
+            re.match(r"[\w-]+", line)[0] for line in CONFIG["project"]["dependencies"]
+        ]
+
     def test_one_version(self):
         """The package has the version; what repeats it agrees."""
         assert CONFIG["project"]["dynamic"] == ["version"] and "version" not in CONFIG["project"]

@@ -136,9 +136,13 @@ class WideLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+# Asked once, because torch.compile of PyTorch 2.5 breaks the graph at this question.
+AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "hpu", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
 def autocasting(x: Tensor) -> bool:
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind in AUTOCASTS and torch.is_autocast_enabled(kind)
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:

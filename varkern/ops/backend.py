@@ -2,7 +2,7 @@
 
 ``auto`` (the default) uses Triton for tensors on a GPU and PyTorch for tensors on a CPU. With ``TRITON_INTERPRET=1`` in
 the environment it uses Triton's interpreter for CPU tensors, so that tests run the kernels on a machine with no GPU.
-Where Triton is not installed, as on macOS and Windows, it uses PyTorch for all tensors.
+Without Triton (macOS, Windows), or with a Triton older than 3.6 (PyTorch before 2.10), it uses PyTorch everywhere.
 """
 
 from __future__ import annotations
@@ -10,12 +10,43 @@ from __future__ import annotations
 import contextvars
 import functools
 import os
+import re
+import warnings
 
 import torch
 
 from varkern.literals import Backend, check_word
 
+OLDEST_TRITON = (3, 6)
+
 _chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("varkern_backend", default="auto")
+
+
+class NoKernelsError(ImportError):
+    """The backend ``"triton"`` was chosen, but Triton is missing or too old for the kernels."""
+
+
+@functools.cache
+def triton_trouble() -> str | None:
+    """Why this process cannot run the kernels on any device; None if it can.
+
+    The first call imports Triton, so it happens only when a kernel would run.
+    """
+    needed = ".".join(map(str, OLDEST_TRITON))
+    try:
+        import triton
+    except Exception as error:  # a Triton that does not fit the driver or PyTorch can raise anything
+        return f"the kernels need Triton {needed} or newer, but importing it failed: {type(error).__name__}: {error}"
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if found is None or tuple(map(int, found.groups())) < OLDEST_TRITON:
+        return f"the kernels need Triton {needed} or newer, got {triton.__version__}"
+    return None
+
+
+@functools.cache
+def _warn(trouble: str) -> None:
+    """Warn once per process."""
+    warnings.warn(f"{trouble}; the ops run in plain PyTorch, which gives the same results", stacklevel=3)
 
 
 class use_backend:
@@ -32,7 +63,7 @@ class use_backend:
 
     Raises:
         ValueError: if ``name`` is not one of the three.
-        ImportError: if ``name`` is ``"triton"`` and Triton is not installed.
+        NoKernelsError: if ``name`` is ``"triton"`` and Triton is missing or older than 3.6; an ``ImportError``.
 
     Example::
 
@@ -42,11 +73,8 @@ class use_backend:
 
     def __init__(self, name: Backend):
         check_word("backend", name, Backend)
-        if name == "triton" and not has_triton():
-            raise ImportError(
-                "backend 'triton' needs the package triton, which is not installed (pip install triton, on Linux): use "
-                "'auto' or 'torch'"
-            )
+        if name == "triton" and triton_trouble():
+            raise NoKernelsError(f"backend 'triton' cannot be used: {triton_trouble()}; use 'auto' or 'torch'")
         self._former = _chosen.get()
         _chosen.set(name)
 
@@ -60,16 +88,6 @@ class use_backend:
 def chosen_backend() -> Backend:
     """The current choice of :class:`use_backend`: ``"auto"``, ``"torch"`` or ``"triton"``."""
     return _chosen.get()
-
-
-@functools.cache
-def has_triton() -> bool:
-    """True if the package triton can be imported."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def interpreting() -> bool:
@@ -95,9 +113,14 @@ def backend_for(tensor: torch.Tensor) -> str:
             f"backend 'triton' needs a tensor on a GPU, got one on {tensor.device}; "
             "set TRITON_INTERPRET=1 to run the kernels on the CPU (slowly, for tests)"
         )
-    if chosen == "auto":
-        return "triton" if reachable and has_triton() else "torch"
-    return chosen
+    if chosen != "auto":
+        return chosen
+    if not reachable:
+        return "torch"
+    if triton_trouble():
+        _warn(triton_trouble())
+        return "torch"
+    return "triton"
 
 
 def explain(device: torch.device | str) -> str:
@@ -106,9 +129,8 @@ def explain(device: torch.device | str) -> str:
     chosen = _chosen.get()
     if chosen != "auto":
         return f"{chosen} (chosen with use_backend)"
-    reachable = kind == "cuda" or (kind == "cpu" and interpreting())
-    if reachable and not has_triton():
-        return "torch (Triton is not installed)"
+    if (kind == "cuda" or (kind == "cpu" and interpreting())) and triton_trouble():
+        return f"torch ({triton_trouble()})"
     if kind == "cuda":
         return "triton (tensors on a GPU)"
     if kind == "cpu" and interpreting():

@@ -92,7 +92,7 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     Raises:
         ValueError: if it is neither a positive int nor two of them.
     """
-    both = tuple(value) if isinstance(value, list | tuple | torch.Size) else (value, value)
+    both = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if len(both) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in both):
         raise ValueError(f"{name} must be a positive int or two of them, got {value!r}")
     return both
