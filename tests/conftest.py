@@ -5,7 +5,7 @@ a kernel is defined, so it is set here, before anything imports one. ``--compile
 an emulated GPU instead (``tests/emulator``). Tests run the plain PyTorch forms unless they ask for the kernels with
 ``use_backend("triton")``, because the interpreter and the emulator are thousands of times slower than a GPU.
 
-Without Triton, or with one that is too old for the kernels, the tests of kernels are skipped. ``VARKERN_NEED_KERNELS=1``
+Without Triton, or with one too old for the kernels, the tests of kernels are skipped. ``VARKERN_NEED_KERNELS=1``
 makes this an error, so that a machine that must run the kernels cannot pass without them.
 """
 

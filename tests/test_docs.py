@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 import torch
+import yaml
 
 import varkern
 import varkern.ops
