@@ -16,12 +16,13 @@ from varkern.ops import image_seeds, use_backend
 from varkern.own_loop import searching
 from varkern.patching import explain_patch, patch, patched, unpatch
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.search import BestOfM, Combined, DensitySearch, PublishedScorer
+from varkern.search import BestOfM, BlockResample, Combined, DensitySearch, PublishedScorer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BestOfM",
+    "BlockResample",
     "Combined",
     "DensitySearch",
     "Generation",

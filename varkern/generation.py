@@ -70,7 +70,7 @@ def run(
             candidates = session.maps(scale, draws.tokens(logits, scale, m))  # [B, M, l], or bits [B, M, l, d]
             kept, choice = candidates[:, 0], None
             if m > 1:
-                choice = search.choose(offer(session, scale, spec.num_scales, labels, candidates, draws))
+                choice = search.choose(offer(session, spec, scale, labels, candidates, draws))
                 kept = composed(choice, candidates)
                 if kept is None:
                     kept = candidates[torch.arange(len(candidates), device=device), choice.index]
@@ -88,7 +88,7 @@ def run(
     return Generation(images, tokens, scores, choices, clock.seconds())
 
 
-def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, draws) -> Candidates:
+def offer(session, spec: ModelSpec, scale: int, labels: Any, tokens: Tensor, draws) -> Candidates:
     """The candidates of one scale as a search gets them: features are computed only when it asks for them."""
 
     def fuse(start: int, stop: int, dtype: torch.dtype | None = None, channels_last: bool = False) -> Tensor:
@@ -96,7 +96,7 @@ def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, dra
 
     return Candidates(
         scale,
-        num_scales,
+        spec.num_scales,
         labels,
         tokens,
         fuse,
@@ -105,7 +105,7 @@ def offer(session, scale: int, num_scales: int, labels: Any, tokens: Tensor, dra
         session.code_scale,
         partial(session.by_position, scale, tokens),
         partial(session.fuse, scale),
-        session.grid(scale),
+        spec.grid(scale),
         partial(draws.steps, scale),
     )
 

@@ -199,6 +199,8 @@ def constant(value: Any) -> Any:
     """An option as part of a key: plain values as they are, others by identity; the graph keeps these alive."""
     if isinstance(value, list | tuple):
         return (list, tuple(map(constant, value)))
+    if isinstance(value, dict):
+        return (dict, tuple((constant(name), constant(entry)) for name, entry in value.items()))
     return value if value is None or isinstance(value, str | Real) else (type(value), id(value))
 
 

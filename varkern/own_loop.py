@@ -89,7 +89,7 @@ class TokenDraws(TorchFunctionMode):
             if len(watch.labels) and not capturing(watch.labels.device):
                 check_highest_label(self.search, int(watch.labels.max()), watch.spec)
         maps = watch.maps(scale, candidates)
-        choice = self.search.choose(offer(watch, scale, watch.spec.num_scales, watch.labels, maps, draws))
+        choice = self.search.choose(offer(watch, watch.spec, scale, watch.labels, maps, draws))
         kept = composed(choice, maps)
         if kept is None:
             return candidates.take_along_dim(choice.index.view(-1, 1, 1), 1)

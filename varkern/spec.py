@@ -22,6 +22,7 @@ class ModelSpec:
         channels: C, the width of a code.
         vocabulary: V, the number of codes; None: binary codes of ``channels`` bits.
         device: the model's device.
+        patch: one position of the transformer holds ``patch`` by ``patch`` positions of the token map.
     """
 
     num_classes: int | None
@@ -30,10 +31,17 @@ class ModelSpec:
     channels: int
     vocabulary: int | None
     device: torch.device | None = None
+    patch: int = 1
 
     @property
     def num_scales(self) -> int:
         return len(self.sides)
+
+    def grid(self, scale: int) -> tuple[int, int]:
+        """Height and width of a scale's token map, in positions of the transformer."""
+        side = self.sides[scale]
+        h, w = side if isinstance(side, tuple) else (side, side)
+        return h // self.patch, w // self.patch
 
 
 class Logits(NamedTuple):

@@ -37,10 +37,6 @@ class Session(Protocol):
         """Run the transformer on the scale's input."""
         ...
 
-    def grid(self, scale: int) -> tuple[int, int]:
-        """Height and width of the scale, in positions of the transformer."""
-        ...
-
     def by_position(self, scale: int, tokens: Tensor) -> Tensor:
         """Candidates of :meth:`maps`, one entry per position of the transformer: unchanged, or ``[B, M, l2, d2]``."""
         ...

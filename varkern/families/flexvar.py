@@ -81,9 +81,6 @@ class FlexVARFeatures:
 
     code_scale = None
 
-    def grid(self, scale: int) -> tuple[int, int]:
-        return self.sides[scale], self.sides[scale]
-
     def by_position(self, scale: int, tokens: Tensor) -> Tensor:
         return tokens
 

@@ -103,9 +103,8 @@ class InfinityFamily:
         if request is None:
             return None
         settings = Settings(model, request, check_schedule(request))
-        return ModelSpec(
-            None, settings.sides[: settings.num_scales], settings.sides[-1], settings.width, None, self.device(model)
-        )
+        sides, size = settings.sides[: settings.num_scales], settings.sides[-1]
+        return ModelSpec(None, sides, size, settings.width, None, self.device(model), settings.patch)
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
         arguments = dict(arguments)

@@ -66,18 +66,18 @@ class InfinityFeatures:
         if scale < settings.num_given:
             return settings.given[scale].to(drawn.device, torch.uint8).flatten(1, 3).unsqueeze(1)
         batch, count = drawn.shape[:2]
-        h, w = self.grid(scale)
+        h, w = self._grid(scale)
         bits = drawn.view(batch, count, h, w, settings.width, settings.patch, settings.patch)
         bits = bits.permute(0, 1, 2, 5, 3, 6, 4)  # [B, M, h, patch, w, patch, d]
         return bits.reshape(batch, count, h * w * settings.patch**2, settings.width).to(torch.uint8)
 
     def rows_of(self, scale: int, maps: Tensor) -> Tensor:
         """Bits ``[B, M, l, d]`` as they were drawn, ``[B, M, l * d]``: the inverse of :meth:`maps`."""
-        (h, w), patch = self.grid(scale), self.settings.patch
+        (h, w), patch = self._grid(scale), self.settings.patch
         bits = maps.unflatten(2, (h, patch, w, patch)).permute(0, 1, 2, 4, 6, 3, 5)  # [B, M, h, w, d, patch, patch]
         return bits.flatten(2)
 
-    def grid(self, scale: int) -> tuple[int, int]:
+    def _grid(self, scale: int) -> tuple[int, int]:
         h, w = self.settings.sides[scale]
         return h // self.settings.patch, w // self.settings.patch
 
@@ -86,7 +86,7 @@ class InfinityFeatures:
         patch = self.settings.patch
         if patch == 1:
             return tokens
-        h, w = self.grid(scale)
+        h, w = self._grid(scale)
         bits = tokens.unflatten(2, (h, patch, w, patch)).transpose(3, 4)  # [B, M, h, w, patch, patch, d]
         return bits.reshape(*tokens.shape[:2], h * w, patch**2 * tokens.shape[3])
 

@@ -72,9 +72,6 @@ class VARFeatures:
 
     code_scale = None
 
-    def grid(self, scale: int) -> tuple[int, int]:
-        return self.sides[scale], self.sides[scale]
-
     def by_position(self, scale: int, tokens: Tensor) -> Tensor:
         return tokens
 

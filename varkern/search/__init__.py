@@ -2,12 +2,14 @@
 
 from .base import Candidates, Choice, Search
 from .best_of_m import BestOfM
+from .block_resample import BlockResample
 from .combined import Combined, as_search
 from .density import DensitySearch
 from .published_scorer import PublishedScorer
 
 __all__ = [
     "BestOfM",
+    "BlockResample",
     "Candidates",
     "Choice",
     "Combined",
