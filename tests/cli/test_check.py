@@ -50,8 +50,8 @@ def test_it_says_which_loop_and_why(script, capsys, arguments, lines):
     "argument, message",
     [
         ("my_script", "model must be MODULE:NAME, such as my_script:load_model, got 'my_script'"),
-        ("my_script:other", "model must name an object of module my_script, which has no other"),
-        ("no_such_script:model", "No module named 'no_such_script'"),
+        ("my_script:other", "got 'my_script:other': my_script has no 'other'"),
+        ("no_such_script:model", "there is no module 'no_such_script'"),
         ("my_script:nothing", "Linear fits no family of models"),
     ],
 )

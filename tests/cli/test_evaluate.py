@@ -112,7 +112,7 @@ WRONG = {
     "no_reference": ({"reference": "nowhere.npz"}, "there is no nowhere.npz"),
     "reference_is_no_npz": ({"reference": "own.py"}, "must be a folder of images or an .npz"),
     "features_unknown": ({"features": "vgg"}, "inception, demo or module:function, got 'vgg'"),
-    "features_no_function": ({"features": "own:nothing"}, "own has no function 'nothing'"),
+    "features_no_function": ({"features": "own:nothing"}, "own has no 'nothing'"),
     "features_nan": ({"features": "own:spoiled"}, "must be finite, got NaN or infinity"),
     "weights_without_inception": (
         {"inception_weights": "w.pth"},

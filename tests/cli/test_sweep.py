@@ -222,7 +222,7 @@ def test_torchrun(sweep, tmp_path, monkeypatch, capsys):
         ({"scorer": None}, "needs a scorer, the given scorers are none"),
         ({"scorer": ["a=x", "a=y"]}, "scorer must have different names, got 'a' twice"),
         ({"var": "nowhere.pth"}, "nowhere.pth"),
-        ({"features": "own:none"}, "own has no function 'none'"),
+        ({"features": "own:none"}, "own has no 'none'"),
     ],
 )
 def test_wrong(sweep, tmp_path, one_line, options, message):

@@ -45,8 +45,8 @@ class TestOwnFunction:
             (":mean", "module:function"),
             ("own_features:", "module:function"),
             ("no_such_module:mean", "there is no module 'no_such_module'"),
-            ("own_features:median", "own_features has no function 'median'"),
-            ("own_features:number", "own_features has no function 'number'"),
+            ("own_features:median", "own_features has no 'median'"),
+            ("own_features:number", "which is no function"),
         ],
     )
     def test_wrong_names(self, here, name, named):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
+
+from varkern.extras import import_named
 
 
 def check(
@@ -20,26 +19,7 @@ def check(
     """Print which loop varkern.patch would use for a model, and why, without generating."""
     from varkern.patching import explain_patch
 
-    way = explain_patch(import_model(model), method)
+    found = import_named("model must be MODULE:NAME, such as my_script:load_model", model)
+    way = explain_patch(found() if callable(found) and not isinstance(found, torch.nn.Module) else found, method)
     for name, value in way._asdict().items():
         print(f"{name + ':':<8} {value}")
-
-
-def import_model(path: str) -> Any:
-    """The object that ``MODULE:NAME`` names, imported with the current folder on the path; a function is called.
-
-    Raises:
-        ValueError: if the text has another form, or the module has no such name.
-        ImportError: if the module cannot be imported.
-    """
-    module, colon, name = path.partition(":")
-    if not module or not colon or not name.isidentifier():
-        raise ValueError(f"model must be MODULE:NAME, such as my_script:load_model, got {path!r}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    finally:
-        sys.path.remove(os.getcwd())
-    if found is None:
-        raise ValueError(f"model must name an object of module {module}, which has no {name}")
-    return found() if callable(found) and not isinstance(found, torch.nn.Module) else found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +9,8 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from varkern.extras import import_named
 
 SPATIAL_CHANNELS = 7  # the published suite computes sFID from the first 7 channels of a layer
 
@@ -64,20 +64,10 @@ def from_name(name: str, device: torch.device) -> Extractor:
     Raises:
         ValueError: if the module or function does not exist.
     """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"features must be inception, demo or module:function, got {name!r}")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"features {name}: there is no module {error.name!r}") from error
-    finally:
-        sys.path.remove(here)
-    function = getattr(module, function_name, None)
+    wanted = "features must be inception, demo or module:function"
+    function = import_named(wanted, name)
     if not callable(function):
-        raise ValueError(f"features {name}: {module_name} has no function {function_name!r}")
+        raise ValueError(f"{wanted}, got {name!r}, which is no function")
     return Extractor(name, function, device)
 
 
