@@ -17,6 +17,7 @@ from tests.helpers import NUM_CLASSES, on, small_scorer, small_var
 from tests.standins.models import FLEX_SIDES, small_flexvar
 from varkern import graphs
 from varkern.graphs import GenerationGraphs
+from varkern.ops.backend import chosen_backend
 from varkern.ops.fusion import list_tables
 from varkern.patching import PatchedMethod
 from varkern.search import BestOfM
@@ -142,10 +143,8 @@ def test_earlier_images_are_not_overwritten(model, capture):
     assert torch.equal(first, kept)
 
 
-@pytest.mark.parametrize("what", ["model", "quantizer", "scorer", "autocast", "backend"])
-def test_changed_weights_and_modes_are_captured_anew(model, capture, what, quick_backend):
-    if what == "backend" and quick_backend == "torch":
-        pytest.skip("the other backend is the interpreter here, which is slow")
+@pytest.mark.parametrize("what", ["model", "quantizer", "scorer", "autocast"])
+def test_changed_weights_and_modes_are_captured_anew(model, capture, what):
     search = best_of(2)
     varkern.patch(model, search, cuda_graph=True)
     before = images(model)
@@ -160,13 +159,28 @@ def test_changed_weights_and_modes_are_captured_anew(model, capture, what, quick
     if what == "autocast":
         with torch.autocast(model.lvl_1L.device.type, torch.bfloat16):
             after = images(model)
-    elif what == "backend":
-        with varkern.use_backend("torch"):
-            after = images(model)
     else:
         after = images(model)
         assert not torch.equal(before, after)
     assert len(capture) == 2 and after.shape == before.shape
+
+
+def test_every_backend_and_mode_has_its_own_graph(model, monkeypatch):
+    """Captures are counted and nothing runs, so that the interpreter need not."""
+    captures = []
+
+    def nothing(generation, where):
+        captures.append((chosen_backend(), model.training))
+        return lambda: None, torch.zeros(3, 3, 12, 12, device=where)
+
+    monkeypatch.setattr(graphs, "capture_cuda", nothing)
+    monkeypatch.setattr(GenerationGraphs, "hindrance", lambda self, device: None)
+    varkern.patch(model, cuda_graph=True)
+    for training in (False, True, False):
+        for backend in ("torch", "triton"):
+            with varkern.use_backend(backend):
+                images(model.train(training))
+    assert captures == [(backend, training) for training in (False, True) for backend in ("torch", "triton")]
 
 
 @pytest.mark.parametrize("name, value", [("m", 2), ("pick", 2), ("temperature", 0.3), ("last_scale", 2)])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ class TestTrain:
         assert command(**changes) == 0
         settings = read_facts(tmp_path / "scorer.safetensors")["settings"]
         assert {name: settings[name] for name in changes} == changes
+
+    def test_the_default_sizes_are_the_published_ones(self, command, monkeypatch):
+        given = []
+        monkeypatch.setattr(cli.scorer, "train_scorer", lambda *arguments, **_: given.extend(arguments))
+        monkeypatch.setattr(cli.scorer, "find_rank", lambda: (1, 2))  # which prints nothing
+        assert command(widths=None, embedding=None, hidden=None) == 0
+        (config,) = (one for one in given if isinstance(one, varkern.ScorerConfig))
+        assert (config.num_classes, config.num_scales, config.channels, config.size) == (CLASSES, 3, 8, 4)
+        published = replace(config, num_classes=1000, num_scales=10, channels=32, size=16, widths=None)
+        assert sum(p.numel() for p in varkern.Scorer(published).parameters()) == 4_007_425
+        assert config.widths == (64,) and config.dropout == 0.05
 
     def test_a_recipe_and_options_that_replace_its_own(self, command, tmp_path, capsys):
         """An option that is given counts, also where it is the other recipe's default."""

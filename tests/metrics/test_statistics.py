@@ -117,6 +117,13 @@ class TestScore:
         divergences = np.sum(self.P * np.log(self.P / self.P.mean(0)), 1)
         assert score.score() == pytest.approx(np.exp(divergences.mean()), rel=1e-12)
 
+    def test_the_published_splits_have_5000_images(self):
+        """Two kinds of images, one in each split: every split alone has the score 1, both together would have 2."""
+        score = RunningScore()
+        for start, kind in ((0, [1.0, 0.0]), (5000, [0.0, 1.0])):
+            score.add(torch.tensor(kind).repeat(5000, 1), start)
+        assert score.score() == pytest.approx(1)
+
     def test_zero_probabilities(self):
         score = RunningScore()
         score.add(torch.eye(4).repeat(3, 1), 0)

@@ -1,6 +1,7 @@
 """The nucleus for values of ``top_p`` so near to a boundary of the distribution that float32 cannot resolve them."""
 
 import bisect
+import math
 
 import pytest
 import torch
@@ -35,3 +36,27 @@ def test_a_boundary_that_float32_cannot_place(backend, spread, top_k, device):
             with use_backend(backend):
                 tokens = sampling.sample_tokens(rows, len(bits), top_k=top_k, top_p=nucleus / 2**30, seeds=seeds)
             assert tokens.flatten().tolist() == wanted, (last, step)
+
+
+ROWS = {  # vocabulary, places of equal logits, the other logits, top_k
+    "all pairs": (4, [0, 1, 2, 3], -math.inf, 0),
+    "row": (300, [7, 90, 91, 250], -100.0, 0),
+    "shortlist": (300, [7, 90, 91, 250], 1.0, 4),
+    "shortlist overflows": (300, list(range(100, 300)), 1.0, 4),
+}
+
+
+@pytest.mark.parametrize("vocab, places, others, top_k", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equal_tokens_that_reach_top_p_exactly(backend, vocab, places, others, top_k, device):
+    """Half of the mass is half of the equal tokens, those of lower index, and not one fewer or more."""
+    place = device if backend == "triton" else torch.device("cpu")
+    row = torch.full((1, 1, vocab), others, device=place)
+    row[:, :, places] = 2.5
+    seeds = image_seeds(0, 1, place)
+    bits = uniform_bits(seeds.cpu(), 6, 1, 0, TOKENS).flatten().tolist()
+    for top_p, num_kept in ((0.5, len(places) // 2), (0.5 + 2**-30, len(places) // 2 + 1)):
+        with use_backend(backend):
+            tokens = sampling.sample_tokens(row, len(bits), top_k=top_k, top_p=top_p, seeds=seeds).flatten().tolist()
+        assert tokens == [places[num_kept * u >> 24] for u in bits], top_p
+        assert len(set(tokens)) > 1

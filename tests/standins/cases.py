@@ -77,6 +77,7 @@ class FlexVARCase(Case):
             "one balanced strength in a tensor": {"cfg": torch.full((1, 1, 1), 4.0), "used_llamagen_cfg": True},
             "by image": {"cfg": torch.tensor([0.5, 3.0, 1.0, 0.0, 2.0]).view(5, 1, 1)},
             "greedy beyond 3": {"max_pn": 3, "top_p": 0.9},
+            "a ramp of twelve scales": {"infer_patch_nums": (1, 2) * 6, "cfg": 3.0},
             "greedy at a side of 7": {"infer_patch_nums": [1, 2, 7, 4], "cfg": 3.0},
             "forbidden ids": {"invalid_ids": torch.arange(0, 64, 2)},
             "drawn labels": {"label_B": None},

@@ -214,6 +214,24 @@ class TestGoingOn:
         models._model = None
         assert sweep(tmp_path).run() == first and not models.loaded
 
+    def test_the_parts_stay_until_their_result_is_written(self, sweep, tmp_path, monkeypatch, small_parts):
+        write, written = sweeping.write_json, []
+
+        def killed(path, content):
+            if path.parent.parent.name == "results" and not written:
+                written.append(path)
+                raise KeyboardInterrupt
+            write(path, content)
+
+        monkeypatch.setattr(sweeping, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path, CELLS[1:2]).run()
+        parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "progress").rglob("*.safetensors")}
+        assert len(parts) == 4 and not written[0].exists()
+        monkeypatch.setattr(Sweep, "make", lambda self, unit, advance: pytest.fail("a part was made again"))
+        sweep(tmp_path, CELLS[1:2], share=(3, 8)).run()  # whose share is the first seed's last part
+        assert written[0].exists() and not any(path.exists() for path in parts)
+
     def test_more_cells_and_more_seeds(self, sweep, tmp_path, monkeypatch):
         sweep(tmp_path, CELLS[:1], replace(SETTINGS, repeats=1)).run()
         made, make = [], Sweep.make

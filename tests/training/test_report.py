@@ -85,6 +85,12 @@ class TestDistance:
         assert found["kl_generated_real"] == pytest.approx(0.5, abs=0.02)
         assert found["mean_difference"] == pytest.approx(1.0, abs=0.02)
 
+    def test_each_kl_has_its_own_direction(self):
+        """Equal means, deviations 1 and 3/2: ln 3/2 + 2/9 - 1/2 nat, and 9/8 - 1/2 - ln 3/2 the other way."""
+        found = scores.distance(normal(200_000, 0.0, 6, 1)[:, 0], 1.5 * normal(200_000, 0.0, 7, 1)[:, 0])
+        assert found["kl_real_generated"] == pytest.approx(math.log(3 / 2) + 2 / 9 - 1 / 2, abs=0.02)
+        assert found["kl_generated_real"] == pytest.approx(9 / 8 - 1 / 2 - math.log(3 / 2), abs=0.02)
+
     def test_all_scores_equal(self):
         found = scores.distance(torch.ones(10), torch.ones(10))
         assert found["mean_difference"] == 0 and found["kl_real_generated"] == 0
