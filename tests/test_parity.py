@@ -1,6 +1,7 @@
 """Drop-in: with one multinomial candidate a scale, a patched model gives the unpatched model's images bit for bit."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -69,20 +70,35 @@ def same(states, others):
     return all(torch.equal(*pair) for pair in zip(states, others, strict=True))
 
 
-@pytest.mark.parametrize("more_smooth", [False, True], ids=["hard", "smooth"])
-@pytest.mark.parametrize("cfg", CFG_CASES.values(), ids=CFG_CASES)
-@pytest.mark.parametrize("label_B", LABEL_CASES.values(), ids=LABEL_CASES)
-def test_one_multinomial_candidate_is_bit_equal(in_precision, label_B, cfg, more_smooth, device):
+# Every label with every guidance; the seed, the filters and the smoothing so that every two values of any two meet.
+REQUESTS = {
+    f"{label}, cfg {cfg}": (label, cfg, (i + j) % 4, bool((i + j + i // 2) % 2))
+    for i, label in enumerate(LABEL_CASES)
+    for j, cfg in enumerate(CFG_CASES)
+}
+
+
+def test_every_two_values_meet_in_a_request():
+    columns = [sorted(set(column), key=str) for column in zip(*REQUESTS.values(), strict=True)]
+    for first, second in itertools.combinations(range(4), 2):
+        pairs = {(request[first], request[second]) for request in REQUESTS.values()}
+        assert pairs == set(itertools.product(columns[first], columns[second]))
+    assert [len(column) for column in columns] == [len(LABEL_CASES), len(CFG_CASES), len(FILTERS), 2]
+
+
+@pytest.mark.parametrize("label, cfg, number, more_smooth", REQUESTS.values(), ids=REQUESTS)
+def test_one_multinomial_candidate_is_bit_equal(in_precision, label, cfg, number, more_smooth, device):
     model, context = in_precision
-    for seed, (top_k, top_p) in zip(SEEDS, FILTERS.values(), strict=True):
-        # Labels come from the host and from the model's device in turn; a guidance by image is the device's alone.
-        labels = placed(label_B, device if top_k else "cpu")
-        arguments = {"label_B": labels, "g_seed": seed, "cfg": placed(cfg, device), "top_k": top_k, "top_p": top_p}
-        plain, state = call(model, context, **arguments, more_smooth=more_smooth)
-        with patched(model, **MULTINOMIAL):
-            ours, state_after = call(model, context, **arguments, more_smooth=more_smooth)
-        assert ours.dtype == plain.dtype and torch.equal(ours, plain), (seed, top_k, top_p)
-        assert same(state, state_after)
+    seed, (top_k, top_p) = SEEDS[number], [*FILTERS.values()][number]
+    # Labels come from the host and from the model's device in turn; a guidance by image is the device's alone.
+    labels = placed(LABEL_CASES[label], device if top_k else "cpu")
+    arguments = {"label_B": labels, "g_seed": seed, "cfg": placed(CFG_CASES[cfg], device), "top_k": top_k}
+    arguments |= {"top_p": top_p, "more_smooth": more_smooth}
+    plain, state = call(model, context, **arguments)
+    with patched(model, **MULTINOMIAL):
+        ours, state_after = call(model, context, **arguments)
+    assert ours.dtype == plain.dtype and torch.equal(ours, plain)
+    assert same(state, state_after)
 
 
 @pytest.mark.parametrize("build", STRUCTURES.values(), ids=STRUCTURES)

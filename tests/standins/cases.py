@@ -127,7 +127,7 @@ INFINITY_OPTIONS = {
 class InfinityCase(Case):
     labels = texts(LENGTHS)
 
-    def __init__(self, patch: int = 1, **config):
+    def __init__(self, patch: int = 1, only: tuple[str, ...] = (), **config):
         self.config, self.patch = config, patch
         _, height, width = SCHEDULE[-1]
         self.size = (NUM_BITS, patch * height, patch * width)
@@ -139,6 +139,8 @@ class InfinityCase(Case):
             "all maps given": {"gt_leak": 5, "gt_ls_Bl": maps},
             "cut off": {"trunk_scale": 3},
         }
+        if only:
+            self.published = {name: self.published[name] for name in only}
 
     def build(self):
         model, self.vae = small_infinity(**self.config)
@@ -172,12 +174,15 @@ class InfinityCase(Case):
         return image.permute(0, 2, 3, 1).mul(255).to(torch.uint8).flip(dims=(3,))
 
 
+# What a kind of Infinity with other shapes or other embeddings may do differently; the rest is the first kind's.
+OF_A_KIND = ("plain", "no guidance", "in layers and on logits", "no images", "three maps given", "cut off")
+
 CASES = {
     "VAR": VARCase(),
     "FlexVAR": FlexVARCase(),
     "Infinity": InfinityCase(),
-    "Infinity, patchify": InfinityCase(2, apply_spatial_patchify=1),
-    "Infinity, levels at every chunk": InfinityCase(add_lvl_embeding_only_first_block=0),
+    "Infinity, patchify": InfinityCase(2, (*OF_A_KIND, "all maps given"), apply_spatial_patchify=1),
+    "Infinity, levels at every chunk": InfinityCase(only=OF_A_KIND, add_lvl_embeding_only_first_block=0),
 }
 
 
