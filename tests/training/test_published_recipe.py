@@ -216,11 +216,13 @@ class TestBest:
         assert facts["validation"] == seen[best][0] == read_facts(tmp_path / "scorer.safetensors")["validation"]
         assert facts["best_step"] == math.ceil((best + 1) * facts["pairs"] / 8)
 
-    @pytest.mark.parametrize("step", [5, 8, 11])
-    def test_a_killed_run_keeps_it_too(self, step, folder, tmp_path, monkeypatch, every_step):
+    def test_a_killed_run_keeps_it_too(self, folder, tmp_path, monkeypatch, every_step):
+        """Killed before, at and after the best epoch."""
         whole, out = tmp_path / "whole.safetensors", tmp_path / "scorer.safetensors"
         assert wait_for(start_child(lambda: train(folder, whole, self.training))) == 0
-        assert wait_for(start_child(lambda: interrupt(monkeypatch, folder, out, step, self.training))) == 0
+        for step in (5, 8, 11):
+            killed = start_child(lambda step=step: interrupt(monkeypatch, folder, out, step, self.training))
+            assert wait_for(killed) == 0
         assert wait_for(start_child(lambda: train(folder, out, self.training))) == 0
         assert differing(out, whole) == []
         assert read_facts(out)["best_step"] == read_facts(whole)["best_step"] < read_facts(whole)["step"]
