@@ -258,22 +258,22 @@ class TestRefused:
 def test_three_commands_on_the_demo_model(tmp_path):
     """Real digits' token maps, generated ones, a scorer: in miniature, from nothing, it tells digits from forgeries.
 
-    Of 304 held-out pairs more than 65% are told right at the last scale, which by chance has a probability below 1e-6.
-    (Here it is 75%; after full-size training 95%.) Everything is seeded.
+    The forgeries are made with too much guidance, which is soon learned. Of 303 held-out pairs more than 65% are told
+    right at the last scale, which by chance has a probability below 1e-6. (Here it is 74%.) Everything is seeded.
     """
-    recipe, vae = demo_train.Recipe(real_maps=3000), demo_run.WEIGHTS / "vae.safetensors"
+    recipe, vae = demo_train.Recipe(real_maps=1000), demo_run.WEIGHTS / "vae.safetensors"
     demo_train.write_real_tokens(recipe, demo_run.WEIGHTS, torch.device("cpu"), tmp_path / "real")
 
     def command(*names, **options):
         arguments = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         assert cli.main([*names, "--device", "cpu", *arguments]) == 0
 
-    command("tokens", "generate", var="demo", per_class=200, cfg=0, top_k=0, out=tmp_path / "generated", batch_size=500)
+    command("tokens", "generate", var="demo", per_class=50, cfg=4, top_k=0, out=tmp_path / "generated", batch_size=500)
     data = {"real": tmp_path / "real", "generated": tmp_path / "generated", "vae": vae}
-    scorer, sizes = tmp_path / "scorer.safetensors", {"widths": "24,32", "embedding": 8, "hidden": "32"}
-    settings = {"learning_rate": 1e-3, "batch_size": 32, "warmup_epochs": 0.2, "validation": 0.1}
+    scorer, sizes = tmp_path / "scorer.safetensors", {"widths": "16,32", "embedding": 8, "hidden": "32"}
+    settings = {"learning_rate": 4e-3, "batch_size": 32, "epochs": 2, "warmup_epochs": 0.2, "validation": 0.3}
     command("scorer", "train", **data, **sizes, **settings, out=scorer)
     command("scorer", "report", **data, scorer=scorer, out=tmp_path / "report")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["pairs"] == 304 and report["scales"][-1]["accuracy"] > 0.65
+    assert report["pairs"] == 303 and report["scales"][-1]["accuracy"] > 0.65
     assert report["scales"][-1]["mean_difference"] > 0
