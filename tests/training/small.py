@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import faulthandler
+import functools
 import os
 import signal
 import socket
@@ -34,8 +35,14 @@ CONFIG = ScorerConfig(
 )
 TRAINING = ScorerTraining(epochs=2.0, warmup_epochs=0.5, batch_size=8, learning_rate=3e-3, validation=0.2, seed=5)
 
-# The first optimizer of a process imports much of PyTorch: here once, instead of once in every child.
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+
+@functools.cache
+def import_optimizers() -> None:
+    """The first optimizer of a process imports much of PyTorch, and Triton: here once, not once in every child.
+
+    Not when this file is imported, which may be before ``tests/conftest.py`` has set Triton's switch.
+    """
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 def maker(sides: Sequence[int] = SIDES) -> FeatureMaker:
@@ -75,6 +82,7 @@ def train(folder: Path, out: Path, training: ScorerTraining = TRAINING, **option
 
 def start_child(work: Callable[[], object]) -> int:
     """Fork a process that does ``work`` on one thread, so that its sums are those of any other such process."""
+    import_optimizers()
     pid = os.fork()
     if pid:
         return pid
