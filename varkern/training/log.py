@@ -26,19 +26,21 @@ class Log:
 
     def __init__(self, path: Path, columns: Sequence[str], start: int):
         self.path, self.columns = path, list(columns)
-        rows = [row for row in read_rows(path, self.columns) if int(row["step"]) <= start]
-        with atomically(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        self.rows = [row for row in read_rows(path, self.columns) if int(row["step"]) <= start]
+        self.save()
+        self.board = open_tensorboard(path.with_suffix(".tensorboard"), start)
+
+    def save(self) -> None:
+        """Write all rows, so that a killed run leaves no incomplete one."""
+        with atomically(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(rows)
-        self.board = open_tensorboard(path.with_suffix(".tensorboard"), start)
+            writer.writerows(self.rows)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add a row; missing columns stay empty."""
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(
-                {name: value if isinstance(value, int) else f"{value:.8g}" for name, value in row.items()}
-            )
+        self.rows.append({name: value if isinstance(value, int) else f"{value:.8g}" for name, value in row.items()})
+        self.save()
         if self.board is not None:
             for name, value in row.items():
                 if name != "step":
@@ -50,16 +52,12 @@ class Log:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the complete rows of a CSV that :class:`Log` wrote; a killed run may leave an incomplete one."""
+    """Read the rows of a CSV that :class:`Log` wrote; none if it has other columns."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        content = file.read()
-    with_end = content[: content.rfind("\n") + 1]
-    rows = csv.DictReader(with_end.splitlines())
-    if rows.fieldnames != list(columns):
-        return []
-    return [row for row in rows if None not in row and row["step"].isdecimal() and None not in row.values()]
+        rows = csv.DictReader(file)
+        return list(rows) if rows.fieldnames == list(columns) else []
 
 
 def open_tensorboard(folder: Path, start: int):
