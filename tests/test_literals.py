@@ -35,6 +35,7 @@ CALLS = [
     (varkern.generate, "loop", lambda word: varkern.generate(small_var(), [0], loop=word)),
     (varkern.searching, "sampler", lambda word: enter(varkern.searching(small_var(), sampler=word))),
     (varkern.BestOfM.__init__, "pick", lambda word: varkern.BestOfM(ANY_SCORER, pick=word)),
+    (varkern.BlockResample.__init__, "pick", lambda word: varkern.BlockResample(ANY_SCORER, pick=word)),
     (varkern.DensitySearch.__init__, "strategy", lambda word: varkern.DensitySearch(strategy=word)),
     (varkern.DensitySearch.__init__, "metric", lambda word: varkern.DensitySearch(metric=word)),
     (varkern.DensitySearch.__init__, "per", lambda word: varkern.DensitySearch(per=word)),

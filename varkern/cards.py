@@ -90,8 +90,8 @@ def training(facts: Mapping[str, Any]) -> Iterator[str]:
         )
         first = facts["settings"].get("first_scale", 0)
         figures = zip(facts["validation"]["accuracy"], facts["validation"]["loss"], strict=True)
-        rows = [[str(first + k), f"{accuracy:.3f}", f"{loss:.4f}"] for k, (accuracy, loss) in enumerate(figures)]
-        yield markdown_table(["scale", "accuracy", f"{facts['settings'].get('loss', '')} loss".strip()], rows)
+        lines = [[str(first + k), f"{accuracy:.3f}", f"{loss:.4f}"] for k, (accuracy, loss) in enumerate(figures)]
+        yield markdown_table(["scale", "accuracy", f"{facts['settings'].get('loss', '')} loss".strip()], lines)
 
 
 def table(head: list[str], rows: Mapping[str, Any]) -> str:

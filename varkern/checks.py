@@ -179,6 +179,7 @@ def label_range(request: Request, spec: ModelSpec) -> tuple[int, int] | None:
     labels = request.labels
     if labels is None or request.batch_size == 0:
         return None
+    assert spec.num_classes is not None, "texts are no labels"
     if not isinstance(labels, Tensor):
         label = spec.num_classes if labels < 0 else int(labels)
         return label, label

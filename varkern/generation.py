@@ -61,19 +61,23 @@ def run(
     draws = make_draws(sampler, request, device, family.generator(model, request.seed) if sampler != "philox" else None)
     labels = as_labels(request, spec, device, draws) if family.has_classes else request.labels
     clock = Clock(device, timed)
-    tokens, scores, choices = [], [], []
+    tokens: list[Tensor] = []
+    scores: list[Tensor | None] = []
+    choices: list[Tensor | None] = []
     session = family.open(model, labels, request, draws)
     try:
         for scale in range(spec.num_scales):
             logits = session.logits(scale)
             m = search.num_candidates(scale, spec.num_scales) if search is not None and logits.free else 1
             candidates = session.maps(scale, draws.tokens(logits, scale, m))  # [B, M, l], or bits [B, M, l, d]
-            kept, choice = candidates[:, 0], None
-            if m > 1:
+            kept, choice = None, None
+            if m > 1 and search is not None:
                 choice = search.choose(offer(session, spec, scale, labels, candidates, draws))
                 kept = composed(choice, candidates)
                 if kept is None:
                     kept = candidates[torch.arange(len(candidates), device=device), choice.index]
+            else:
+                kept = candidates[:, 0]
             session.commit(scale, kept, logits, draws, hard=m > 1)
             tokens.append(kept)
             scores.append(choice and choice.scores)
@@ -131,6 +135,7 @@ def as_labels(request: Request, spec: ModelSpec, device: torch.device, draws) ->
     labels = request.labels
     if labels is None:
         return draws.labels(spec.num_classes)
+    assert spec.num_classes is not None, "texts are no labels"
     if not isinstance(labels, Tensor):
         return torch.full((request.batch_size,), spec.num_classes if labels < 0 else int(labels), device=device)
     return labels.to(device=device, dtype=torch.int64)
@@ -140,7 +145,8 @@ class Clock:
     """Measures the time between ticks; on a GPU with events, so that nothing waits before the end."""
 
     def __init__(self, device: torch.device, enabled: bool):
-        self.device, self.cuda, self.enabled, self.marks = device, device.type == "cuda", enabled, []
+        self.device, self.cuda, self.enabled = device, device.type == "cuda", enabled
+        self.marks: list[Any] = []
         self.tick()
 
     def tick(self) -> None:

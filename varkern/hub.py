@@ -38,7 +38,7 @@ def split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
     return name, inside
 
 
-def locate(source: str | os.PathLike, revision: str | None = None, **options: Any) -> Path:
+def locate(source: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
     """The local file of a scorer, which is downloaded if ``source`` is the name of a repository.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from varkern.fingerprints import find_difference
 from varkern.literals import Sampler
 from varkern.scorer import Scorer
 from varkern.search import BestOfM, Candidates, Choice, PublishedScorer, Search
-from varkern.spec import is_int
+from varkern.spec import is_int, is_number
 
 WRAPPED = 4  # wrapped networks kept, so that captured generations find their scorer again
 
@@ -31,6 +30,7 @@ class PublishedBestOfM(BestOfM):
         """See :class:`varkern.search.Search`."""
         if self.pick == "best":
             return super().choose(candidates)
+        assert isinstance(self.pick, int), "the published method has no other pick"
         scores = self.score(candidates)
         best = scores.topk(min(self.pick, scores.shape[1]), dim=1)
         drawn = torch.multinomial((best.values / self.temperature).softmax(1), 1)
@@ -70,7 +70,7 @@ class CalledSearch:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
         if pick == 1:  # the published method does not look at the temperature then
             temperature = 1.0
-        elif not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        elif not is_number(temperature) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature_lsrs must be a finite number > 0, got {temperature!r}")
         m = tuple(int(count) if first <= scale < stop else 1 for scale in range(self.num_scales))
         if max(m) == 1:

@@ -84,6 +84,7 @@ class TokenDraws(TorchFunctionMode):
     def choose(self, candidates: Tensor, scale: int, draws: Any) -> Tensor:
         """The map that the search keeps of the candidates ``[B, M, rows]``: ``[B, 1, rows]``."""
         watch = self.watch
+        assert self.search is not None, "without one there is one candidate"
         if watch.labels is not self.checked and isinstance(watch.labels, Tensor):  # once per generation: it waits
             self.checked = watch.labels
             if len(watch.labels) and not capturing(watch.labels.device):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from varkern.checks import check, check_method
-from varkern.copying import ABSENT, Replacement, replace, restore
+from varkern.copying import ABSENT, CopiedMethod, Replacement, replace, restore
 from varkern.errors import UnsupportedModelError
 from varkern.exclusive import exclusive
 from varkern.families import Family, recognise
@@ -60,6 +60,7 @@ class PatchedMethod(Replacement):
         given = set(bound.arguments)
         bound.apply_defaults()
         if self.loop == "own":
+            assert not isinstance(self.search, CalledSearch), "only the fused loop replaces LSRS' method"
             self.switch_own_search_off(bound)
             with exclusive(self.family, self.model):
                 return call_own(self.family, self.model, self.__wrapped__, bound, self.search, self.sampler)
@@ -163,8 +164,8 @@ def patch(
     replace_method(model, way.method, family, search, sampler, cuda_graph, way.loop)
     called = published_method(model, family)
     if called is not None and way.loop == "fused":
-        search = CalledSearch(called.spec(model).num_scales, sampler)
-        replace_method(model, called.method, called, search, sampler, cuda_graph)
+        as_called = CalledSearch(called.spec(model).num_scales, sampler)
+        replace_method(model, called.method, called, as_called, sampler, cuda_graph)
     return model
 
 
@@ -239,7 +240,7 @@ def replace_method(
 ) -> None:
     """Put a :class:`PatchedMethod` in the place of the method of this name, or of the patch that is there."""
     current = vars(model).get(name, ABSENT)
-    if isinstance(current, Replacement):
+    if isinstance(current, PatchedMethod | CopiedMethod):
         former, original = current.former, current.__wrapped__
     else:
         former, original = current, getattr(model, name)

@@ -27,7 +27,7 @@ SETTINGS, PROGRESS = "settings.json", "progress"
 
 
 @contextlib.contextmanager
-def atomically(path: str | os.PathLike) -> Iterator[Path]:
+def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path, which is renamed to ``path`` at the end. After an error the previous file is kept.
 
     Under ``torchrun`` each process has another temporary path, so several processes may write the same file.
@@ -41,7 +41,7 @@ def atomically(path: str | os.PathLike) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> None:
+def write_bytes(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
     """Write a file whole or not at all.
 
     Raises:
@@ -57,26 +57,26 @@ def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> None:
         raise OSError(error.errno, reason) from error
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file, see :func:`write_bytes`; its folder is made if it does not exist."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Write JSON, see :func:`write_text`."""
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file, see :func:`write_bytes`; ``save_file`` does not raise ``OSError`` for a full disk."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, save(contiguous, None if metadata is None else dict(metadata)))
 
 
-def write_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
+def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write ``state`` in the format of ``torch.save``, see :func:`write_bytes`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -111,7 +111,7 @@ def check_file(name: str, path: Path | None, suffix: str) -> None:
     open_folder(path.parent)
 
 
-def describe_file(path: str | os.PathLike | None) -> dict[str, Any] | str | None:
+def describe_file(path: str | os.PathLike[str] | None) -> dict[str, Any] | str | None:
     """Describe a file by path, size and time, for settings. Other text, such as a short name, is returned unchanged."""
     if path is None or not Path(path).is_file():
         return path if path is None else str(path)

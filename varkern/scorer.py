@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +72,17 @@ class ScorerConfig:
     hidden: tuple[int, ...] = (512, 256, 128)
     dropout: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         stages = len(stage_sides(self.size))
         if not stages:
             raise ValueError(f"size must be at least {FINAL_SIDE + 1}, got {self.size}")
-        object.__setattr__(self, "widths", default_widths(self.size) if self.widths is None else tuple(self.widths))
+        widths = default_widths(self.size) if self.widths is None else tuple(self.widths)
+        object.__setattr__(self, "widths", widths)
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        if len(self.widths) != stages:
+        if len(widths) != stages:
             raise ValueError(
                 f"widths must have one number for each of the {stages} stages that halve size={self.size} "
-                f"down to {FINAL_SIDE}, got {len(self.widths)}"
+                f"down to {FINAL_SIDE}, got {len(widths)}"
             )
         if not self.hidden:
             raise ValueError("hidden must have at least one width, got none")
@@ -189,7 +190,11 @@ class Scorer(nn.Module):
         torch.Size([8, 4])
     """
 
-    channels_last = True
+    config: ScorerConfig
+    class_label_proj: WideLinear
+    stage_label_proj: WideLinear
+    out_proj: WideLinear
+    channels_last: bool = True
     """Searches pass features in this memory format, so that :meth:`forward` need not convert them."""
     metadata: Mapping[str, str] = MappingProxyType({})
     """Texts by name from the scorer's file. ``"training"`` has the facts of its training, from which the model card is
@@ -198,6 +203,7 @@ class Scorer(nn.Module):
     def __init__(self, config: ScorerConfig | None = None):
         super().__init__()
         self.config = config = config or ScorerConfig()
+        assert config.widths is not None, "its __post_init__ replaces None"
         before = config.channels
         for i, (width, side) in enumerate(zip(config.widths, stage_sides(config.size), strict=True)):
             blocks = ResidualBlock(before, width, side, stride=2), ResidualBlock(width, width, side)
@@ -220,7 +226,8 @@ class Scorer(nn.Module):
     @property
     def stages(self) -> list[nn.Sequential]:
         """The convolutional stages, in order."""
-        return [self.get_submodule(f"conv_stage_{i + 1}") for i in range(len(self.config.widths))]
+        numbers = range(1, 1 + len(stage_sides(self.config.size)))
+        return [cast(nn.Sequential, self.get_submodule(f"conv_stage_{number}")) for number in numbers]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -266,7 +273,7 @@ class Scorer(nn.Module):
             joined = torch.cat([x.flatten(1).to(wide), *conditions], dim=1)
             return self.out_proj(self.fuser(joined)).view(batch, candidates)
 
-    def save_pretrained(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
         """Write weights and config. After a crash the former file is still complete.
 
         Args:
@@ -321,13 +328,13 @@ class Scorer(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike[str],
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Scorer:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Logits(NamedTuple):
         """
         if self.uncond is None:
             return self.cond
-        more, less = 1 + self.guidance, self.guidance
-        if dtype is not None and isinstance(less, Tensor):
-            more, less = more.to(dtype), less.to(dtype)
-        return more * self.cond - less * self.uncond
+        guidance = self.guidance
+        if dtype is None or not isinstance(guidance, Tensor):
+            return (1 + guidance) * self.cond - guidance * self.uncond
+        return (1 + guidance).to(dtype) * self.cond - guidance.to(dtype) * self.uncond
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def is_int(x: object) -> bool:
+def is_int(x: object) -> TypeIs[int]:
     """True for an integer of Python or NumPy, false for a bool."""
     return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def is_number(x: object) -> TypeIs[float]:
+    """True for a real number of Python or NumPy, false for a bool."""
+    return isinstance(x, Real) and not isinstance(x, bool)

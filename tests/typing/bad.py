@@ -46,6 +46,8 @@ varkern.generate(var, "cat")  # error
 varkern.generate(var, labels, decode=False).images.cpu()  # error
 varkern.BestOfM(scorer, pick="bst")  # error
 varkern.BestOfM(scorer, m="4")  # error
+varkern.BlockResample(scorer, pick="bst")  # error
+varkern.BlockResample(scorer, blocks="half")  # error
 varkern.BestOfM(two_arguments)  # error
 varkern.DensitySearch(strategy="hybird")  # error
 varkern.DensitySearch(metric="cosin")  # error

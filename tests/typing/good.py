@@ -60,7 +60,9 @@ def searches() -> list[Search]:
         varkern.BestOfM(varkern.PublishedScorer(network)),
         varkern.DensitySearch(50, 10, alpha, (1, 2), "rank", "cosine", "map", "batch", 0.0, threshold="paper"),
         varkern.DensitySearch(scales=1, strategy="small", per="position", bandwidth=0.3, compat="released"),
-        varkern.Combined(varkern.DensitySearch(bandwidth=torch.ones(8)), MostUsual(), Untyped()),
+        varkern.BlockResample(scorer, 4, 4, blocks={3: 1, 4: 2}, pick="best"),
+        varkern.BlockResample(smoothness, blocks=lambda scale, side: max(side // 4, 1), sweeps=2),
+        varkern.Combined(varkern.DensitySearch(bandwidth=torch.ones(8)), MostUsual(), Untyped(), Composed()),
     ]
 
 
@@ -92,6 +94,17 @@ class MostUsual:
         features = candidates.fuse(0, 8, dtype=torch.bfloat16)  # [B, M, C, H, W]
         shared = (tokens.unsqueeze(1) == tokens.unsqueeze(2)).sum((2, 3)).float() + 0 * features.sum()
         return Choice(shared.argmax(-1), shared + 0 * candidates.uniforms(1))
+
+
+class Composed(MostUsual):
+    """A search that composes the map that it keeps, of a model with a codebook."""
+
+    def choose(self, candidates: Candidates) -> Choice:
+        height, width = candidates.grid
+        swap = candidates.step_uniforms(height * width, 1)[:, :, 0] < 0.5
+        maps = torch.where(swap, candidates.tokens[:, 0], candidates.tokens[:, 1])[:, None]
+        scores = candidates.fuse_maps(maps).mean((2, 3, 4)) + candidates.codebook[maps].mean()
+        return Choice(torch.zeros(len(maps), dtype=torch.int64), scores + candidates.by_position().sum(), maps[:, 0])
 
 
 class Untyped:

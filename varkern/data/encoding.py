@@ -25,7 +25,7 @@ BATCHES_AHEAD = 3  # batches that are read while one is encoded
 
 
 def encode_token_maps(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     vae: VQVAE,
     images: ImageFolder,
     *,

@@ -27,7 +27,7 @@ seed and the image's number, so datasets with different seeds share no image."""
 
 
 def generate_token_maps(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     model: Any,
     *,
     per_class: int,

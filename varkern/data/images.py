@@ -39,7 +39,7 @@ class ImageFolder:
     digest: str
 
     @classmethod
-    def open(cls, root: str | os.PathLike, class_names: Sequence[str] | None = None) -> ImageFolder:
+    def open(cls, root: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> ImageFolder:
         """List a folder's images.
 
         Args:
@@ -92,7 +92,7 @@ def images_below(root: Path, folder: str) -> list[tuple[str, int]]:
     return found
 
 
-def read_image(path: str | os.PathLike, size: int, resize: float = RESIZE) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], size: int, resize: float = RESIZE) -> np.ndarray:
     """Read an image as VAR's validation transform does (``build_dataset`` in its ``utils/data.py``).
 
     The short side is resized to ``round(resize * size)`` with Lanczos and the long side in proportion, rounded down.

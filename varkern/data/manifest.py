@@ -140,7 +140,7 @@ class Manifest:
         return json.dumps({**self.settings(), "shards": shards}, indent=1) + "\n"
 
     @classmethod
-    def read(cls, folder: str | os.PathLike) -> Manifest:
+    def read(cls, folder: str | os.PathLike[str]) -> Manifest:
         """Read the manifest of a dataset, finished or not.
 
         Raises:
@@ -166,7 +166,7 @@ class Manifest:
             raise ValueError(f"{path} is not a usable manifest: {error}") from error
 
 
-def file_sha256(path: str | os.PathLike) -> str:
+def file_sha256(path: str | os.PathLike[str]) -> str:
     """The checksum of a file, as ``sha256sum`` prints it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -25,7 +25,7 @@ from .writer import Batch, write_token_maps
 LARGEST_INT16 = 2**15  # smaller ids are written as int16, as in the published files
 
 
-def read_published(path: str | os.PathLike, length: int) -> list[Tensor]:
+def read_published(path: str | os.PathLike[str], length: int) -> list[Tensor]:
     """Read the token maps of every class, ``[n, length]`` each, memory-mapped if the file's format allows it.
 
     Raises:
@@ -61,8 +61,8 @@ def read_published(path: str | os.PathLike, length: int) -> list[Tensor]:
 
 
 def import_token_maps(
-    folder: str | os.PathLike,
-    path: str | os.PathLike,
+    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     *,
     patch_nums: Sequence[int],
     vocabulary: int,
@@ -114,7 +114,7 @@ def import_token_maps(
     return write_token_maps(folder, manifest, batches, "importing token maps")
 
 
-def export_token_maps(maps: TokenMaps, path: str | os.PathLike) -> list[int]:
+def export_token_maps(maps: TokenMaps, path: str | os.PathLike[str]) -> list[int]:
     """Write a dataset as a published file, whole or not at all; each class in the dataset's order.
 
     Args:

@@ -29,7 +29,7 @@ class TokenMaps:
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, verify: bool = False) -> TokenMaps:
+    def open(cls, folder: str | os.PathLike[str], verify: bool = False) -> TokenMaps:
         """Open a finished dataset.
 
         Args:

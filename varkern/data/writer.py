@@ -46,7 +46,7 @@ its range, not on the batches before it."""
 
 
 def write_token_maps(
-    folder: str | os.PathLike, manifest: Manifest, batch_source: BatchSource, name: str = "token maps"
+    folder: str | os.PathLike[str], manifest: Manifest, batch_source: BatchSource, name: str = "token maps"
 ) -> Manifest | None:
     """Write a dataset, or the missing part of it.
 

@@ -30,8 +30,15 @@ class Draws(Protocol):
 class Session(Protocol):
     """One generation on one model, scale by scale: ``logits``, ``maps``, ``fuse`` and ``commit``, then ``decode``."""
 
-    codebook: Tensor | None  # [V, C]; None for binary codes
-    code_scale: float | None  # for binary codes: a bit is plus or minus this number
+    @property
+    def codebook(self) -> Tensor | None:
+        """The codes ``[V, C]``; None for binary codes."""
+        ...
+
+    @property
+    def code_scale(self) -> float | None:
+        """For binary codes: a bit is plus or minus this number."""
+        ...
 
     def logits(self, scale: int) -> Logits:
         """Run the transformer on the scale's input."""
@@ -75,7 +82,7 @@ class Family(Protocol):
         """What ``model`` lacks to be of this family; empty if it is."""
         ...
 
-    def spec(self, model: Any, request: Request | None = None) -> ModelSpec | None:
+    def spec(self, model: Any, request: Request | None = None) -> ModelSpec | Any:  # None only without a request
         """The model's sizes for a request; None without a request, if they depend on it.
 
         Raises:
@@ -109,7 +116,7 @@ class Family(Protocol):
         """The published method's return value as images ``[B, 3, H, W]`` in [0, 1]; class-conditional models only."""
         ...
 
-    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+    def generator(self, model: Any, seed: int | Tensor | None) -> torch.Generator | None:
         """The model's generator, seeded as in the published method, or None for PyTorch's default generator."""
         ...
 
@@ -124,7 +131,7 @@ def missing_caches(blocks: Any) -> list[str]:
     return []
 
 
-def seeded(model: Any, seed: int | None, device: torch.device) -> torch.Generator | None:
+def seeded(model: Any, seed: int | Tensor | None, device: torch.device) -> torch.Generator | None:
     """``model.rng`` with ``seed``; None without one."""
     if seed is None:
         return None

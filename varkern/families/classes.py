@@ -47,10 +47,13 @@ class ClassFamily:
     def steps(self, model: Any) -> list[Any]:
         return []
 
+    def device(self, model: Any) -> torch.device:
+        raise NotImplementedError
+
     def caches(self, model: Any) -> list[Any]:
         return [block.attn for block in model.blocks]
 
-    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+    def generator(self, model: Any, seed: int | Tensor | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
 
 
@@ -62,7 +65,7 @@ class ClassSession:
         unguided: the value of ``cfg`` that means no guidance.
     """
 
-    code_scale = None
+    code_scale: float | None = None
 
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws, unguided: float = 0):
         self.model, self.request, self.batch = model, request, labels.shape[0]

@@ -32,10 +32,10 @@ class FlexVARFamily(ClassFamily):
     """
 
     name = "FlexVAR"
-    arguments = ("B", "label_B", "g_seed", "top_k", "top_p", *OPTIONS)
-    required = ("vqvae", "B", "label_B", "infer_patch_nums")
+    arguments: tuple[str, ...] = ("B", "label_B", "g_seed", "top_k", "top_p", *OPTIONS)
+    required: tuple[str, ...] = ("vqvae", "B", "label_B", "infer_patch_nums")
 
-    def missing(self, model: object) -> list[str]:
+    def missing(self, model: Any) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
         # VAR has an attribute of this name too, with shape [1, L, C].
         if "pos_1LC" not in names and getattr(model.pos_1LC, "ndim", None) != 4:
@@ -79,7 +79,9 @@ class FlexVARFeatures:
     attributes ``sides`` and ``codebook``.
     """
 
-    code_scale = None
+    sides: tuple[Any, ...]
+    codebook: Tensor
+    code_scale: float | None = None
 
     def by_position(self, scale: int, tokens: Tensor) -> Tensor:
         return tokens
@@ -168,7 +170,7 @@ def sides_of(request: Request) -> tuple[int, ...]:
 
 def check_vqvae(vqvae: Any, model: Any) -> None:
     """Raise ``ValueError`` if ``vqvae`` does not fit ``model``."""
-    embedding = getattr(getattr(vqvae, "quantize", None), "embedding", None)
+    embedding: Any = getattr(getattr(vqvae, "quantize", None), "embedding", None)
     if not hasattr(vqvae, "decode_code") or not hasattr(embedding, "weight"):
         raise ValueError(f"vqvae must have decode_code and quantize.embedding, got {type(vqvae).__name__}")
     rows, width = embedding.weight.shape

@@ -81,11 +81,11 @@ class InfinityFamily:
 
     name = "Infinity"
     method = "autoregressive_infer_cfg"
-    arguments = ("B", "label_B_or_BLT", "g_seed", "top_k", "top_p", *READ, *UNREAD)
-    required = ("vae", "scale_schedule", "label_B_or_BLT", "cfg_list", "tau_list")
+    arguments: tuple[str, ...] = ("B", "label_B_or_BLT", "g_seed", "top_k", "top_p", *READ, *UNREAD)
+    required: tuple[str, ...] = ("vae", "scale_schedule", "label_B_or_BLT", "cfg_list", "tau_list")
     has_classes = False
 
-    def missing(self, model: object) -> list[str]:
+    def missing(self, model: Any) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
         for name in ("unregistered_blocks", "block_chunks"):
             if name not in names and not isinstance(getattr(model, name), Iterable):
@@ -143,8 +143,12 @@ class InfinityFamily:
     def caches(self, model: Any) -> list[Any]:
         return [attention(block) for block in model.unregistered_blocks]
 
-    def generator(self, model: Any, seed: int | None) -> torch.Generator | None:
+    def generator(self, model: Any, seed: int | Tensor | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
+
+    def images(self, published: Any) -> Tensor:
+        """Only :func:`varkern.generate` asks for them, which takes class-conditional models."""
+        raise NotImplementedError
 
     def open(self, model: Any, labels: Any, request: Request, draws: Draws) -> InfinitySession:
         return InfinitySession(model, labels, Settings(model, request, check_schedule(request)), request, draws)
@@ -156,7 +160,7 @@ def check_schedule(request: Request) -> Sequence[tuple[int, int, int]]:
     Raises:
         ValueError: if it is not a schedule.
     """
-    schedule = request.options.get("scale_schedule")
+    schedule: Any = request.options.get("scale_schedule")
     fits = isinstance(schedule, Sequence) and not isinstance(schedule, str) and len(schedule) > 0
     for scale in schedule if fits else ():
         fits = fits and isinstance(scale, Sequence) and len(scale) == 3 and all(is_int(n) and n >= 1 for n in scale)

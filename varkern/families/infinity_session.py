@@ -27,7 +27,8 @@ class Settings:
 
     def __init__(self, model: Any, request: Request, schedule: Sequence[tuple[int, int, int]]):
         options = request.options
-        self.schedule, self.vae = schedule, options.get("vae")
+        self.schedule = schedule
+        self.vae: Any = options.get("vae")
         self.vae_type = options.get("vae_type", 0)
         self.patch = 2 if model.apply_spatial_patchify else 1
         self.sides = tuple((self.patch * h, self.patch * w) for _, h, w in schedule)
@@ -37,7 +38,8 @@ class Settings:
         self.negative = options.get("negative_label_B_or_BLT")
         self.insertion_layers = options.get("cfg_insertion_layer", (-5,))
         self.returns_vemb, self.returns_images = options.get("returns_vemb", 0), options.get("ret_img", False)
-        self.num_given, self.given = options.get("gt_leak", 0), options.get("gt_ls_Bl")
+        self.num_given = options.get("gt_leak", 0)
+        self.given: Any = options.get("gt_ls_Bl")
 
     @property
     def doubled(self) -> bool:
@@ -59,7 +61,10 @@ class InfinityFeatures:
     ``f_hat`` is ``[B, d, 1, H, W]``, or None before the first scale.
     """
 
-    codebook = None
+    settings: Settings
+    quantizer: Any
+    f_hat: Tensor | None
+    codebook: Tensor | None = None
 
     def maps(self, scale: int, drawn: Tensor) -> Tensor:
         settings = self.settings
@@ -192,6 +197,7 @@ class InfinitySession(InfinityFeatures):
         """As published: two empty lists and the images ``[B, H, W, 3]`` uint8, in BGR order."""
         if not self.settings.returns_images:
             return [], [], []
+        assert self.f_hat is not None, "there is a first scale"
         image = (self.settings.vae.decode(self.f_hat.squeeze(2)) + 1) / 2
         return [], [], image.permute(0, 2, 3, 1).mul_(255).to(torch.uint8).flip(dims=(3,))
 

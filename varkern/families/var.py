@@ -22,10 +22,10 @@ class VARFamily(ClassFamily):
     """See :class:`.base.Family`."""
 
     name = "VAR"
-    arguments = ("B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth")
-    required = ("B", "label_B")
+    arguments: tuple[str, ...] = ("B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth")
+    required: tuple[str, ...] = ("B", "label_B")
 
-    def missing(self, model: object) -> list[str]:
+    def missing(self, model: Any) -> list[str]:
         names = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
         names += missing_caches(getattr(model, "blocks", ()))
         vae, quantizer = _only(model, "vae_proxy"), _only(model, "vae_quant_proxy")
@@ -70,7 +70,11 @@ class VARFamily(ClassFamily):
 class VARFeatures:
     """F(.) of VAR. Needs the attributes ``quantizer``, ``sides``, ``codebook`` and ``f_hat``, ``[B, C, H, W]``."""
 
-    code_scale = None
+    quantizer: Any
+    sides: tuple[Any, ...]
+    codebook: Tensor
+    f_hat: Tensor | None
+    code_scale: float | None = None
 
     def by_position(self, scale: int, tokens: Tensor) -> Tensor:
         return tokens
@@ -100,6 +104,8 @@ class VARFeatures:
 
 class VARSession(VARFeatures, ClassSession):
     """One generation on one VAR model; see :class:`.base.Session`."""
+
+    f_hat: Tensor
 
     def __init__(self, model: Any, labels: Tensor, request: Request, draws: Draws):
         super().__init__(model, labels, request, draws)
@@ -132,9 +138,9 @@ class VARSession(VARFeatures, ClassSession):
             pooled = self._add_as_upstream(scale, codebook(tokens))
         else:
             commit_tokens(tokens, self.f_hat, self.codebook, side=self.sides[scale], phi=self._phi(scale))
-            pooled = None
-            if scale != self.last:
-                pooled = resize_features(self.f_hat, size=self.sides[scale + 1], channels_last=True)
+            if scale == self.last:
+                return
+            pooled = resize_features(self.f_hat, size=self.sides[scale + 1], channels_last=True)
         if scale != self.last:
             start, self.end = self.end, self.end + self.sides[scale + 1] ** 2
             self.enter(pooled, self.positions[:, start : self.end])
@@ -157,6 +163,6 @@ def _first(layers: Any) -> object:
         return None
 
 
-def _only(model: object, name: str) -> object | None:
+def _only(model: Any, name: str) -> Any:
     proxy = getattr(model, name, None)
     return proxy[0] if isinstance(proxy, tuple | list) and proxy else None

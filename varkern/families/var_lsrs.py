@@ -22,8 +22,8 @@ class LSRSFamily(VARFamily):
     """See :class:`.base.Family`; the arguments of the search are not part of its requests."""
 
     method = "autoregressive_infer_cfg_lsrs"
-    arguments = (*VARFamily.arguments, *SEARCH_ARGUMENTS, "rand_list")
-    required = ("B", "label_B", "discriminator")
+    arguments: tuple[str, ...] = (*VARFamily.arguments, *SEARCH_ARGUMENTS, "rand_list")
+    required: tuple[str, ...] = ("B", "label_B", "discriminator")
 
     def request(self, arguments: Mapping[str, Any]) -> Request:
         """``more_smooth`` has no effect, as in the published method.
@@ -54,7 +54,7 @@ class LSRSSession(VARSession):
 
     def logits(self, scale: int) -> Logits:
         found = super().logits(scale)
-        if not self.reproduces_upstream:
+        if not self.reproduces_upstream or found.uncond is None:
             return found
         # The same guidance in another order of operations, which rounds differently.
         guided = found.uncond + (1 + found.guidance) * (found.cond - found.uncond)

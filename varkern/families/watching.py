@@ -82,7 +82,9 @@ class Watch:
 
     def rows(self, scale: int) -> int:
         """Rows of probabilities per image at a scale."""
-        return self.spec.sides[scale] ** 2
+        side = self.spec.sides[scale]
+        assert isinstance(side, int), "only Infinity's maps may have two sides"
+        return side**2
 
     def batches(self) -> tuple[int, ...]:
         """The possible batch sizes; the first that fits is taken."""
@@ -169,8 +171,9 @@ class VARWatch(VARFeatures, ClassWatch):
 
     def __init__(self, model: Any, spec: ModelSpec, num_candidates: Callable[[int], int], request: Request):
         super().__init__(model, spec, num_candidates, request)
-        self.quantizer, self.sides, self.columns = model.vae_quant_proxy[0], spec.sides, spec.vocabulary
+        self.quantizer, self.sides = model.vae_quant_proxy[0], spec.sides
         self.codebook = self.quantizer.embedding.weight.detach()
+        self.columns = len(self.codebook)
 
     def hook(self) -> None:
         super().hook()
@@ -242,7 +245,7 @@ class InfinityWatch(InfinityFeatures, Watch):
         return [attention(block) for block in self.model.unregistered_blocks]
 
     def rows(self, scale: int) -> int:
-        h, w = self.spec.sides[scale]
+        h, w = self.settings.sides[scale]
         return h * w * self.settings.width
 
     def batches(self) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ class ImageArray:
         ValueError: if the file has another format.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.name = str(path)
         with self._open() as (shape, _):
             self.count, self.size = shape[0], (shape[1], shape[2])
@@ -83,7 +83,7 @@ class ImageArray:
         return []
 
 
-def write_array(path: str | os.PathLike, count: int, size: tuple[int, int], batches: Iterable[Tensor]) -> None:
+def write_array(path: str | os.PathLike[str], count: int, size: tuple[int, int], batches: Iterable[Tensor]) -> None:
     """Write images in the format of the published suite: an ``.npz`` with ``arr_0``, ``[N, H, W, 3]`` uint8.
 
     Only one batch is in memory at a time. The file has a temporary name until it is complete.

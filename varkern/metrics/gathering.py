@@ -71,7 +71,7 @@ class Gathering:
             facts,
         )
 
-    def save(self, path: str | os.PathLike, notes: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
         """Write the data and ``notes``, JSON values by name, to one safetensors file, completely or not at all."""
         tensors = {f"kept.{start}": features for start, features in self.kept.items()}
         tensors |= {f"score.{number}": sums for number, sums in self.score.sums.items()}
@@ -82,7 +82,7 @@ class Gathering:
         write_tensors(path, tensors, {"keep": str(self.keep), "notes": json.dumps(dict(notes or {}))})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> tuple[Gathering, dict[str, Any]]:
+    def load(cls, path: str | os.PathLike[str]) -> tuple[Gathering, dict[str, Any]]:
         """Read a file that :meth:`save` wrote; returns the gathering and its notes."""
         parts: dict[str, dict[str, Tensor]] = {"kept": {}, "score": {}, "moments": {}, "spatial": {}}
         with safe_open(path, framework="pt") as file:

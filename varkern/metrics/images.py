@@ -105,7 +105,7 @@ def in_folder(folder: Path) -> ImageFiles:
     return ImageFiles(paths, str(folder))
 
 
-def open_images(path: str | os.PathLike) -> ImageFiles | ImageArray:
+def open_images(path: str | os.PathLike[str]) -> ImageFiles | ImageArray:
     """The images at ``path``, a folder or an ``.npz``.
 
     Raises:

@@ -139,7 +139,7 @@ class Measured:
     facts: PixelFacts | None = None
 
 
-def save_statistics(path: str | os.PathLike, measured: Measured) -> None:
+def save_statistics(path: str | os.PathLike[str], measured: Measured) -> None:
     """Write moments in the format of the published suite: ``mu``, ``sigma`` and, for spatial features, ``mu_s``,
     ``sigma_s``. The number of images and the extractor's name are added as ``count`` and ``features``."""
     arrays = {"mu": measured.moments.mean.numpy(), "sigma": measured.moments.covariance.numpy()}
@@ -151,7 +151,7 @@ def save_statistics(path: str | os.PathLike, measured: Measured) -> None:
         np.savez(file, **arrays)
 
 
-def load_statistics(path: str | os.PathLike) -> Measured:
+def load_statistics(path: str | os.PathLike[str]) -> Measured:
     """Read a statistics file of :func:`save_statistics` or the published suite. Nothing is unpickled.
 
     Raises:
@@ -170,7 +170,7 @@ def load_statistics(path: str | os.PathLike) -> Measured:
     return Measured(moments, spatial, count, features)
 
 
-def _moments(path: str | os.PathLike, file: np.lib.npyio.NpzFile, mu: str, sigma: str) -> Moments:
+def _moments(path: str | os.PathLike[str], file: np.lib.npyio.NpzFile, mu: str, sigma: str) -> Moments:
     try:
         mean, covariance = file[mu], file[sigma]
     except ValueError as error:  # numpy refuses to unpickle

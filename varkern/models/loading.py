@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +20,14 @@ from varkern.runs import write_tensors
 from .var import PATCH_NUMS_256, PATCH_NUMS_512, VAR
 from .vqvae import VQVAE
 
+Model = TypeVar("Model", bound=nn.Module)
 HUB_REPOSITORY = "FoundationVision/var"
 HUB_FILES = {name: f"var_{name}.pth" for name in ("d16", "d20", "d24", "d30", "d36")}
 HUB_VAE = "vae_ch160v4096z32.pth"
 SCHEDULES = {sum(side * side for side in sides): sides for sides in (PATCH_NUMS_256, PATCH_NUMS_512)}
 
 
-def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a ``.safetensors`` or PyTorch file, and the config in its metadata (empty if there is none).
 
     PyTorch files are read with ``weights_only=True``.
@@ -54,7 +55,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
     return dict(state), {}
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The texts in the metadata of a ``.safetensors`` file; empty for a PyTorch file."""
     if Path(path).suffix != ".safetensors":
         return {}
@@ -62,7 +63,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def save_model(model: VAR | VQVAE, path: str | os.PathLike) -> None:
+def save_model(model: VAR | VQVAE, path: str | os.PathLike[str]) -> None:
     """Write a model's weights and config to a safetensors file that :func:`load_var` or :func:`load_vae` can read."""
     write_tensors(path, model.state_dict(), {"config": json.dumps(model.config)})
 
@@ -147,9 +148,7 @@ def _derive_config(
         raise ValueError(f"{path} is not a complete checkpoint: it has no {error.args[0]}") from error
 
 
-def _assemble(
-    build: Callable[..., nn.Module], config: dict[str, Any], state: dict[str, Tensor], path: Path
-) -> nn.Module:
+def _assemble(build: Callable[..., Model], config: dict[str, Any], state: dict[str, Tensor], path: Path) -> Model:
     # On the meta device no weights are allocated or initialised: the checkpoint's tensors become the weights.
     try:
         with torch.device("meta"):
@@ -164,7 +163,7 @@ def _assemble(
 
 
 def load_vae(
-    source: str | os.PathLike = HUB_VAE,
+    source: str | os.PathLike[str] = HUB_VAE,
     *,
     v_patch_nums: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
@@ -200,9 +199,9 @@ def load_vae(
 
 
 def load_var(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
-    vae: VQVAE | str | os.PathLike | None = None,
+    vae: VQVAE | str | os.PathLike[str] | None = None,
     patch_nums: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,

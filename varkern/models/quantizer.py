@@ -7,6 +7,7 @@ scripts work. :meth:`VectorQuantizer.fused` is F(.) of one scale; ``embed_to_fha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class PhiNonShared(nn.ModuleList):
         super().__init__(phi_layer(channels, blend) for _ in range(count))
         self.ticks = phi_ticks(count)
 
-    def __getitem__(self, position: float) -> nn.Module:
+    def __getitem__(self, position: Any) -> Any:  # a float, where ModuleList takes an index
         return super().__getitem__(int(np.argmin(np.abs(self.ticks - position))))
 
 
@@ -84,6 +85,8 @@ class VectorQuantizer(nn.Module):
         beta: weight of the commitment loss.
     """
 
+    ema_vocab_hit_SV: Tensor
+
     def __init__(
         self,
         vocab_size: int,
@@ -97,6 +100,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.vocab_size, self.Cvae, self.beta, self.using_znorm = vocab_size, Cvae, beta, using_znorm
         self.v_patch_nums = tuple(v_patch_nums)
+        self.quant_resi: PhiShared | PhiPartiallyShared | PhiNonShared
         if share_quant_resi == 0:
             self.quant_resi = PhiNonShared(Cvae, quant_resi, len(self.v_patch_nums))
         elif share_quant_resi == 1:
@@ -223,7 +227,7 @@ class VectorQuantizer(nn.Module):
         Returns:
             ``f_hat``, and ``f_hat`` pooled (``area``) to the next scale's side; at the last scale ``f_hat`` twice.
         """
-        f_hat.add_(self.fused(h_BChw, si, tuple(f_hat.shape[-2:]), SN))
+        f_hat.add_(self.fused(h_BChw, si, (f_hat.shape[-2], f_hat.shape[-1]), SN))
         if si == SN - 1:
             return f_hat, f_hat
         return f_hat, F.interpolate(f_hat, size=(self.v_patch_nums[si + 1],) * 2, mode="area")

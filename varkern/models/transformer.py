@@ -19,8 +19,12 @@ class SelfAttention(nn.Module):
     attends to everything in the buffer.
     """
 
+    zero_k_bias: Tensor
+
     def __init__(self, width: int, num_heads: int, l2_norm: bool, max_length: int):
         super().__init__()
+        self.cached_k: Tensor | None
+        self.cached_v: Tensor | None
         self.num_heads, self.head_dim, self.attn_l2_norm = num_heads, width // num_heads, l2_norm
         self.max_length = max_length
         if l2_norm:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from varkern.published import filter_logits, gumbel_softmax, mix_codes, sample_multinomial, smoothing_temperature
 
 from .initialization import initialize
+from .quantizer import VectorQuantizer
 from .transformer import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
 from .vqvae import VQVAE
 
@@ -41,6 +42,34 @@ class VAR(nn.Module):
     The arguments are kept in ``config``, a plain dictionary.
     """
 
+    config: dict[str, Any]
+    vae_proxy: tuple[VQVAE]
+    vae_quant_proxy: tuple[VectorQuantizer]
+    Cvae: int
+    V: int
+    num_classes: int
+    depth: int
+    C: int
+    D: int
+    num_heads: int
+    cond_drop_rate: float
+    patch_nums: tuple[int, ...]
+    first_l: int
+    L: int
+    num_stages_minus_1: int
+    rng: torch.Generator
+    word_embed: nn.Linear
+    class_emb: nn.Embedding
+    pos_start: nn.Parameter
+    pos_1LC: nn.Parameter
+    lvl_embed: nn.Embedding
+    shared_ada_lin: nn.Sequential | nn.Identity
+    head_nm: AdaLNBeforeHead
+    head: nn.Linear
+    lvl_1L: Tensor
+    attn_bias_for_masking: Tensor
+    blocks: Any  # a ModuleList, whose type does not tell what its modules have
+
     def __init__(
         self,
         vae_local: VQVAE,
@@ -62,7 +91,7 @@ class VAR(nn.Module):
         sides = vae_local.quantize.v_patch_nums
         if tuple(sides) != tuple(patch_nums):
             raise ValueError(f"patch_nums must be those of vae_local, {tuple(sides)}, got {tuple(patch_nums)}")
-        self.config: dict[str, Any] = {
+        self.config = {
             "num_classes": num_classes,
             "depth": depth,
             "embed_dim": width,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,17 @@ class VQVAE(nn.Module):
     The arguments are kept in ``config``, a plain dictionary.
     """
 
+    config: dict[str, Any]
+    V: int
+    vocab_size: int
+    Cvae: int
+    downsample: int
+    encoder: Encoder
+    decoder: Decoder
+    quantize: VectorQuantizer
+    quant_conv: nn.Conv2d
+    post_quant_conv: nn.Conv2d
+
     def __init__(
         self,
         vocab_size: int = 4096,
@@ -50,7 +61,7 @@ class VQVAE(nn.Module):
         test_mode: bool = True,
     ):
         super().__init__()
-        self.config: dict[str, Any] = {
+        self.config = {
             "vocab_size": vocab_size,
             "z_channels": z_channels,
             "ch": ch,
@@ -66,7 +77,7 @@ class VQVAE(nn.Module):
         }
         self.V = self.vocab_size = vocab_size
         self.Cvae = z_channels
-        self.downsample = 2 ** (len(ch_mult) - 1)
+        self.downsample = 1 << (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, in_channels, z_channels, norm_groups)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels, norm_groups)
         self.quantize = VectorQuantizer(
@@ -99,26 +110,26 @@ class VQVAE(nn.Module):
 
     def idxBl_to_img(
         self, ms_idx_Bl: Sequence[Tensor], same_shape: bool = True, last_one: bool = False
-    ) -> list[Tensor] | Tensor:
+    ) -> list[Tensor] | Any:
         """K token maps ``[B, l]`` to the images of the K partial sums, or with ``last_one`` to those of the last."""
         codes = [self.quantize.codes(ids, k) for k, ids in enumerate(ms_idx_Bl)]
         return self.embed_to_img(codes, same_shape, last_one)
 
     def embed_to_img(
         self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False
-    ) -> list[Tensor] | Tensor:
+    ) -> list[Tensor] | Any:
         """Like :meth:`idxBl_to_img`, for the codes ``[B, C, side, side]`` of every scale."""
-        f_hats = self.quantize.embed_to_fhat(ms_h_BChw, all_to_max_scale, last_one)
+        f_hats: Any = self.quantize.embed_to_fhat(ms_h_BChw, all_to_max_scale, last_one)
         return self.fhat_to_img(f_hats) if last_one else [self.fhat_to_img(f_hat) for f_hat in f_hats]
 
     def img_to_reconstructed_img(
         self, x: Tensor, v_patch_nums: Sequence[int] | None = None, last_one: bool = False
-    ) -> list[Tensor] | Tensor:
+    ) -> list[Tensor] | Any:
         """Encode, quantize and decode images, from all K partial sums, or with ``last_one`` from the last."""
         f_hats = self.quantize.f_to_idxBl_or_fhat(self.encode(x), to_fhat=True, v_patch_nums=v_patch_nums)
         return self.fhat_to_img(f_hats[-1]) if last_one else [self.fhat_to_img(f_hat) for f_hat in f_hats]
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Like ``nn.Module.load_state_dict``, but usage statistics for another number of scales are ignored.
 
         This allows the 256 px file to load at 512 px.

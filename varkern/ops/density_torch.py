@@ -8,6 +8,7 @@ a distance above 0 and near points a negative squared distance.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +90,9 @@ def bandwidths(samples: Samples, cosine: bool, over_batch: bool) -> Tensor:
     for groups in _group_blocks(samples):
         for position in range(samples.positions):
             inverse = _inverse_norms(samples, groups, position)[0] if cosine else None
-            total = 0.0
+            total: float | Tensor = 0.0
             for piece in samples.pieces(groups, position):
-                if cosine:
+                if inverse is not None:
                     piece = piece * inverse
                 total = total + piece.double().var(1, correction=0).sqrt().sum(-1)
             found[groups, position] = total
@@ -131,7 +132,7 @@ def exponents(bandwidth: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squared_distances(samples, groups, position, rows, units, shift) -> Tensor:
     """Squared distances in units of 1/shift, ``[G', rows, N]``."""
-    squares = 0.0
+    squares: Any = 0.0  # a tensor after the first piece
     for piece in samples.pieces(groups, position):
         piece = piece * (shift[:, None, None] if units is None else units[0])
         squares = squares + _cdist(piece[:, rows], piece).square_()
@@ -148,7 +149,7 @@ def _cdist(rows: Tensor, columns: Tensor) -> Tensor:
 
 def _inverse_norms(samples, groups, position) -> tuple[Tensor, Tensor]:
     """1 / norm of each sample (0 for a zero vector), and which samples are zero vectors, both ``[G', N, 1]``."""
-    total = 0.0
+    total: Any = 0.0  # a tensor after the first piece
     for piece in samples.pieces(groups, position):
         total = total + torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=torch.float64).square()
     zero = total == 0

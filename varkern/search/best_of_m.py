@@ -69,6 +69,13 @@ class BestOfM:
         torch.Size([8, 3, 24, 24])
     """
 
+    scorer: Scorer
+    first_scale: int
+    last_scale: int | None
+    pick: Pick | int
+    temperature: float
+    maps_at_once: int
+
     def __init__(
         self,
         scorer: Scorer,
@@ -83,10 +90,11 @@ class BestOfM:
         check_scorer(scorer)
         if not is_int(m) and (not isinstance(m, Sequence) or isinstance(m, str)):
             raise TypeError(f"m must be an int or a sequence of ints, got {m!r}")
-        for number in (m,) if is_int(m) else m:
+        counts: Sequence[int] = (m,) if is_int(m) else m
+        for number in counts:
             if not is_int(number) or number < 1:
                 raise ValueError(f"m must be >= 1, got {number!r}")
-        self.m = int(m) if is_int(m) else tuple(int(number) for number in m)
+        self.m: int | tuple[int, ...] = int(m) if is_int(m) else tuple(int(number) for number in m)
         if not isinstance(self.m, int) and (first_scale != 1 or last_scale is not None):
             raise ValueError(
                 "first_scale and last_scale cannot be combined with a per-scale m; use 1 for scales not to search"

@@ -28,10 +28,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from varkern.literals import Pick, check_word
 from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
@@ -95,6 +97,17 @@ class BlockResample:
         [None, 20, 20, 20, 40]
     """
 
+    scorer: Scorer
+    m: int
+    proposals: int
+    blocks: Blocks | None
+    sweeps: int
+    first_scale: int
+    last_scale: int | None
+    pick: Pick
+    temperature: float
+    maps_at_once: int
+
     def __init__(
         self,
         scorer: Scorer,
@@ -104,7 +117,7 @@ class BlockResample:
         sweeps: int = 1,
         first_scale: int = 1,
         last_scale: int | None = None,
-        pick: str = "resample",
+        pick: Pick = "resample",
         temperature: float = 1.0,
         *,
         maps_at_once: int = 1024,
@@ -115,8 +128,7 @@ class BlockResample:
                 raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
         check_blocks(blocks)
         check_scales(first_scale, last_scale)
-        if not isinstance(pick, str) or pick not in ("best", "resample"):
-            raise ValueError(f"pick must be 'best' or 'resample', got {pick!r}")
+        check_word("pick", pick, Pick)
         check_scoring(temperature, maps_at_once)
         self.scorer, self.m, self.proposals, self.sweeps = scorer, int(m), int(proposals), int(sweeps)
         self.blocks = dict(blocks) if isinstance(blocks, Mapping) else blocks
@@ -124,8 +136,8 @@ class BlockResample:
         self.pick, self.temperature, self.maps_at_once = pick, temperature, maps_at_once
 
     def __repr__(self) -> str:
-        names = ("m", "proposals", "blocks", "sweeps", "first_scale", "last_scale", "pick")
-        names += ("temperature",) if self.pick != "best" else ()
+        names = ["m", "proposals", "blocks", "sweeps", "first_scale", "last_scale", "pick"]
+        names += ["temperature"] if self.pick != "best" else []
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"BlockResample({describe_scorer(self.scorer)}, {settings})"
 
@@ -204,7 +216,7 @@ class BlockResample:
                 maps = torch.where(inside, fresh, kept.unsqueeze(1))
                 scored.append(self.scores(candidates, maps))
                 of_all = torch.cat((score, scored[-1]), 1)
-                picked = self.picked(of_all, lambda drawn=drawn, block=block: drawn[:, :, 1 + block])
+                picked = self.picked(of_all, partial(drawn.select, 2, 1 + block))
                 kept = take(torch.cat((kept.unsqueeze(1), maps), 1), picked)
                 score = of_all.gather(1, picked[:, None])
         return kept, scored

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import TypeIs
+
 from varkern.spec import ModelSpec
 
 from .base import Candidates, Choice, Search, check_highest_label, check_model
@@ -54,14 +56,16 @@ class Combined:
 
     def choose(self, candidates: Candidates) -> Choice:
         """See :class:`.base.Search`."""
-        return self.at(candidates.scale, candidates.num_scales).choose(candidates)
+        search = self.at(candidates.scale, candidates.num_scales)
+        assert search is not None, "the loop asks only where num_candidates is above 1"
+        return search.choose(candidates)
 
     def at(self, scale: int, num_scales: int) -> Search | None:
         """The search that is used at ``scale``; None: one candidate is drawn there."""
         return next((s for s in self.searches if s.num_candidates(scale, num_scales) > 1), None)
 
 
-def is_search(search: object) -> bool:
+def is_search(search: object) -> TypeIs[Search]:
     """True for an object with ``num_candidates`` and ``choose``; false for the class of a search."""
     return not isinstance(search, type) and not missing_methods(search)
 
@@ -90,11 +94,11 @@ def as_search(search: Search | Sequence[Search] | None) -> Search | None:
     """
     if isinstance(search, list | tuple):
         return Combined(*search)
-    if search is not None and not is_search(search):
-        missing = [] if isinstance(search, type) else missing_methods(search)
-        without = f", which has no method {missing[0]}" if len(missing) == 1 else ""
-        raise TypeError(
-            "search must be a search such as varkern.BestOfM(scorer), several in a list, or None, "
-            f"got {describe(search)}{without}"
-        )
-    return search
+    if search is None or is_search(search):
+        return search
+    missing = [] if isinstance(search, type) else missing_methods(search)
+    without = f", which has no method {missing[0]}" if len(missing) == 1 else ""
+    raise TypeError(
+        "search must be a search such as varkern.BestOfM(scorer), several in a list, or None, "
+        f"got {describe(search)}{without}"
+    )

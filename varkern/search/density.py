@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from varkern import ops
-from varkern.literals import BandwidthRule, Compatibility, DensityFamily, Metric, Per, Strategy, Threshold
+from varkern.literals import BandwidthRule, Compatibility, DensityFamily, Metric, Per, Strategy, Threshold, check_word
 from varkern.ops.philox import gumbel
-from varkern.spec import ModelSpec, is_int
+from varkern.spec import ModelSpec, is_int, is_number
 
 from .base import Candidates, Choice
 
 STRATEGIES = get_args(Strategy)
+
+
+class Rules(TypedDict):
+    """What ``compat`` sets."""
+
+    per: Per
+    bandwidth: BandwidthRule | float | Tensor
+    min_distance: float
+    threshold: Threshold
+
+
 # The settings of the paper and of the released code, and the defaults.
-COMPATIBILITY = {
+COMPATIBILITY: dict[Compatibility | None, Rules] = {
     None: {"per": "position", "bandwidth": "image", "min_distance": 1.8, "threshold": "released"},
     "paper": {"per": "map", "bandwidth": "image", "min_distance": 0.0, "threshold": "paper"},
     "released": {"per": "position", "bandwidth": "batch", "min_distance": 1.8, "threshold": "released"},
@@ -125,6 +135,17 @@ class DensitySearch:
         torch.Size([8, 20])
     """
 
+    n: int
+    representatives: int
+    alpha: float
+    scales: tuple[int, ...]
+    strategy: Strategy
+    metric: Metric
+    per: Per
+    bandwidth: BandwidthRule | float | Tensor
+    min_distance: float
+    threshold: Threshold
+
     def __init__(
         self,
         n: int = 50,
@@ -141,28 +162,30 @@ class DensitySearch:
         compat: Compatibility | None = None,
     ):
         one_of("compat", compat, tuple(COMPATIBILITY))
-        given = {"per": per, "bandwidth": bandwidth, "min_distance": min_distance, "threshold": threshold}
-        settings = COMPATIBILITY[compat] | {name: value for name, value in given.items() if value is not None}
+        rules = COMPATIBILITY[compat]
+        self.per = rules["per"] if per is None else per
+        self.bandwidth = rules["bandwidth"] if bandwidth is None else bandwidth
+        self.threshold = rules["threshold"] if threshold is None else threshold
+        min_distance = rules["min_distance"] if min_distance is None else min_distance
         for name, count in (("n", n), ("representatives", representatives)):
             if not is_int(count) or count < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {count!r}")
         if not is_number(alpha) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
-        one_of("strategy", strategy, STRATEGIES)
-        one_of("metric", metric, ("euclidean", "cosine"))
-        one_of("per", settings["per"], ("position", "map"))
-        one_of("threshold", settings["threshold"], ("released", "paper"))
-        if not is_number(settings["min_distance"]) or not 0 <= settings["min_distance"] < math.inf:
-            raise ValueError(f"min_distance must be a finite number >= 0, got {settings['min_distance']!r}")
-        check_bandwidth(settings["bandwidth"])
+        check_word("strategy", strategy, Strategy)
+        check_word("metric", metric, Metric)
+        check_word("per", self.per, Per)
+        check_word("threshold", self.threshold, Threshold)
+        if not is_number(min_distance) or not 0 <= min_distance < math.inf:
+            raise ValueError(f"min_distance must be a finite number >= 0, got {min_distance!r}")
+        check_bandwidth(self.bandwidth)
         self.n, self.representatives, self.alpha = int(n), int(representatives), float(alpha)
         self.scales, self.strategy, self.metric = as_scales(scales), strategy, metric
-        self.per, self.bandwidth = settings["per"], settings["bandwidth"]
-        self.min_distance, self.threshold = float(settings["min_distance"]), settings["threshold"]
+        self.min_distance = float(min_distance)
 
     def __repr__(self) -> str:
-        names = ("n", "representatives", "alpha", "scales", "strategy", "metric")
-        names += ("per", "bandwidth", "min_distance", "threshold")
+        names = ["n", "representatives", "alpha", "scales", "strategy", "metric"]
+        names += ["per", "bandwidth", "min_distance", "threshold"]
         return f"DensitySearch({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @staticmethod
@@ -181,7 +204,7 @@ class DensitySearch:
         Raises:
             ValueError: for a depth or family that the paper does not name.
         """
-        one_of("family", family, tuple(RECOMMENDED_ALPHA))
+        check_word("family", family, DensityFamily)
         known = RECOMMENDED_ALPHA[family]
         if not is_int(depth) or depth not in known:
             raise ValueError(f"depth of {family} must be one of {', '.join(map(str, known))}, got {depth!r}")
@@ -215,12 +238,13 @@ class DensitySearch:
 
     def densities(self, candidates: Candidates) -> Tensor:
         """Densities ``[B, M]`` float32; NaN counts as 0."""
-        how = {"per": self.per, "bandwidth": self.bandwidth, "metric": self.metric}
         if candidates.codebook is None:
+            assert candidates.code_scale is not None, "binary codes have one"
             bits = candidates.tokens if candidates.by_position is None else candidates.by_position()
-            densities = ops.bit_density(bits, candidates.code_scale, **how)
+            densities = ops.bit_density(bits, candidates.code_scale, self.per, self.bandwidth, self.metric)
         else:
-            densities = ops.token_density(candidates.tokens, candidates.codebook, **how)
+            tokens, codebook = candidates.tokens, candidates.codebook
+            densities = ops.token_density(tokens, codebook, self.per, self.bandwidth, self.metric)
         return densities.nan_to_num(nan=0.0)
 
     def priorities(self, densities: Tensor, candidates: Candidates) -> Tensor:
@@ -279,6 +303,7 @@ def take_representatives(priorities: Tensor, count: int, near: Callable[[Tensor]
 
 def code_distances(candidates: Candidates) -> Callable[[Tensor], Tensor]:
     """A function from one candidate per image, ``[B, 1]``, to its Euclidean distances from all, ``[B, M]``."""
+    assert candidates.codebook is not None, "binary codes go to bit_distances"
     codes = candidates.codebook[candidates.tokens].float().flatten(2)  # [B, M, l * C]
 
     def between(index: Tensor) -> Tensor:
@@ -291,11 +316,12 @@ def code_distances(candidates: Candidates) -> Callable[[Tensor], Tensor]:
 
 def bit_distances(candidates: Candidates) -> Callable[[Tensor], Tensor]:
     """As :func:`code_distances`, for binary codes: a bit that differs adds ``(2 * code_scale)²`` to the square."""
-    bits = candidates.tokens.flatten(2)  # [B, M, l * d]
+    bits, scale = candidates.tokens.flatten(2), candidates.code_scale  # [B, M, l * d]
+    assert scale is not None, "binary codes have one"
 
     def between(index: Tensor) -> Tensor:
         taken = bits.gather(1, index[..., None].expand(-1, -1, bits.shape[-1]))
-        return (bits != taken).sum(-1).float().sqrt() * (2 * candidates.code_scale)
+        return (bits != taken).sum(-1).float().sqrt() * (2 * scale)
 
     return between
 
@@ -308,7 +334,7 @@ def as_scales(scales: int | Iterable[int]) -> tuple[int, ...]:
     """
     if not is_int(scales) and (not isinstance(scales, Iterable) or isinstance(scales, str)):
         raise TypeError(f"scales must be an int or several ints, got {scales!r}")
-    listed = (scales,) if is_int(scales) else tuple(scales)
+    listed: tuple[int, ...] = (scales,) if is_int(scales) else tuple(scales)
     if not listed or not all(is_int(scale) and scale >= 0 for scale in listed) or len(set(listed)) < len(listed):
         raise ValueError(f"scales must be one or more different ints >= 0, got {listed!r}")
     return tuple(sorted(int(scale) for scale in listed))
@@ -319,10 +345,6 @@ def check_bandwidth(bandwidth: object) -> None:
     known = bandwidth in ("image", "batch") if isinstance(bandwidth, str) else isinstance(bandwidth, Tensor)
     if not known and not (is_number(bandwidth) and 0 < bandwidth < math.inf):
         raise ValueError(f"bandwidth must be 'image', 'batch', a finite number > 0 or a tensor, got {bandwidth!r}")
-
-
-def is_number(x: object) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def one_of(name: str, value: object, known: tuple) -> None:

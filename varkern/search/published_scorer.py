@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class PublishedScorer(nn.Module):
 
 def takes_published_arguments(scorer: object) -> bool:
     """Whether a callable's arguments have the names of the published network's, so that it must be wrapped."""
-    function = scorer.forward if isinstance(scorer, nn.Module) else scorer
+    function: Any = scorer.forward if isinstance(scorer, nn.Module) else scorer
     try:
         return tuple(inspect.signature(function).parameters) == ARGUMENTS
     except (TypeError, ValueError):  # a builtin has no signature

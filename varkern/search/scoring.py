@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from varkern.spec import ModelSpec, is_int
+from varkern.spec import ModelSpec, is_int, is_number
 
 from .base import Candidates, Scorer
 from .published_scorer import PublishedScorer, takes_published_arguments
@@ -36,7 +35,7 @@ def check_scales(first_scale: object, last_scale: object) -> None:
 
 def check_scoring(temperature: object, maps_at_once: object) -> None:
     """Raise ``ValueError`` if one of these is out of its range."""
-    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+    if not is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
     if not is_int(maps_at_once) or maps_at_once < 1:
         raise ValueError(f"maps_at_once must be an int >= 1, got {maps_at_once!r}")
@@ -111,7 +110,7 @@ def score_maps(
     return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
 
 
-def describe_scorer(scorer: Scorer) -> str:
+def describe_scorer(scorer: object) -> str:
     """The name of a function, or of the type of another object."""
     name = getattr(scorer, "__name__", type(scorer).__name__)
     return f"{name}({describe_scorer(scorer.network)})" if isinstance(scorer, PublishedScorer) else name
@@ -119,6 +118,7 @@ def describe_scorer(scorer: Scorer) -> str:
 
 def move_to(scorer: Scorer, device: torch.device) -> None:
     """Move a scorer that is a module to ``device`` if its first parameter is elsewhere."""
-    first = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
-    if first is not None and first.device != device:
-        scorer.to(device)
+    if isinstance(scorer, nn.Module):
+        first = next(scorer.parameters(), None)
+        if first is not None and first.device != device:
+            scorer.to(device)

@@ -32,7 +32,7 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return np.ascontiguousarray(pixels.byte().movedim(-3, -1).cpu().numpy())
 
 
-def save_png(picture: Figure | np.ndarray, path: str | os.PathLike) -> None:
+def save_png(picture: Figure | np.ndarray, path: str | os.PathLike[str]) -> None:
     """Write a figure, or pixels ``[H, W, 3]`` uint8, as PNG. A crash leaves no incomplete file at ``path``."""
     with atomically(path) as unfinished:
         if isinstance(picture, np.ndarray):
@@ -144,7 +144,7 @@ def displayed_size(shape: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def contact_sheet(
-    paths: Sequence[str | os.PathLike], captions: Sequence[str], columns: int, thumbnail: int = 144
+    paths: Sequence[str | os.PathLike[str]], captions: Sequence[str], columns: int, thumbnail: int = 144
 ) -> Figure:
     """A figure of image files with captions below them.
 
@@ -165,7 +165,7 @@ def contact_sheet(
     return draw_rows([Row("", tiles[at : at + columns]) for at in range(0, len(tiles), columns)], tile=thumbnail)
 
 
-def read_thumbnail(path: str | os.PathLike, longest: int) -> np.ndarray:
+def read_thumbnail(path: str | os.PathLike[str], longest: int) -> np.ndarray:
     """Pixels of an image file, ``[H, W, 3]`` uint8, shrunk so that no side is longer than ``longest``."""
     from PIL import Image
 

@@ -119,7 +119,7 @@ class Sweep:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         cells: Sequence[Cell],
         settings: Settings,
         models: Models,
