@@ -19,7 +19,7 @@ def scorer(labels, features, scale):
         (Cell(m=1, first_scale=3, pick="resample", scorer="x"), Cell()),
         (Cell(m=(1, 1, 1)), Cell()),
         (Cell(m=[1, 1, 4]), Cell(m=(1, 1, 4))),
-        (Cell(m=(1, 4, 2), first_scale=2), Cell(m=(1, 4, 2))),
+        (Cell(m=(1, 4, 2), first_scale=2, last_scale=2), Cell(m=(1, 4, 2))),
         (Cell(m=4, temperature=2.0), Cell(m=4)),
         (Cell(n=1, scale=3, alpha=2.0, metric="cosine"), Cell()),
         (Cell(n=5, min_distance=0, alpha=2, cfg=1), Cell(n=5, min_distance=0.0, alpha=2.0, cfg=1.0)),
