@@ -60,6 +60,37 @@ class TestSample:
             np.abs(found - expected).max() <= 0.51
         )  # half a level from rounding; batches of 4 and 6 differ in the last bit
 
+    def test_blocks(self, command, weights, tmp_path):
+        """With proposals the search improves a map block by block, by resampling unless another pick is asked for."""
+        command(proposals=2, sweeps=2, m=3, first_scale=2)
+        model = varkern.load_var(weights / "var.safetensors", vae=weights / "vae.safetensors")
+        scorer = Scorer.from_pretrained(weights / "scorer.safetensors")
+        search = varkern.BlockResample(scorer, 3, 2, sweeps=2, first_scale=2)
+        labels, seeds = torch.tensor([3, 3, 3, 7, 7, 7]), varkern.image_seeds(5, 6)
+        told = json.loads((tmp_path / "out" / "settings.json").read_text())
+        assert (told["proposals"], told["sweeps"], told["pick"]) == (2, 2, "resample")
+        options = {name: told[name] for name in ("cfg", "top_k", "top_p")}
+        expected = varkern.generate(model, labels, search=search, seeds=seeds, **options).images
+        expected = (expected.double() * 255).permute(0, 2, 3, 1).numpy()
+        found = np.stack(list(pixels(tmp_path / "out").values()))
+        assert np.abs(found - expected).max() <= 0.51
+
+    @pytest.mark.parametrize(
+        "options, named",
+        [
+            ({"proposals": 2, "scorer": None, "m": None}, "proposals must be 0 without a scorer, got 2: give --scorer"),
+            ({"proposals": -1}, "proposals must be an int >= 0, got -1"),
+            ({"proposals": 2, "sweeps": 0}, "sweeps must be an int >= 1, got 0"),
+            ({"sweeps": 0}, "sweeps must be >= 1, got 0"),
+            ({"proposals": 2, "pick": "2"}, "pick must be 'best' or 'resample', got 2"),
+            ({"proposals": 2, "m": "1,2,2"}, "m must be an int >= 1, got [1, 2, 2]"),
+        ],
+        ids=str,
+    )
+    def test_wrong_blocks(self, command, tmp_path, one_line, options, named):
+        assert command(**options) == 2 and named in one_line()
+        assert not list((tmp_path / "out").glob("*"))
+
     def test_no_image_twice(self, command, tmp_path):
         """The seeds of a second batch are not those of the first."""
         command(classes="3", num_per_class=8, batch_size=2)

@@ -5,7 +5,7 @@ import torch
 
 from tests import emulator
 from tests.standins.cases import CASES, VARCase, seeds_at
-from varkern import BestOfM, DensitySearch, draws, patched, patching
+from varkern import BestOfM, BlockResample, DensitySearch, draws, patched, patching
 from varkern.demo.run import load_demo
 from varkern.ops import sample_tokens, use_backend
 from varkern.search.combined import as_search
@@ -51,6 +51,7 @@ SEARCHES = {
     "pick=2": lambda scorer: BestOfM(scorer, m=4, pick=2),
     **{f"density, {strategy}": lambda scorer, s=strategy: density(s) for strategy in STRATEGIES},
     "both": lambda scorer: [density("hybrid"), BestOfM(scorer, m=2, first_scale=3)],
+    "blocks": lambda scorer: BlockResample(scorer, m=2, proposals=2, first_scale=3),
 }
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of scores and densities, relative to the largest of their image.
@@ -113,7 +114,8 @@ class BothWays:
         return got
 
 
-@pytest.mark.parametrize("model, search, batch, precision", PAIRS, ids=str)
+# One pick that rounding decides changes all maps that are composed after it.
+@pytest.mark.parametrize("model, search, batch, precision", [pair for pair in PAIRS if pair[1] != "blocks"], ids=str)
 def test_in_half_precision_every_step_is_that_of_the_pytorch_backend(model, search, batch, precision, monkeypatch):
     """Compare scale by scale from the same logits, because a half-precision model turns rounding into other logits."""
     case, options = MODELS[model]

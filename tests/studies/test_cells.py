@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from varkern.search import BestOfM, Combined, DensitySearch
+from varkern.search import BestOfM, BlockResample, Combined, DensitySearch
 from varkern.studies.cells import MEDIAN, Cell, from_json, grid, unique
 from varkern.studies.presets import PRESETS
 
@@ -21,6 +21,8 @@ def scorer(labels, features, scale):
         (Cell(m=[1, 1, 4]), Cell(m=(1, 1, 4))),
         (Cell(m=(1, 4, 2), first_scale=2, last_scale=2), Cell(m=(1, 4, 2))),
         (Cell(m=4, temperature=2.0), Cell(m=4)),
+        (Cell(m=4, sweeps=3), Cell(m=4)),
+        (Cell(sweeps=3, pick="resample"), Cell()),
         (Cell(n=1, scale=3, alpha=2.0, metric="cosine"), Cell()),
         (Cell(n=5, min_distance=0, alpha=2, cfg=1), Cell(n=5, min_distance=0.0, alpha=2.0, cfg=1.0)),
         (Cell(n=5, strategy="top", alpha=2.0, threshold="paper"), Cell(n=5, strategy="top")),
@@ -51,6 +53,14 @@ def test_searches():
     assert isinstance(best, BestOfM) and best.scorer is scorer
     assert (best.m, best.first_scale, best.last_scale, best.pick, best.temperature) == (8, 0, 2, 3, 0.5)
     assert Cell(m=(1, 8, 2)).search(scorer).m == (1, 8, 2)
+    blocks = Cell(m=1, proposals=4, sweeps=2, first_scale=2, last_scale=3, pick="resample", temperature=0.5)
+    assert blocks.name == "proposals=4,sweeps=2,first_scale=2,last_scale=3,pick=resample,temperature=0.5"
+    found = blocks.search(scorer)
+    assert isinstance(found, BlockResample) and found.scorer is scorer
+    assert (found.m, found.proposals, found.sweeps, found.first_scale, found.last_scale) == (1, 4, 2, 2, 3)
+    assert (found.pick, found.temperature) == ("resample", 0.5)
+    both = Cell(m=8, proposals=8, n=30).search(scorer, 1.3)
+    assert isinstance(both, Combined) and [both.num_candidates(k, 5) for k in range(5)] == [1, 30, 16, 16, 16]
     density = Cell(n=30, scale=2, representatives=5, alpha=1.7, metric="cosine", per="map", bandwidth=2.0).search(None)
     assert isinstance(density, DensitySearch)
     assert (density.n, density.scales, density.representatives, density.alpha) == (30, (2,), 5, 1.7)
@@ -61,7 +71,17 @@ def test_searches():
     assert isinstance(both, Combined) and [both.num_candidates(k, 5) for k in range(5)] == [1, 30, 4, 4, 4]
 
 
-@pytest.mark.parametrize("cell", [Cell(m=0), Cell(m=4, pick="worst"), Cell(n=0), Cell(n=5, strategy="tallest")])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell(m=0),
+        Cell(m=4, pick="worst"),
+        Cell(m=4, proposals=-1),
+        Cell(m=4, proposals=2, sweeps=0),
+        Cell(n=0),
+        Cell(n=5, strategy="tallest"),
+    ],
+)
 def test_wrong_settings_are_told_by_the_search(cell):
     with pytest.raises(ValueError, match="must be"):
         cell.search(scorer, 1.0)
@@ -87,6 +107,7 @@ def test_grid():
         (Cell(m=4, first_scale=4), 5, True),
         (Cell(m=4, first_scale=5), 5, False),
         (Cell(m=4, last_scale=5), 5, False),
+        (Cell(proposals=4), 1, False),
         (Cell(m=(1, 2, 4)), 3, True),
         (Cell(m=(1, 2, 4)), 4, False),
         (Cell(n=4, scale=3), 3, False),
@@ -99,3 +120,4 @@ def test_fits(cell, scales, fits):
 
 def test_most_candidates():
     assert [c.most_candidates() for c in (Cell(), Cell(m=8), Cell(m=(1, 9, 2)), Cell(n=5, m=4))] == [1, 8, 9, 5]
+    assert Cell(m=8, proposals=8, sweeps=3).most_candidates() == 32

@@ -100,6 +100,12 @@ class TestExplain:
         with pytest.raises(ValueError, match="first_scale must be < 5"):
             explain(model, varkern.BestOfM(broken, 3, first_scale=9), 2, SEED)
 
+    def test_a_search_that_composes_maps(self, model):
+        search = varkern.BlockResample(lambda labels, features, scale: features.mean((2, 3, 4)), 2, 2)
+        with pytest.raises(ValueError, match=r"search must keep one .* got BlockResample\(.*composes"):
+            explain(model, search, 2, SEED)
+        assert caches_closed(model)
+
     def test_other_models(self):
         with pytest.raises(varkern.UnsupportedModelError):
             explain(torch.nn.Linear(1, 1), varkern.BestOfM(lambda *_: None), 0, SEED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from varkern.data import file_sha256
 from varkern.demo.run import WEIGHTS
 from varkern.hub import locate
 from varkern.runs import describe_file
+from varkern.search import BestOfM, BlockResample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -35,6 +37,21 @@ FirstScale = Annotated[int, typer.Option(help="First searched scale, counted fro
 LastScale = Annotated[int | None, typer.Option(help="Last searched scale; default: the model's last")]
 Pick = Annotated[
     str, typer.Option(help="Rule for the kept candidate: best, resample, or k to resample among the k best")
+]
+Proposals = Annotated[
+    int,
+    typer.Option(
+        help="Number of other candidates tried at each block of a map that was chosen among --m whole maps; 0: none"
+    ),
+]
+Sweeps = Annotated[int, typer.Option(help="Number of times that every block is tried, with --proposals")]
+PickOrDefault = Annotated[
+    str | None,
+    typer.Option(
+        "--pick",
+        help="Rule for the kept candidate: best, resample, or k to resample among the k best; default: best, or "
+        "resample with --proposals",
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="Temperature of the softmax over scores when resampling")]
 Cfg = Annotated[float, typer.Option(help="Strength of guidance at the last scale; 0: no guidance")]
@@ -107,6 +124,18 @@ def parse_m(text: str | None, scorer: Path | None) -> int | list[int]:
     if scorer is None and max(numbers) > 1:
         raise ValueError(f"m must be 1 without a scorer, got {text}: give --scorer")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def build_search(scorer: Any, settings: Mapping[str, Any], proposals: int, sweeps: int) -> BestOfM | BlockResample:
+    """The search of the options; ``settings``: the arguments of :class:`varkern.BestOfM`, by name.
+
+    Raises:
+        ValueError, TypeError: if an option is out of its range.
+    """
+    if not proposals:
+        require("sweeps", sweeps, 1)
+        return BestOfM(scorer, **settings)
+    return BlockResample(scorer, proposals=proposals, sweeps=sweeps, **settings)
 
 
 def parse_pick(text: str) -> str | int:

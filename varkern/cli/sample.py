@@ -14,7 +14,6 @@ from varkern.extras import require_matplotlib
 from varkern.models import load_var
 from varkern.runs import check_file, claim, describe_file, open_folder
 from varkern.scorer import Scorer
-from varkern.search import BestOfM
 from varkern.studies import sampling
 
 from . import options
@@ -38,9 +37,11 @@ def sample(
     vae: options.Vae = None,
     scorer: options.ScorerFile = None,
     m: Candidates = None,
+    proposals: options.Proposals = 0,
+    sweeps: options.Sweeps = 1,
     first_scale: options.FirstScale = 1,
     last_scale: options.LastScale = None,
-    pick: options.Pick = "best",
+    pick: options.PickOrDefault = None,
     temperature: options.Temperature = 1.0,
     seed: options.Seed = 0,
     cfg: options.Cfg = 1.5,
@@ -65,15 +66,18 @@ def sample(
         "m": options.parse_m(m, scorer_file),
         "first_scale": first_scale,
         "last_scale": last_scale,
-        "pick": options.parse_pick(pick),
+        "pick": options.parse_pick(pick or ("resample" if proposals else "best")),
         "temperature": temperature,
     }
+    if proposals and not scorer_file:
+        raise ValueError(f"proposals must be 0 without a scorer, got {proposals}: give --scorer")
     require_matplotlib("plots")
     check_file("npz", npz, ".npz")
     open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=options.DTYPES[dtype])
     # With one candidate too, a search is made, because it checks the pick and the scales.
-    search = BestOfM(Scorer.from_pretrained(scorer_file, device=where) if scorer_file else no_scorer, **search_settings)
+    network = Scorer.from_pretrained(scorer_file, device=where) if scorer_file else no_scorer
+    search = options.build_search(network, search_settings, proposals, sweeps)
     sampling.check_order(model, search, order, batch_size)
     settings = {
         "varkern": varkern.__version__,
@@ -84,6 +88,7 @@ def sample(
         "num_per_class": num_per_class,
         "seed": seed,
         **search_settings,
+        **({"proposals": proposals, "sweeps": sweeps} if proposals else {}),
         **sampling_options,
         "dtype": dtype,
         "autocast": autocast,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
-from varkern.search import BestOfM, Combined, DensitySearch, Search
+from varkern.search import BestOfM, BlockResample, Combined, DensitySearch, Search
 
 MEDIAN = "median"
 """An alpha that is measured: the median, over images, of the highest density over the mean density. Half of the images
@@ -24,7 +24,10 @@ class Cell:
 
     Args:
         m: number of candidates of :class:`varkern.BestOfM`, or one number per scale; 1: no such search.
-        first_scale, last_scale, pick, temperature: further arguments of :class:`varkern.BestOfM`.
+        proposals: number of proposals per block of :class:`varkern.BlockResample`, which is then used instead, with
+            ``m`` whole maps; 0: none.
+        sweeps: its number of sweeps.
+        first_scale, last_scale, pick, temperature: further arguments of either.
         scorer: the name of its scorer, one of the sweep's scorers.
         n: number of candidates of :class:`varkern.DensitySearch`; 1: no such search. If ``m`` is given too, the density
             search has precedence.
@@ -37,6 +40,8 @@ class Cell:
     """
 
     m: int | tuple[int, ...] = 1
+    proposals: int = 0
+    sweeps: int = 1
     first_scale: int = 1
     last_scale: int | None = None
     pick: str | int = "best"
@@ -69,7 +74,9 @@ class Cell:
     def idle(self) -> set[str]:
         """The names of the settings that have no effect in the cell."""
         idle = {"temperature"} if self.pick == "best" else set()
-        if self.m == 1:
+        if self.proposals == 0:
+            idle.add("sweeps")
+        if not self.scores:
             idle |= BEST_OF_M
         elif not isinstance(self.m, int):
             idle |= {"first_scale", "last_scale"}
@@ -78,6 +85,11 @@ class Cell:
         elif self.strategy != "hybrid":
             idle |= {"alpha", "threshold"}
         return idle
+
+    @property
+    def scores(self) -> bool:
+        """True for a cell whose search needs a scorer."""
+        return self.m != 1 or self.proposals != 0
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen
@@ -105,7 +117,11 @@ class Cell:
         searches: list[Search] = []
         if self.n != 1:
             searches.append(self.density(alpha))
-        if self.m != 1:
+        if self.proposals:
+            given = {"sweeps": self.sweeps, "first_scale": self.first_scale, "last_scale": self.last_scale}
+            given |= {"pick": self.pick, "temperature": self.temperature}
+            searches.append(BlockResample(scorer, self.m, self.proposals, **given))
+        elif self.m != 1:
             scales = (self.first_scale, self.last_scale) if isinstance(self.m, int) else (1, None)
             searches.append(BestOfM(scorer, self.m, *scales, self.pick, self.temperature))
         return Combined(*searches) if len(searches) > 1 else searches[0] if searches else None
@@ -132,11 +148,12 @@ class Cell:
         return self.n != 1 and self.strategy == "hybrid" and self.alpha == MEDIAN
 
     def most_candidates(self) -> int:
-        return max(self.n, *((self.m,) if isinstance(self.m, int) else self.m))
+        most = self.m if isinstance(self.m, int) else max(self.m)
+        return max(self.n, most + self.sweeps * self.proposals)
 
     def fits(self, num_scales: int) -> bool:
         """True if a model with ``num_scales`` scales has all the scales that the cell uses."""
-        scales = [self.first_scale] if self.m != 1 else []
+        scales = [self.first_scale] if self.scores else []
         scales += [self.scale] if self.n != 1 else []
         scales += [] if self.last_scale is None else [self.last_scale]
         return max(scales, default=0) < num_scales and (isinstance(self.m, int) or len(self.m) == num_scales)

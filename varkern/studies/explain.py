@@ -51,7 +51,12 @@ class RecordingSearch:
             features = candidates.fuse(start, min(start + DECODED_AT_ONCE, count))
             parts.append(self.decode(features[0].contiguous()).cpu())
         self.images[candidates.scale] = torch.cat(parts)
-        return self.search.choose(candidates)
+        choice = self.search.choose(candidates)
+        if choice.tokens is not None:
+            raise ValueError(
+                f"search must keep one of the candidates to be explained, got {self.search!r}, which composes maps"
+            )
+        return choice
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ def explain(
         options: further arguments of :func:`varkern.generate`.
 
     Raises:
-        ValueError, TypeError: if an argument is wrong, before any work.
+        ValueError, TypeError: if an argument is wrong, before any work; also for a search that composes maps of
+            several candidates, such as :class:`varkern.BlockResample`, at its first scale.
     """
     recording = RecordingSearch(search, decoder(model))
     labels, options = torch.tensor([label]), dict(options or {})

@@ -29,7 +29,7 @@ from .presets import Preset, tomllib
 NUMBER, TEXT, TEXT_OR_NUMBER = (int, float), (str,), (str, int, float)
 KINDS = {(int,): "an integer", NUMBER: "a number", TEXT: "a text", TEXT_OR_NUMBER: "a text or a number"}
 GRID = {
-    **dict.fromkeys(("first_scale", "last_scale", "n", "scale", "representatives"), (int,)),
+    **dict.fromkeys(("proposals", "sweeps", "first_scale", "last_scale", "n", "scale", "representatives"), (int,)),
     **dict.fromkeys(("temperature", "min_distance", "cfg"), NUMBER),
     **dict.fromkeys(("scorer", "strategy", "metric", "per", "threshold", "model"), TEXT),
     **dict.fromkeys(("pick", "alpha", "bandwidth"), TEXT_OR_NUMBER),
