@@ -162,9 +162,10 @@ def test_copies_hold_no_patch(case, build, duplicate):
 
 @EVERY
 def test_one_model_serves_one_thread_at_a_time(case):
-    model, inside, go = case.build(), threading.Event(), threading.Event()
+    model, inside, go, here = case.build(), threading.Event(), threading.Event(), threading.get_ident()
 
     def waiting(labels, features, scale):
+        assert go.is_set() or threading.get_ident() != here, "a second call runs, which would wait for itself"
         inside.set()
         assert go.wait(60)
         return weighed(labels, features, scale)
@@ -189,16 +190,20 @@ def test_one_model_serves_one_thread_at_a_time(case):
 @EVERY
 @pytest.mark.parametrize("sampler", ["philox", "multinomial"])
 def test_a_call_inside_the_models_own_generation_is_refused(case, sampler):
-    model, refused = case.build(), []
+    model, refused, inside = case.build(), [], []
 
     def calling(labels, features, scale):
+        assert not inside, "the call inside runs, and would call itself without end"
         if len(refused) < 2:
+            inside.append(scale)
             try:
                 case.call(model, 4)
             except RuntimeError as error:
                 refused.append(str(error))
                 if len(refused) == 2:
                     raise
+            finally:
+                inside.clear()
         return weighed(labels, features, scale)
 
     alone = case.call(patch(model, BestOfM(weighed, m=2), sampler=sampler), 3)
