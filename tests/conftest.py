@@ -16,6 +16,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that each start a thread a core only hinder one another
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
 
 # Convolutions in TensorFloat-32, cuDNN's default, err by 1e-3: more than any form here may differ from float64.
 torch.backends.cudnn.allow_tf32 = False
