@@ -16,7 +16,7 @@ from varkern.ops import image_seeds, use_backend
 from varkern.own_loop import searching
 from varkern.patching import explain_patch, patch, patched, unpatch
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.search import BestOfM, BlockResample, Combined, DensitySearch, PublishedScorer
+from varkern.search import BestOfM, BlockResample, Combined, DensitySearch, MeanOfScorers, PublishedScorer, SumOfScorers
 
 __version__ = "0.1.0"
 
@@ -26,10 +26,12 @@ __all__ = [
     "Combined",
     "DensitySearch",
     "Generation",
+    "MeanOfScorers",
     "OwnLoopError",
     "PublishedScorer",
     "Scorer",
     "ScorerConfig",
+    "SumOfScorers",
     "UnsupportedModelError",
     "check",
     "explain_patch",

@@ -6,6 +6,7 @@ from .block_resample import BlockResample
 from .combined import Combined, as_search
 from .density import DensitySearch
 from .published_scorer import PublishedScorer
+from .scorers import MeanOfScorers, SumOfScorers
 
 __all__ = [
     "BestOfM",
@@ -14,7 +15,9 @@ __all__ = [
     "Choice",
     "Combined",
     "DensitySearch",
+    "MeanOfScorers",
     "PublishedScorer",
     "Search",
+    "SumOfScorers",
     "as_search",
 ]

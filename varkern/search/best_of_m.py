@@ -14,14 +14,13 @@ from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
 from .base import Candidates, Choice, Scorer
+from .scorers import check_scorer, describe_scorer
 from .scoring import (
     check_scales,
     check_scales_exist,
-    check_scorer,
     check_scorer_fits,
     check_scorer_knows,
     check_scoring,
-    describe_scorer,
     score_maps,
 )
 

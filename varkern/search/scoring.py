@@ -6,23 +6,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varkern.spec import ModelSpec, is_int, is_number
 
 from .base import Candidates, Scorer
-from .published_scorer import PublishedScorer, takes_published_arguments
-
-
-def check_scorer(scorer: object) -> None:
-    """Raise ``TypeError`` if ``scorer`` is no scorer, or must be wrapped to be one."""
-    if not callable(scorer):
-        raise TypeError(f"scorer must be callable, got {type(scorer).__name__}")
-    if takes_published_arguments(scorer):
-        raise TypeError(
-            f"scorer must take (labels, features, scale), got {type(scorer).__name__}, which takes "
-            "(x, class_labels, stage_label) as the published network: wrap it by varkern.PublishedScorer(scorer)"
-        )
+from .scorers import call_scorer, move_to, parts_of
 
 
 def check_scales(first_scale: object, last_scale: object) -> None:
@@ -50,27 +39,29 @@ def check_scales_exist(first_scale: int, last_scale: int | None, spec: ModelSpec
 
 def check_scorer_fits(scorer: Scorer, spec: ModelSpec) -> None:
     """Raise ``ValueError`` if the scorer has a ``config`` that differs from the model's sizes."""
-    config = getattr(scorer, "config", None)
     wanted = {
         "num_classes": spec.num_classes,
         "num_scales": spec.num_scales,
         "channels": spec.channels,
         "size": spec.size[0],
     }
-    for name, value in wanted.items():
-        if getattr(config, name, value) != value:
-            raise ValueError(f"scorer was made for {name}={getattr(config, name)}, but the model has {name}={value}")
+    for config in (getattr(part, "config", None) for part in parts_of(scorer)):
+        for name, value in wanted.items():
+            if getattr(config, name, value) != value:
+                made_for = f"{name}={getattr(config, name)}"
+                raise ValueError(f"scorer was made for {made_for}, but the model has {name}={value}")
 
 
 def check_scorer_knows(scorer: Scorer, highest: int, spec: ModelSpec) -> None:
     """Raise ``ValueError`` for a label above the scorer's classes, of which "no class" is none."""
-    num_classes = getattr(scorer, "num_classes", None)
-    num_classes = getattr(getattr(scorer, "config", None), "num_classes", num_classes)
-    if num_classes is not None and highest >= num_classes:
-        meaning = ", which means 'no class' and has no score" if highest == spec.num_classes else ""
-        raise ValueError(
-            f"label (label_B, labels) must be in 0..{num_classes - 1}, the scorer's classes, got {highest}{meaning}"
-        )
+    for part in parts_of(scorer):
+        num_classes = getattr(part, "num_classes", None)
+        num_classes = getattr(getattr(part, "config", None), "num_classes", num_classes)
+        if num_classes is not None and highest >= num_classes:
+            meaning = ", which means 'no class' and has no score" if highest == spec.num_classes else ""
+            raise ValueError(
+                f"label (label_B, labels) must be in 0..{num_classes - 1}, the scorer's classes, got {highest}{meaning}"
+            )
 
 
 def score_maps(
@@ -100,25 +91,6 @@ def score_maps(
     parts = []
     for start in range(0, count, step):
         features = fuse(start, min(start + step, count), **wanted)
-        part = scorer(candidates.labels, features, candidates.scale)
-        if not isinstance(part, Tensor):
-            raise TypeError(f"scorer must return a tensor, got {type(part).__name__}")
-        if part.shape != features.shape[:2]:
-            raise ValueError(f"scorer must return scores of shape {list(features.shape[:2])}, got {list(part.shape)}")
-        parts.append(part)
+        parts.append(call_scorer(scorer, candidates.labels, features, candidates.scale))
     scores = torch.cat(parts, dim=1).float()
     return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
-
-
-def describe_scorer(scorer: object) -> str:
-    """The name of a function, or of the type of another object."""
-    name = getattr(scorer, "__name__", type(scorer).__name__)
-    return f"{name}({describe_scorer(scorer.network)})" if isinstance(scorer, PublishedScorer) else name
-
-
-def move_to(scorer: Scorer, device: torch.device) -> None:
-    """Move a scorer that is a module to ``device`` if its first parameter is elsewhere."""
-    if isinstance(scorer, nn.Module):
-        first = next(scorer.parameters(), None)
-        if first is not None and first.device != device:
-            scorer.to(device)
