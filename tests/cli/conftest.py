@@ -56,11 +56,20 @@ def command(weights, tmp_path):
         }
         arguments = ["sample"]
         for name, value in settings.items():
-            if value is not None:
-                arguments += [f"--{name.replace('_', '-')}", str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    arguments += [f"--{name.replace('_', '-')}", str(one)]
         return cli.main(arguments)
 
     return run
+
+
+@pytest.fixture
+def second_scorer(tmp_path) -> Path:
+    """A scorer of the same sizes as that of ``weights``."""
+    torch.manual_seed(1)
+    Scorer(ScorerConfig(**SCORER, hidden=(8,))).save_pretrained(tmp_path / "second.safetensors")
+    return tmp_path / "second.safetensors"
 
 
 @pytest.fixture

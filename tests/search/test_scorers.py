@@ -142,11 +142,11 @@ def test_bad_scorers(joined):
     name = joined.__name__
     with pytest.raises(ValueError, match=f"^scorers must be at least one for {name}, got none$"):
         joined()
-    with pytest.raises(TypeError, match="^scorer must be callable, got int$"):
+    with pytest.raises(TypeError, match=r"^scorer must be callable, got int$"):
         joined(mean_feature, 3)
-    with pytest.raises(TypeError, match="^scorer must be callable, got the class Scorer$"):
+    with pytest.raises(TypeError, match=r"^scorer must be callable, got the class Scorer$"):
         joined(type(small_scorer()))
-    with pytest.raises(TypeError, match="wrap it by varkern.PublishedScorer"):
+    with pytest.raises(TypeError, match=r"wrap it by varkern.PublishedScorer"):
         joined(lambda x, class_labels, stage_label: x)
 
 
@@ -161,12 +161,12 @@ def test_a_list_is_refused(search):
 def test_every_part_must_fit_the_model(joined):
     fits, other = small_scorer(), small_scorer(channels=4)
     for scorers in ((fits, other), (other, fits), (fits, SumOfScorers(other))):
-        with pytest.raises(ValueError, match="^scorer was made for channels=4, but the model has channels=8$"):
+        with pytest.raises(ValueError, match=r"^scorer was made for channels=4, but the model has channels=8$"):
             BestOfM(joined(*scorers)).check(SPEC)
     BestOfM(joined(fits, mean_feature)).check(SPEC)
     model = small_var()
     patch(model, BestOfM(joined(mean_feature, fits)))
-    with idle(model), pytest.raises(ValueError, match="label .* must be in 0..6, the scorer's classes, got 7"):
+    with idle(model), pytest.raises(ValueError, match=r"label .* must be in 0..6, the scorer's classes, got 7"):
         model.autoregressive_infer_cfg(2, -1)
 
 
@@ -179,7 +179,7 @@ def test_a_part_that_returns_another_shape():
 
     with pytest.raises(ValueError, match=r"scorer must return scores of shape \[3, 4\], got \[3, 1\]"):
         SumOfScorers(mean_feature, flat)(LABELS, features_of(), 0)
-    with pytest.raises(TypeError, match="scorer must return a tensor, got float"):
+    with pytest.raises(TypeError, match=r"scorer must return a tensor, got float"):
         SumOfScorers(mean_feature, number)(LABELS, features_of(), 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,8 @@ from varkern.data import file_sha256
 from varkern.demo.run import WEIGHTS
 from varkern.hub import locate
 from varkern.runs import describe_file
-from varkern.search import BestOfM, BlockResample
+from varkern.scorer import Scorer
+from varkern.search import BestOfM, BlockResample, MeanOfScorers, SumOfScorers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -29,6 +30,20 @@ ScorerFile = Annotated[
     typer.Option(
         help="Scorer: a file, a folder, or a repository on the hub as user/repo or user/repo@revision; default: that "
         "of the demo, else none"
+    ),
+]
+ScorerFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Scorer: a file, a folder, or a repository on the hub as user/repo or user/repo@revision; may be given "
+        "several times, with --combine; default: that of the demo, else none"
+    ),
+]
+Combine = Annotated[
+    Literal["mean", "sum"] | None,
+    typer.Option(
+        help="How the scores of several scorers are combined: mean, if each was trained by itself; sum, if each was "
+        "trained on maps of a search with those before it"
     ),
 ]
 Classes = Annotated[str, typer.Option("--classes", "--class", help="Classes of the images, such as 207,88 or 0-9")]
@@ -110,18 +125,18 @@ def pick_local_device(name: str) -> torch.device:
     return pick_device(name)
 
 
-def parse_m(text: str | None, scorer: Path | None) -> int | list[int]:
-    """Parse the number of candidates, or one number per scale; None gives 4 with a scorer and 1 without.
+def parse_m(text: str | None, scorer: object) -> int | list[int]:
+    """Parse the number of candidates, or one number per scale; None gives 4 with a scorer (a true value), else 1.
 
     Raises:
         ValueError: if ``text`` is not such a number, or is above 1 without a scorer.
     """
     if text is None:
-        return 1 if scorer is None else 4
+        return 4 if scorer else 1
     if not re.fullmatch(r"-?\d{1,9}(,\d{1,9})*", text):
         raise ValueError(f"m must be a number, or one number per scale such as 1,4,4,8, got {text!r}")
     numbers = [int(part) for part in text.split(",")]
-    if scorer is None and max(numbers) > 1:
+    if not scorer and max(numbers) > 1:
         raise ValueError(f"m must be 1 without a scorer, got {text}: give --scorer")
     return numbers[0] if len(numbers) == 1 else numbers
 
@@ -158,3 +173,33 @@ def describe_scorer(scorer: str | None, file: Path | None) -> dict[str, Any] | s
     if scorer is None or Path(scorer).exists():
         return describe_file(file)
     return {"repository": scorer, "sha256": file_sha256(file)}
+
+
+def find_scorers(var: str, scorers: Sequence[str] | None, combine: str | None) -> list[Path]:
+    """Return the files of ``--scorer``, which may be given several times; empty if there is none.
+
+    Raises:
+        OSError, ValueError, ImportError: see :func:`varkern.hub.locate`; also if ``--combine`` does not fit.
+    """
+    found = [find_scorer(var, scorer) for scorer in scorers or [None]]
+    files = [path for path in found if path is not None]
+    if len(files) > 1 and combine is None:
+        raise ValueError(f"combine must be mean or sum for {len(files)} scorers, got none")
+    if len(files) < 2 and combine is not None:
+        raise ValueError(f"combine needs at least two scorers, got {len(files)}")
+    return files
+
+
+def load_scorers(files: Sequence[Path], combine: str | None, device: torch.device) -> Any:
+    """Load one scorer, or the mean or sum of several; None if there is none."""
+    networks = [Scorer.from_pretrained(path, device=device) for path in files]
+    if len(networks) < 2:
+        return networks[0] if networks else None
+    return SumOfScorers(*networks) if combine == "sum" else MeanOfScorers(*networks)
+
+
+def describe_scorers(scorers: Sequence[str] | None, files: Sequence[Path], combine: str | None) -> Any:
+    """Describe what :func:`load_scorers` loads, for settings; one scorer as :func:`describe_scorer` does."""
+    if len(files) < 2:
+        return describe_scorer(scorers[0] if scorers else None, files[0] if files else None)
+    return {"combine": combine, "scorers": list(map(describe_scorer, scorers or [], files))}

@@ -13,7 +13,6 @@ import varkern
 from varkern.extras import require_matplotlib
 from varkern.models import load_var
 from varkern.runs import check_file, claim, describe_file, open_folder
-from varkern.scorer import Scorer
 from varkern.studies import sampling
 
 from . import options
@@ -35,7 +34,8 @@ def sample(
     classes: options.Classes,
     out: Annotated[Path, typer.Option(help="Folder for the images")],
     vae: options.Vae = None,
-    scorer: options.ScorerFile = None,
+    scorer: options.ScorerFiles = None,
+    combine: options.Combine = None,
     m: Candidates = None,
     proposals: options.Proposals = 0,
     sweeps: options.Sweeps = 1,
@@ -61,29 +61,29 @@ def sample(
     sampling_options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     labels = [label for label in wanted for _ in range(num_per_class)]
     order = sampling.Order(labels, seed, sampler, sampling_options, options.DTYPES.get(autocast))
-    scorer_file = options.find_scorer(var, scorer)
+    scorer_files = options.find_scorers(var, scorer, combine)
     search_settings = {
-        "m": options.parse_m(m, scorer_file),
+        "m": options.parse_m(m, scorer_files),
         "first_scale": first_scale,
         "last_scale": last_scale,
         "pick": options.parse_pick(pick or ("resample" if proposals else "best")),
         "temperature": temperature,
     }
-    if proposals and not scorer_file:
+    if proposals and not scorer_files:
         raise ValueError(f"proposals must be 0 without a scorer, got {proposals}: give --scorer")
     require_matplotlib("plots")
     check_file("npz", npz, ".npz")
     open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=options.DTYPES[dtype])
     # With one candidate too, a search is made, because it checks the pick and the scales.
-    network = Scorer.from_pretrained(scorer_file, device=where) if scorer_file else no_scorer
+    network = options.load_scorers(scorer_files, combine, where) or no_scorer
     search = options.build_search(network, search_settings, proposals, sweeps)
     sampling.check_order(model, search, order, batch_size)
     settings = {
         "varkern": varkern.__version__,
         "var": describe_file(var),
         "vae": describe_file(vae),
-        "scorer": options.describe_scorer(scorer, scorer_file),
+        "scorer": options.describe_scorers(scorer, scorer_files, combine),
         "classes": wanted,
         "num_per_class": num_per_class,
         "seed": seed,
