@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import resource
 import signal
 import time
 
@@ -101,6 +100,8 @@ class TestWriters:
 
         def limited():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            import resource  # does not exist on Windows, which cannot fork either
+
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
             with pytest.raises(OSError, match=rf"while writing {path}; finished files are kept, run again") as caught:
                 write(path)

@@ -3,7 +3,7 @@
 import ctypes
 import errno
 import os
-import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,8 @@ class TestFullDisk:
         read, ready = os.pipe()
 
         def limited():
+            import resource  # does not exist on Windows, which cannot fork either
+
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
                 write(tmp_path)
@@ -66,6 +68,7 @@ class TestFullDisk:
                     failures += 1
         assert failures >= 7 and contents(tmp_path) == unbroken
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
     def test_dev_full(self, unbroken, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "write_shards", lambda *arguments, **named: None)
@@ -109,6 +112,8 @@ def write_token_maps_again(folder: Path, unbroken: dict[str, bytes]) -> None:
 
 def mount_tmpfs(folder: Path, options: str) -> bool:
     """Mount a tmpfs, for this process alone and until it ends; False if that is not allowed."""
+    if sys.platform != "linux":
+        return False
     libc, new_namespaces, remount = ctypes.CDLL(None, use_errno=True), 0x10000000 | 0x00020000, 32
     user, group = os.getuid(), os.getgid()
     flags = remount if options.startswith("remount,") else 0

@@ -180,6 +180,7 @@ class TestGoingOn:
         units = [unit for unit in made if unit is not None]
         assert len(units) == len(set(units)) == 4 * 2 * 4 and len(made) > len(units)
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot fork")
     def test_killed_at_any_time(self, sweep, tmp_path, small_parts):
         """A forked run is killed after a random while, again and again, until one comes to its end."""
@@ -286,6 +287,7 @@ class TestGoingOn:
             sweep(tmp_path, CELLS[:1], wrong).run()
         assert sweep(tmp_path, CELLS[:1]).run() is not None
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
     def test_a_second_run_at_the_same_time_is_refused(self, sweep, tmp_path, monkeypatch):
         make, refused = Sweep.make, []
 

@@ -4,7 +4,6 @@ import errno
 import functools
 import os
 import random
-import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -103,6 +102,8 @@ class TestKilled:
         monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
 
         def run():
+            import resource  # does not exist on Windows, which cannot fork either
+
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
             with pytest.raises(OSError, match=r"(?i)file too large"):
