@@ -36,6 +36,7 @@ ALLOWED = {
         "ops",
         "prefetching",
         "progress",
+        "search",
         "spec",
     },
     "ops": {"kernels", "literals"},

@@ -240,7 +240,25 @@ class TestCard:
         assert card.data.library_name == "varkern" and "best-of-m" in card.data.tags
         assert card.text.lstrip().startswith("# Scorer")
 
+    @pytest.mark.parametrize("pick", ["resample", "best", 4, None])
+    def test_a_scorer_on_top_of_others(self, pick):
+        """Only resampled maps make scores that may be added."""
+        source = {"scorers": [{"file": "first.safetensors", "sha256": "ab"}, {"repository": "a/b", "sha256": "cd"}]}
+        facts = {"data": {"generated": source | ({} if pick is None else {"pick": pick})}}
+        scorer = Scorer(SMALL)
+        scorer.metadata = {"training": json.dumps(facts)}
+        text = cards.model_card(vars(SMALL), scorer.metadata)
+        if pick != "resample":
+            assert scorer.on_top_of == () and "adds to" not in text
+            assert "varkern.BestOfM(scorer, m=4)" in text
+            return
+        assert scorer.on_top_of == ("first.safetensors", "a/b")
+        assert "This scorer adds to first.safetensors, a/b" in text
+        assert 'base1 = varkern.Scorer.from_pretrained("a/b")' in text
+        assert 'varkern.BestOfM(varkern.SumOfScorers(base0, base1, scorer), m=16, pick="resample")' in text
+
     def test_nothing_recorded(self):
+        assert Scorer(SMALL).on_top_of == ()
         text = cards.model_card(vars(SMALL), {})
         assert "The file records nothing about its training." in text and "| scale |" not in text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from varkern.runs import flatten
@@ -30,6 +30,18 @@ def read_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
     return facts
 
 
+def find_base_scorers(facts: Mapping[str, Any]) -> list[str]:
+    """The names of the scorers that a scorer was trained on top of, so that it must be added to them.
+
+    These are the scorers by which the generated maps of its training were resampled. Maps of another pick, such as the
+    highest score, do not have the distribution that makes the scores additive.
+    """
+    source = facts.get("data", {}).get("generated", {})
+    if source.get("pick") != "resample":
+        return []
+    return [str(scorer.get("repository") or scorer.get("file")) for scorer in source.get("scorers", [])]
+
+
 def model_card(sizes: Mapping[str, Any], metadata: Mapping[str, str], repository: str = "user/repo") -> str:
     """The text of ``README.md`` for a scorer's repository.
 
@@ -39,6 +51,7 @@ def model_card(sizes: Mapping[str, Any], metadata: Mapping[str, str], repository
         repository: the name of the repository, for the example.
     """
     facts = read_facts(metadata)
+    base = find_base_scorers(facts)
     parts = [
         "\n".join(["---", "library_name: varkern", "tags:", *(f"- {tag}" for tag in TAGS), "---"]),
         "# Scorer for best-of-M sampling",
@@ -47,20 +60,27 @@ def model_card(sizes: Mapping[str, Any], metadata: Mapping[str, str], repository
         f"It fits models with {sizes['num_classes']} classes, {sizes['num_scales']} scales, and a latent of "
         f"{sizes['size']}x{sizes['size']} with {sizes['channels']} channels.",
         "## Use",
-        "\n".join(
-            [
-                "```python",
-                "import varkern",
-                "",
-                f'scorer = varkern.Scorer.from_pretrained("{repository}")',
-                "varkern.patch(var, varkern.BestOfM(scorer, m=4))  # var: your own model object",
-                "```",
-            ]
-        ),
+        *usage(repository, base),
         "## Training",
         *training(facts),
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def usage(repository: str, base: Sequence[str]) -> Iterator[str]:
+    """The parts of the card about the use of a scorer that adds to the scorers ``base``."""
+    load = [f'scorer = varkern.Scorer.from_pretrained("{repository}")']
+    search = "varkern.BestOfM(scorer, m=4)"
+    if base:
+        yield (
+            f"This scorer adds to {', '.join(base)}: it was trained on maps that were resampled by their scores. Add "
+            "its scores to theirs, and do not use it alone."
+        )
+        load += [f'base{number} = varkern.Scorer.from_pretrained("{name}")' for number, name in enumerate(base)]
+        names = ", ".join([*(f"base{number}" for number in range(len(base))), "scorer"])
+        search = f'varkern.BestOfM(varkern.SumOfScorers({names}), m=16, pick="resample")'
+    patch = f"varkern.patch(var, {search})  # var: your own model object"
+    yield "\n".join(["```python", "import varkern", "", *load, patch, "```"])
 
 
 def training(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkern import hub
-from varkern.cards import model_card
+from varkern.cards import find_base_scorers, model_card, read_facts
 from varkern.models.loading import count_modules, read_metadata, read_state_dict
 from varkern.ops import map_norm
 from varkern.runs import write_json, write_tensors, write_text
@@ -222,6 +222,18 @@ class Scorer(nn.Module):
         self.to(
             memory_format=torch.channels_last
         )  # after the weights are drawn, because they are drawn in memory order
+
+    @property
+    def on_top_of(self) -> tuple[str, ...]:
+        """The names of the scorers to which this one adds, as its training recorded them; usually none.
+
+        It was trained on maps that were resampled by their scores, and its scores have a meaning in a
+        :class:`varkern.SumOfScorers` with them.
+        """
+        try:
+            return tuple(find_base_scorers(read_facts(self.metadata)))
+        except ValueError:  # metadata of another program
+            return ()
 
     @property
     def stages(self) -> list[nn.Sequential]:

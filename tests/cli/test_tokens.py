@@ -57,8 +57,9 @@ def encode(weights, images, tmp_path):
 def command(name: str, settings: dict) -> int:
     arguments = ["tokens", name]
     for option, value in settings.items():
-        if value is not None:
-            arguments += [f"--{option.replace('_', '-')}", str(value)]
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                arguments += [f"--{option.replace('_', '-')}", str(one)]
     return cli.main(arguments)
 
 
@@ -82,6 +83,60 @@ class TestGenerate:
             assert told["source"][name] == {"file": f"{name}.safetensors", "sha256": sha256}
         assert told["source"]["seed"] == DATASET_SEED and told["source"]["autocast"] == "bfloat16"
         assert told["source"]["varkern"] == varkern.__version__ and told["source"]["torch"] == torch.__version__
+
+    @pytest.mark.parametrize(
+        "options, build",
+        [
+            ({}, lambda a, b: varkern.BestOfM(a, m=16, pick="resample")),
+            ({"m": 3, "first_scale": 0, "pick": "best"}, lambda a, b: varkern.BestOfM(a, m=3, first_scale=0)),
+            ({"m": 2, "proposals": 3, "sweeps": 2}, lambda a, b: varkern.BlockResample(a, 2, 3, sweeps=2)),
+            ({"combine": "sum"}, lambda a, b: varkern.BestOfM(varkern.SumOfScorers(a, b), m=16, pick="resample")),
+        ],
+        ids=["default", "best", "blocks", "sum"],
+    )
+    def test_a_search(self, generate, weights, second_scorer, tmp_path, capsys, options, build):
+        scorers = [weights / "scorer.safetensors", second_scorer]
+        given = scorers if "combine" in options else scorers[0]
+        assert generate(scorer=given, classes="3,5,0", **options) == 0
+        maps = TokenMaps.open(tmp_path / "out", verify=True)
+        model = varkern.load_var(weights / "var.safetensors", vae=weights / "vae.safetensors")
+        search = build(*map(varkern.Scorer.from_pretrained, scorers))
+        sampling = {"seeds": varkern.image_seeds(DATASET_SEED, 3), "cfg": 1.5, "top_k": 900, "top_p": 0.96}
+        wanted = varkern.generate(model, torch.tensor([3, 5, 0]), search=search, **sampling).tokens
+        assert torch.equal(maps.gather(range(3)), torch.cat(wanted, 1))
+        source = maps.manifest.source
+        assert source["search"] == repr(search) and source["pick"] == options.get("pick", "resample")
+        facts = [{"file": path.name, "sha256": file_sha256(path)} for path in scorers]
+        assert source["scorers"] == facts[: len(source["scorers"])]
+        assert (len(source["scorers"]), source["combine"]) == ((2, "sum") if "combine" in options else (1, None))
+        assert generate(scorer=given, classes="3,5,0", **options) == 0  # a finished dataset is left as it is
+        for other in ({"m": 5}, {"scorer": second_scorer, "combine": None}, {"scorer": None, "m": None}):
+            changed = {"scorer": given, "classes": "3,5,0", **options, **other}
+            if other.get("scorer", given) is None:
+                changed |= {"proposals": None, "combine": None}
+            capsys.readouterr()
+            assert generate(**changed) == 2
+            assert "other settings" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"m": 4}, "m must be 1 without a scorer, got 4: give --scorer"),
+            ({"proposals": 4}, "proposals must be 0 without a scorer, got 4: give --scorer"),
+            ({"scorer": "scorer", "m": 0}, "m must be >= 1, got 0"),
+            ({"scorer": "scorer", "pick": "worst"}, "pick must be 'best', 'resample' or an int >= 1, got 'worst'"),
+            ({"scorer": "scorer", "first_scale": 3}, "first_scale must be < 3, the model's scales, got 3"),
+            ({"scorer": "other_scorer"}, "scorer was made for channels=4, but the model has channels=8"),
+            ({"scorer": "scorer", "combine": "mean"}, "combine needs at least two scorers, got 1"),
+        ],
+        ids=str,
+    )
+    def test_a_wrong_search(self, generate, weights, tmp_path, one_line, options, message):
+        if "scorer" in options:
+            options = {**options, "scorer": weights / f"{options['scorer']}.safetensors"}
+        assert generate(**options) == 2
+        assert one_line() == f"varkern: {message}"
+        assert not (tmp_path / "out").exists()
 
     def test_short_name(self, generate, tmp_path):
         assert generate(var="demo", vae=None, cfg=0.0, top_k=0) == 0

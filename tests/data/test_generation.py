@@ -35,6 +35,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def mean_feature(labels, features, scale):
+    return features.mean((-3, -2, -1))
+
+
 def write(folder: Path, model, **changes) -> Manifest | None:
     return generate_token_maps(folder, model, **(SETTINGS | changes))
 
@@ -101,9 +105,36 @@ class TestGenerating:
         found = contents(tmp_path)
         assert all(found[name] == unbroken[name] for name in ("shard-00000.safetensors", "shard-00001.safetensors"))
 
+    @pytest.mark.parametrize("kind", [varkern.BestOfM, varkern.BlockResample], ids=lambda kind: kind.__name__)
+    def test_maps_of_a_search(self, model, unbroken, tmp_path, kind):
+        search = kind(mean_feature, m=4, first_scale=0, pick="resample", temperature=0.02)
+        write(tmp_path, model, search=search)
+        maps = TokenMaps.open(tmp_path)
+        total = len(maps)
+        labels, seeds = torch.arange(total) % NUM_CLASSES, varkern.image_seeds(SETTINGS["seed"], total)
+        sampling = {name: SETTINGS[name] for name in ("cfg", "top_k", "top_p") if name in SETTINGS}
+        part = list(range(SETTINGS["batch_size"]))
+        wanted = varkern.generate(model, labels[part], search=search, seeds=seeds[part], **sampling).tokens
+        assert torch.equal(maps.gather(part), torch.cat(wanted, 1))
+        assert maps.manifest.source["search"] == repr(search)
+        assert contents(tmp_path)["shard-00000.safetensors"] != unbroken["shard-00000.safetensors"]
+        for other in (None, kind(mean_feature, m=5, first_scale=0, pick="resample", temperature=0.02)):
+            with pytest.raises(ValueError, match=r"other settings \(source.search was .*choose another folder"):
+                write(tmp_path, model, search=other)
+
+    def test_without_a_search_none_is_recorded(self, unbroken):
+        assert "search" not in json.loads(unbroken["manifest.json"])["source"]
+
+    def test_a_search_that_does_not_fit(self, model, tmp_path):
+        with pytest.raises(TypeError, match="search must be a search"):
+            write(tmp_path / "a", model, search=3)
+        with pytest.raises(ValueError, match="first_scale must be < "):
+            write(tmp_path / "a", model, search=varkern.BestOfM(mean_feature, first_scale=99))
+        assert not (tmp_path / "a").exists()
+
     def test_a_patched_model_draws_its_own_maps(self, model, unbroken, tmp_path):
         """The model's distribution is what the scorer is to learn, whatever search is patched in."""
-        search = varkern.BestOfM(lambda labels, features, scale: features.mean((-3, -2, -1)), m=4, first_scale=0)
+        search = varkern.BestOfM(mean_feature, m=4, first_scale=0)
         with varkern.patched(model, search):
             write(tmp_path, model)
         assert contents(tmp_path) == unbroken

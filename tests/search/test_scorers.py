@@ -1,7 +1,9 @@
 """Sums and means of scorers: scores added by hand, the features that each part gets, and what is refused."""
 
 import copy
+import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -194,3 +196,23 @@ def test_a_changed_weight_needs_another_graph(joined):
     with torch.no_grad():
         second.out_proj.bias.add_(1)
     assert list(weights_of(search)) != before
+
+
+@pytest.mark.parametrize(
+    "search", [BestOfM, BlockResample, MeanOfScorers, SumOfScorers], ids=lambda kind: kind.__name__
+)
+def test_a_scorer_on_top_of_another_is_not_used_alone(search):
+    first, second = two_scorers()
+    made_of = {"pick": "resample", "scorers": [{"file": "first.safetensors", "sha256": "ab"}]}
+    second.metadata = {"training": json.dumps({"data": {"generated": made_of}})}
+    message = "scorer was trained on top of first.safetensors, and its scores alone are wrong: use varkern.SumOfScorers"
+    with pytest.warns(UserWarning, match=message):
+        search(second)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(SumOfScorers(first, second))
+        second.metadata = {"training": "no JSON"}
+        search(second)
+    second.metadata = {"training": json.dumps({"data": {"generated": made_of}})}
+    with pytest.warns(UserWarning, match=message):
+        MeanOfScorers(first, second)

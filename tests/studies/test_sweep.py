@@ -432,3 +432,13 @@ def test_results_are_json(sweep, tmp_path):
     path = tmp_path / "results" / "m=3" / "seed-9.json"
     assert json.loads(path.read_text())["scorer"] == "first"
     assert json.loads((tmp_path / "settings.json").read_text())["images"] == 30
+
+
+def test_blocks_of_one_whole_map_use_the_scorer(models):
+    """Also where m is 1, which means no search for best-of-M."""
+    cell = Cell(m=1, proposals=2, pick="resample", scorer="missing")
+    known = replace(cell, scorer="")
+    assert models.scorer(known) is not None and models.facts(known)["scorer"] == "first"
+    with pytest.raises(ValueError, match="needs scorer 'missing'"):
+        models.check([cell])
+    assert models.scorer(Cell()) is None and models.facts(Cell())["scorer"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,21 @@ from varkern.extras import require_pillow
 from varkern.models import PATCH_NUMS_256, load_vae, load_var
 from varkern.models.loading import HUB_FILES, HUB_VAE, download
 from varkern.progress import progress_bar
+from varkern.search import Search
 
 from . import options
 
 SHOWN = 20  # skipped images listed on stderr
 
 app = typer.Typer(no_args_is_help=True)
+Scorers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scorer",
+        help="Scorer of a search: a file, a folder, or a repository on the hub as user/repo or user/repo@revision; may "
+        "be given several times, with --combine; default: no search",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Number of images per batch; it slightly changes the tokens")]
 ShardSize = Annotated[int, typer.Option(help="Number of images per shard, the most that a killed run makes again")]
 Out = Annotated[Path, typer.Option(help="Folder for the dataset")]
@@ -35,6 +45,13 @@ def generate(
     vae: options.Vae = None,
     per_class: options.NumPerClass = 1000,
     classes: Annotated[str | None, typer.Option(help="Classes, such as 207,88 or 0-9; default: all")] = None,
+    scorer: Scorers = None,
+    combine: options.Combine = None,
+    m: Annotated[int | None, typer.Option(help="Number of candidates; default: 16 with --scorer, else 1")] = None,
+    proposals: options.Proposals = 0,
+    sweeps: options.Sweeps = 1,
+    first_scale: options.FirstScale = 1,
+    pick: options.Pick = "resample",
     cfg: options.Cfg = 1.5,
     top_k: options.TopK = 900,
     top_p: options.TopP = 0.96,
@@ -47,13 +64,16 @@ def generate(
     dtype: options.WeightsDtype = "float32",
     autocast: options.Autocast = None,
 ) -> None:
-    """Sample a model without a search and write the token maps. A killed run continues where it stopped.
+    """Sample a model and write the token maps. A killed run continues where it stopped.
 
-    Under torchrun several processes share the work; the dataset is the same.
+    Without --scorer there is no search, as a scorer's training needs. The maps of a search with --scorer and
+    --pick resample train a second scorer, which adds to the first. Under torchrun several processes share the work; the
+    dataset is the same.
     """
     options.require("per_class", per_class, 1)
     wanted = None if classes is None else options.parse_classes(classes)
     where = options.pick_local_device(device)
+    search, search_facts = make_search(scorer, combine, where, m, proposals, sweeps, first_scale, pick)
     var_file, vae_file = find_files(var, vae)
     model = load_var(var_file, vae=vae_file, device=where, dtype=options.DTYPES[dtype])
     manifest = data.generate_token_maps(
@@ -61,6 +81,7 @@ def generate(
         model,
         per_class=per_class,
         classes=wanted,
+        search=search,
         seed=seed,
         cfg=cfg,
         top_k=top_k,
@@ -68,7 +89,7 @@ def generate(
         autocast=options.DTYPES.get(autocast),
         batch_size=batch_size,
         shard_size=shard_size,
-        provenance={**versions(), "var": file_facts(var_file), "vae": file_facts(vae_file)},
+        provenance={**versions(), **search_facts, "var": file_facts(var_file), "vae": file_facts(vae_file)},
     )
     print_result(out, manifest)
 
@@ -177,6 +198,36 @@ def info(folder: Annotated[Path, typer.Argument(help="Folder of the dataset")]) 
         task = progress.add_task("checksums", total=len(manifest.shards), note="")
         maps.verify(after_shard=lambda: progress.advance(task))
     print("every file matches its checksum")
+
+
+def make_search(
+    scorers: Sequence[str] | None,
+    combine: str | None,
+    device: torch.device,
+    m: int | None,
+    proposals: int,
+    sweeps: int,
+    first_scale: int,
+    pick: str,
+) -> tuple[Search | None, dict[str, Any]]:
+    """Make the search of a dataset, and the facts that identify its scorers; without a scorer there is none.
+
+    Raises:
+        OSError, ValueError, TypeError, ImportError: if an option is out of its range, or a scorer is not found.
+    """
+    files = options.find_scorers("", scorers, combine)
+    for name, value, usual in (("m", m, 1), ("proposals", proposals, 0)):
+        if not files and value not in (None, usual):
+            raise ValueError(f"{name} must be {usual} without a scorer, got {value}: give --scorer")
+    if not files:
+        return None, {}
+    settings = {"m": 16 if m is None else m, "first_scale": first_scale, "pick": options.parse_pick(pick)}
+    search = options.build_search(options.load_scorers(files, combine, device), settings, proposals, sweeps)
+    facts = []
+    for given, path in zip(scorers or [], files, strict=True):
+        name = {"file": path.name} if Path(given).exists() else {"repository": given}
+        facts.append({**name, "sha256": data.file_sha256(path)})
+    return search, {"scorers": facts, "combine": combine, "pick": search.pick}
 
 
 def find_files(var: str, vae: Path | None) -> tuple[Path, Path | None]:

@@ -1,4 +1,4 @@
-"""Token-map datasets of a model's own samples, drawn without a search."""
+"""Token-map datasets of a model's samples, drawn without a search or with one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from varkern.errors import UnsupportedModelError
 from varkern.families import recognise
 from varkern.generation import generate
 from varkern.ops import image_seeds
+from varkern.search import Search, as_search
+from varkern.search.base import check_highest_label
 from varkern.spec import is_int
 
 from .manifest import Manifest
@@ -32,6 +34,7 @@ def generate_token_maps(
     *,
     per_class: int,
     classes: Sequence[int] | None = None,
+    search: Search | Sequence[Search] | None = None,
     seed: int = DATASET_SEED,
     cfg: float = 1.5,
     top_k: int = 900,
@@ -42,17 +45,22 @@ def generate_token_maps(
     provenance: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Manifest | None:
-    """Write the token maps of ``per_class`` images of every class, with one candidate per scale (LSRS, appendix A).
+    """Write the token maps of ``per_class`` images of every class.
+
+    Without a search they are the model's own samples, with one candidate per scale, on which a scorer is trained (LSRS,
+    appendix A). A scorer on top of another one is trained on samples of a search with the other.
 
     Image ``n`` has the class ``classes[n % len(classes)]`` and the seed ``image_seeds(seed, total)[n]``. Classes
     alternate, and a smaller dataset with the same batch and shard size equals the first part of a larger one.
 
     Args:
         folder: the dataset's folder; :func:`.writer.write_token_maps` describes killed runs and ``torchrun``.
-        model: a class-conditional model of any family. It is sampled without a search even if it is patched with one,
-            and it is not changed.
+        model: a class-conditional model of any family. A search that it is patched with is not used, and it is not
+            changed.
         per_class: images per class.
         classes: the classes to draw; None means all classes of the model.
+        search: the search of every image; None: none. The manifest records its ``repr``, which must be the same in
+            every run and does not identify a scorer: describe scorers in ``provenance``.
         seed: base seed; every image's seed is derived from it. Use another seed than for evaluation.
         cfg, top_k, top_p, options: as for :func:`varkern.generate`; the defaults are VAR's published sampling. The
             manifest does not record options that are modules: describe them in ``provenance``.
@@ -72,9 +80,10 @@ def generate_token_maps(
     family = recognise(model)
     if not family.has_classes:
         raise UnsupportedModelError(f"model must be class-conditional, got {family.name}, which takes texts")
-    sampling = {"cfg": cfg, "top_k": top_k, "top_p": top_p, **options}
-    spec, device = check(model, seeds=image_seeds(seed, 1), **sampling), family.device(model)
+    sampling, search = {"cfg": cfg, "top_k": top_k, "top_p": top_p, **options}, as_search(search)
+    spec, device = check(model, search, seeds=image_seeds(seed, 1), **sampling), family.device(model)
     classes = check_classes(range(spec.num_classes) if classes is None else classes, spec.num_classes)
+    check_highest_label(search, max(classes), spec)
     if not is_int(per_class) or per_class < 1:
         raise ValueError(f"per_class must be an int >= 1, got {per_class!r}")
     total = per_class * len(classes)
@@ -85,6 +94,7 @@ def generate_token_maps(
         "seeds": [0, total],  # places in image_seeds(seed, total)
         "classes": classes,
         "per_class": per_class,
+        **({} if search is None else {"search": repr(search)}),
         **{name: value for name, value in sampling.items() if not isinstance(value, nn.Module)},
         "dtype": dtype_name(next(model.parameters()).dtype),
         "autocast": None if autocast is None else dtype_name(autocast),
@@ -98,7 +108,7 @@ def generate_token_maps(
             chosen = labels[torch.arange(numbers.start, numbers.stop) % len(labels)]
             with torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext():
                 part = seeds[numbers.start : numbers.stop]
-                tokens = generate(model, chosen, seeds=part, decode=False, **sampling).tokens
+                tokens = generate(model, chosen, search=search, seeds=part, decode=False, **sampling).tokens
             yield Batch(tokens, chosen)
 
     return write_token_maps(Path(folder), manifest, batches, "generating token maps")

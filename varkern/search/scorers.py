@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +39,14 @@ class SumOfScorers(nn.Module):
     """
 
     scorers: tuple[Scorer, ...]
+    adds: ClassVar[bool] = True
 
     def __init__(self, *scorers: Scorer):
         super().__init__()
         if not scorers:
             raise ValueError(f"scorers must be at least one for {type(self).__name__}, got none")
         for scorer in scorers:
-            check_scorer(scorer)
+            check_scorer(scorer, added=self.adds and len(scorers) > 1)
         self.scorers = scorers
         # Registered too, so that a change of device reaches them. The tuple keeps functions, and the order.
         self.networks = nn.ModuleList([scorer for scorer in scorers if isinstance(scorer, nn.Module)])
@@ -92,13 +94,18 @@ class MeanOfScorers(SumOfScorers):
         True
     """
 
+    adds = False
+
     def forward(self, labels: Tensor, features: Tensor, scale: int) -> Tensor:
         """The mean of all scores, ``[B, M]``; see :meth:`SumOfScorers.forward`."""
         return super().forward(labels, features, scale) / len(self.scorers)
 
 
-def check_scorer(scorer: object) -> None:
-    """Raise ``TypeError`` if ``scorer`` is no scorer, or must be wrapped to be one."""
+def check_scorer(scorer: object, added: bool = False) -> None:
+    """Raise ``TypeError`` if ``scorer`` is no scorer, or must be wrapped to be one.
+
+    Warn about a scorer that was trained on top of others, unless it is ``added`` to some.
+    """
     if isinstance(scorer, list | tuple):
         raise TypeError(
             f"scorer must be one scorer, got a {type(scorer).__name__}: join several by varkern.SumOfScorers(...) or "
@@ -111,6 +118,12 @@ def check_scorer(scorer: object) -> None:
         raise TypeError(
             f"scorer must take (labels, features, scale), got {type(scorer).__name__}, which takes "
             "(x, class_labels, stage_label) as the published network: wrap it by varkern.PublishedScorer(scorer)"
+        )
+    if not added and (base := getattr(scorer, "on_top_of", ())):
+        names = ", ".join(base)
+        warnings.warn(
+            f"scorer was trained on top of {names}, and its scores alone are wrong: use varkern.SumOfScorers of both",
+            stacklevel=3,
         )
 
 

@@ -45,8 +45,8 @@ class Models:
         return recognise(model).spec(model).num_scales
 
     def scorer(self, cell: Cell) -> Callable | None:
-        """The cell's scorer; None if it has no best-of-M."""
-        if cell.m == 1:
+        """The cell's scorer; None if its search needs none."""
+        if not cell.scores:
             return None
         if self._scorer is None or self._scorer[0] != cell.scorer:
             self._scorer = cell.scorer, self.scorers[cell.scorer]()
@@ -55,7 +55,7 @@ class Models:
     def facts(self, cell: Cell) -> dict[str, Any]:
         """JSON values that identify the model and the scorer of a cell."""
         return {
-            "scorer": None if cell.m == 1 else self.scorer_facts.get(cell.scorer),
+            "scorer": self.scorer_facts.get(cell.scorer) if cell.scores else None,
             "model": self.model_facts.get(cell.model),
         }
 
@@ -63,7 +63,7 @@ class Models:
         """Raise ``ValueError`` if a cell uses an unknown name."""
         for cell in cells:
             for what, name, known in (("model", cell.model, self.models), ("scorer", cell.scorer, self.scorers)):
-                if name not in known and (what == "model" or cell.m != 1):
+                if name not in known and (what == "model" or cell.scores):
                     needed = f"a {what}" if name == "" else f"{what} {name!r}"
                     given = ", ".join(map(repr, known)) or "none"
                     raise ValueError(f"cell {cell.name} needs {needed}, the given {what}s are {given}")
