@@ -6,6 +6,7 @@ import pytest
 
 from varkern.search import BestOfM, BlockResample, Combined, DensitySearch
 from varkern.studies.cells import MEDIAN, Cell, from_json, grid, unique
+from varkern.studies.models import Models
 from varkern.studies.presets import PRESETS
 
 
@@ -90,6 +91,13 @@ def test_wrong_settings_are_told_by_the_search(cell):
 def test_only_a_hybrid_without_alpha_wants_one():
     assert Cell(n=5).needs_alpha and Cell(n=5, alpha=MEDIAN).needs_alpha
     assert not any(cell.needs_alpha for cell in (Cell(), Cell(n=5, alpha=2.0), Cell(n=5, strategy="top")))
+
+
+def test_which_cells_need_a_scorer():
+    models = Models({}, {"": lambda: scorer}, {"": "the facts"})
+    for cell, needed in ((Cell(), False), (Cell(n=5), False), (Cell(m=2), True), (Cell(proposals=2), True)):
+        assert models.scorer(cell) == (scorer if needed else None)
+        assert models.facts(cell)["scorer"] == ("the facts" if needed else None)
 
 
 def test_grid():

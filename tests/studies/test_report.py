@@ -187,3 +187,13 @@ def test_lines_are_told_apart_by_colour_and_marker():
     sweep_report.draw_panel(panel, given, "fid", axis)
     lines = [container[0] for container in panel.containers]
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == len(lines) == 7
+
+
+def test_blocks_beside_best_of_m():
+    """Cells with one whole map and proposals are no model alone, in the table and in the picture."""
+    cells = [Cell(), Cell(m=8, pick="resample"), *(Cell(m=m, proposals=8, pick="resample") for m in (1, 8))]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in markdown(found(cells)).splitlines()]
+    assert rows[0] == ["m", "proposals"]
+    assert rows[2:] == [["1", "0"], ["8", "0"], ["1", "8"], ["8", "8"]]
+    assert [sweep_report.kind(cell) for cell in cells] == ["", "best of M", "blocks", "blocks"]
+    assert [sweep_report.number_of(cell, "m") for cell in cells] == [None, 8.0, 1.0, 8.0]

@@ -69,6 +69,7 @@ def test_printed_and_read_again(file, text):
         ("[[grid]]\npick = 2", "grid 1: m or n must be given"),
         ("[[grid]]\nm = 2\n[[grid]]\nM = 2", "grid 2: unknown setting M; known are alpha, bandwidth"),
         ("[[grid]]\nn = 2\npick = 2", "grid 1: pick must not be given without m, got 2"),
+        ("[[grid]]\nn = 2\nproposals = 4", "grid 1: proposals must not be given without m, got 4"),
         ("[[grid]]\nm = 2\nscale = [1, 2]", r"grid 1: scale must not be given without n, got \[1, 2\]"),
         ("[[grid]]\nm = []", "grid 1: m must have at least one value, got none"),
         ("[[grid]]\nm = [[1, 'x']]", "grid 1: m must be an integer, got 'x'"),

@@ -129,7 +129,7 @@ def markdown(found: Found) -> str:
     for entry in found.entries:
         paper = found.preset.paper.get(entry.cell, {})
         chosen = [format_setting(entry.cell, name) for name in columns]
-        if entry.cell.m == entry.cell.n == 1 and not chosen[0]:
+        if not entry.cell.scores and entry.cell.n == 1 and not chosen[0]:
             chosen[0] = "alone"
         lines.append(
             [
@@ -238,7 +238,7 @@ def axes_of(found: Found) -> list[Axis]:
 
 def number_of(cell: Cell, name: str) -> float | None:
     """M, n or a scale of a cell's search; None if the cell has no such search, or one M per scale."""
-    searched = cell.m != 1 and isinstance(cell.m, int) if name in ("m", "first_scale") else cell.n != 1
+    searched = cell.scores and isinstance(cell.m, int) if name in ("m", "first_scale") else cell.n != 1
     return float(getattr(cell, name)) if searched else None
 
 
@@ -288,7 +288,7 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
     panel.set_prop_cycle(color=COLOURS, marker=MARKERS)
     lines: dict[str, list[Entry]] = {}
     for entry in found.entries:
-        if entry.cell.m == 1 and entry.cell.n == 1:
+        if not entry.cell.scores and entry.cell.n == 1:
             value = summary(entry, name)
             if value is not None:
                 label = " ".join(["the model alone", *(f"{k}={v}" for k, v in entry.cell.settings.items())])
@@ -342,6 +342,8 @@ def line_of(found: Found, cell: Cell, axis: str) -> str:
 def kind(cell: Cell) -> str:
     """The kind of a cell's search in words; empty if it has none."""
     kinds = ["density"] if cell.n != 1 else []
-    if cell.m != 1:
+    if cell.proposals:
+        kinds.append("blocks")
+    elif cell.m != 1:
         kinds.append("best of M" if isinstance(cell.m, int) else "M by scale")
     return " and ".join(kinds)

@@ -141,7 +141,7 @@ def check_grid(where: str, table: Mapping[str, Any]) -> None:
     check_names(where, table, ["m", *GRID])
     if not {"m", "n"} & table.keys():
         raise ValueError(f"{where}: m or n must be given, the numbers of candidates")
-    for search, names in (("m", BEST_OF_M), ("n", DENSITY)):
+    for search, names in (("m", BEST_OF_M | {"proposals", "sweeps"}), ("n", DENSITY)):
         if search not in table and (idle := sorted(names & table.keys())):
             raise ValueError(f"{where}: {idle[0]} must not be given without {search}, got {table[idle[0]]!r}")
     for name, given in table.items():
