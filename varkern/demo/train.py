@@ -6,9 +6,10 @@ stage writes its weights at its end, and is skipped if they exist. A killed stag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
 from varkern.runs import write_tensors
 from varkern.scorer import ScorerConfig
+from varkern.search import Search
 from varkern.training import scorer as scorer_training
 from varkern.training.features import FeatureMaker
 from varkern.training.loop import fit
@@ -193,15 +195,26 @@ def write_real_tokens(recipe: Recipe, folder: Path, device: torch.device, out: P
     return TokenMaps.open(out)
 
 
-def write_generated_tokens(recipe: Recipe, folder: Path, device: torch.device, out: Path) -> TokenMaps:
-    """Write a dataset of generated digits to the folder ``out``: no search, the same number of images per class."""
+def write_generated_tokens(
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    out: Path,
+    search: Search | None = None,
+    search_facts: Mapping[str, Any] | None = None,
+) -> TokenMaps:
+    """Write a dataset of generated digits to the folder ``out``, with the same number of images per class.
+
+    With a ``search``, ``search_facts`` are JSON values that identify its scorers.
+    """
     var = load_var(folder / "var.safetensors", vae=folder / "vae.safetensors", device=device)
     generate_token_maps(
         out,
         var,
         per_class=recipe.generated_maps // digits.NUM_CLASSES,
+        search=search,
         seed=recipe.sampling_seed,
-        provenance={name: checkpoint_facts(folder, name) for name in ("var", "vae")},
+        provenance={**{name: checkpoint_facts(folder, name) for name in ("var", "vae")}, **(search_facts or {})},
         top_k=0,
         **SAMPLING,
         **BATCHES,
