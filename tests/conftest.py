@@ -14,6 +14,8 @@ import os
 import pytest
 import torch
 
+from tests.interpreter import patch_language_once
+
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that each start a thread a core only hinder one another
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
@@ -42,6 +44,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--compiled"):
+        patch_language_once()
         skip = pytest.mark.skip(reason="needs --compiled")
         for item in items:
             if item.get_closest_marker("compiled_only"):
