@@ -17,7 +17,7 @@ from varkern.draws import make_draws
 from varkern.exclusive import exclusive
 from varkern.families import Family, recognise
 from varkern.literals import GenerateLoop, Sampler, check_word
-from varkern.search import Candidates, Search, as_search
+from varkern.search import Candidates, Search, Steps, as_search, effective_sample_size
 from varkern.spec import ModelSpec, Request
 
 Images = TypeVar("Images", bound=Tensor | None, default=Tensor, covariant=True)
@@ -44,6 +44,30 @@ class Generation(NamedTuple, Generic[Images]):
     kept map of several candidates, this is the candidate that it began with, and ``tokens`` has the map."""
     seconds: list[float]
     """The time of each scale, then of decoding: K + 1 numbers, or K with ``decode=False``."""
+    steps: list[Steps | Any]
+    """What a search that composes maps did step by step, for each scale; None where no such search was used."""
+
+    def effective_sample_size(self, temperature: float = 1.0) -> list[Tensor | Any]:
+        """How many equally weighted maps the candidates of each scale are worth, ``[B]`` each; None without a search.
+
+        It has a meaning for the scores of a scorer. A search that composes maps has one for its whole maps here, and
+        ``steps[k].effective_sample_size()`` for its steps.
+
+        Args:
+            temperature: of the softmax over scores, as in the search.
+
+        Example::
+
+            >>> result = varkern.generate(var, labels, search=varkern.BestOfM(scorer, m=16, pick="resample"), seeds=0)
+            >>> result.effective_sample_size()[3].shape
+            torch.Size([8])
+        """
+        sizes: list[Tensor | None] = []
+        for scores, steps in zip(self.scores, self.steps, strict=True):
+            if scores is not None and steps is not None:
+                scores = scores[:, : scores.shape[1] - steps.scores[:, :, 1:].flatten(1).shape[1]]
+            sizes.append(None if scores is None else effective_sample_size(scores, temperature))
+        return sizes
 
 
 def run(
@@ -64,6 +88,7 @@ def run(
     tokens: list[Tensor] = []
     scores: list[Tensor | None] = []
     choices: list[Tensor | None] = []
+    steps: list[Steps | None] = []
     session = family.open(model, labels, request, draws)
     try:
         for scale in range(spec.num_scales):
@@ -82,6 +107,7 @@ def run(
             tokens.append(kept)
             scores.append(choice and choice.scores)
             choices.append(choice and choice.index)
+            steps.append(getattr(choice, "steps", None))
             clock.tick()
         images = None
         if decode:
@@ -89,7 +115,7 @@ def run(
             clock.tick()
     finally:
         session.close()
-    return Generation(images, tokens, scores, choices, clock.seconds())
+    return Generation(images, tokens, scores, choices, clock.seconds(), steps)
 
 
 def offer(session, spec: ModelSpec, scale: int, labels: Any, tokens: Tensor, draws) -> Candidates:

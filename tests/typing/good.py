@@ -36,7 +36,9 @@ def results() -> None:
     result.choices[2].tolist()
     tokens: list[Tensor] = result.tokens
     seconds: float = sum(result.seconds)
-    images, _, scores, _, _ = varkern.generate(var, [1, 2, 3], decode=True, loop="fused")
+    result.effective_sample_size(0.5)[2].mean()
+    result.steps[2].acceptance().tolist()
+    images, _, scores, *_ = varkern.generate(var, [1, 2, 3], decode=True, loop="fused")
     images.cpu()
     nothing = varkern.generate(var, np.arange(3), decode=False, sampler="multinomial")
     assert nothing.images is None and scores and tokens and seconds

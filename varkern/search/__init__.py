@@ -5,6 +5,7 @@ from .best_of_m import BestOfM
 from .block_resample import BlockResample
 from .combined import Combined, as_search
 from .density import DensitySearch
+from .diagnostics import Steps, effective_sample_size
 from .published_scorer import PublishedScorer
 from .scorers import MeanOfScorers, SumOfScorers
 
@@ -18,6 +19,8 @@ __all__ = [
     "MeanOfScorers",
     "PublishedScorer",
     "Search",
+    "Steps",
     "SumOfScorers",
     "as_search",
+    "effective_sample_size",
 ]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from varkern.spec import ModelSpec
 
+from .diagnostics import Steps
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -77,6 +79,7 @@ class Choice(NamedTuple):
             order.
         tokens: the map that each image keeps, where it is not one of the candidates: ``[B, l]`` int64, or bits
             ``[B, l, d]`` uint8. None: the candidate that ``index`` names.
+        steps: what a search that composed the map did step by step; None: nothing to tell.
 
     Example::
 
@@ -88,6 +91,7 @@ class Choice(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody calls here
     scores: Tensor
     tokens: Tensor | None = None
+    steps: Steps | None = None
 
 
 class Search(Protocol):

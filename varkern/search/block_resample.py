@@ -38,6 +38,7 @@ from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
 from .base import Candidates, Choice, Scorer
+from .diagnostics import Steps
 from .scorers import check_scorer, describe_scorer
 from .scoring import (
     check_scales,
@@ -191,16 +192,16 @@ class BlockResample:
         index = self.picked(scores, lambda: candidates.uniforms()[:, : self.m])
         if not self.proposals:
             return Choice(index, scores)
-        tokens, scored = self.improved(candidates, take(candidates.tokens, index), scores.gather(1, index[:, None]))
-        return Choice(index, torch.cat((scores, *scored), 1), tokens)
+        tokens, steps = self.improved(candidates, take(candidates.tokens, index), scores.gather(1, index[:, None]))
+        return Choice(index, torch.cat((scores, steps.scores[:, :, 1:].flatten(1)), 1), tokens, steps)
 
-    def improved(self, candidates: Candidates, kept: Tensor, score: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def improved(self, candidates: Candidates, kept: Tensor, score: Tensor) -> tuple[Tensor, Steps]:
         """All sweeps over maps ``kept``, ``[B, l]`` or ``[B, l, d]``, whose scores are ``score``, ``[B, 1]``.
 
         Returns:
-            The kept maps, and for each step the scores ``[B, proposals]`` of the maps that were composed.
+            The kept maps, and what each step scored and kept.
         """
-        grid, scored = candidates.grid, []
+        grid, scored, picks, changed = candidates.grid, [], [], []
         rows, columns = self.num_blocks(candidates.scale, grid)
         patch = math.isqrt(kept.shape[1] // (grid[0] * grid[1]))
         steps = 1 + rows * columns  # of a sweep: one for the places of its blocks, then one per block
@@ -213,12 +214,14 @@ class BlockResample:
                 inside = (block_of == block).unsqueeze(1)  # [B, 1, l]
                 inside = inside if kept.dim() == 2 else inside.unsqueeze(-1)
                 maps = torch.where(inside, fresh, kept.unsqueeze(1))
-                scored.append(self.scores(candidates, maps))
-                of_all = torch.cat((score, scored[-1]), 1)
+                of_all = torch.cat((score, self.scores(candidates, maps)), 1)
                 picked = self.picked(of_all, partial(drawn.select, 2, 1 + block))
-                kept = take(torch.cat((kept.unsqueeze(1), maps), 1), picked)
+                before, kept = kept, take(torch.cat((kept.unsqueeze(1), maps), 1), picked)
                 score = of_all.gather(1, picked[:, None])
-        return kept, scored
+                scored.append(of_all)
+                picks.append(picked)
+                changed.append((kept != before).flatten(1).any(1))
+        return kept, Steps(torch.stack(scored, 1), torch.stack(picks, 1), torch.stack(changed, 1))
 
     def scores(self, candidates: Candidates, maps: Tensor) -> Tensor:
         """Scores ``[B, n]`` of composed maps ``[B, n, l]`` or ``[B, n, l, d]``."""
