@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from varkern import cli, diagnosis
+from varkern.ops.backend import triton_trouble
 
 PROC = """NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024
 GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)
@@ -165,7 +166,8 @@ class TestGPU:
 
     def test_kernels_that_run(self, device):
         """On the GPU, or through the interpreter."""
-        pytest.importorskip("triton")
+        if triton_trouble():
+            pytest.skip(triton_trouble())
         assert diagnosis.describe_kernels(device) == "a kernel of PyTorch runs; a kernel of Triton runs"
 
     def test_a_gpu_that_hangs_is_left_alone(self, machine, env, monkeypatch):

@@ -34,9 +34,11 @@ DensityFamily = Literal["VAR", "FlexVAR"]
 
 Interpolation = Literal["bicubic", "bilinear", "area", "nearest", "trilinear"]
 """Of the ops that resize features."""
+INTERPOLATIONS = get_args(Interpolation)  # for code that torch.compile traces; that of PyTorch 2.5 knows no types
 
 
 def check_word(name: str, value: object, words: Any) -> None:
-    """Raise ``ValueError`` if ``value`` of the argument ``name`` is not one of ``words``, a type of this file."""
-    if not isinstance(value, str) or value not in get_args(words):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(words)))}, got {value!r}")
+    """Raise ``ValueError`` if ``value`` of the argument ``name`` is not one of ``words``, of this file."""
+    allowed = words if isinstance(words, tuple) else get_args(words)
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.literals import Interpolation, check_word
+from varkern.literals import INTERPOLATIONS, Interpolation, check_word
 from varkern.ops.backend import backend_for
 from varkern.ops.fusion_tables import (
     axis_matrix_on,
@@ -162,7 +162,7 @@ def _check_lookup(
         raise TypeError(f"codebook must be float32, bfloat16 or float16, got {codebook.dtype}")
     if codebook.device != tokens.device:
         raise ValueError(f"codebook must be on the tokens' device {tokens.device}, got {codebook.device}")
-    check_word("interpolation", interpolation, Interpolation)
+    check_word("interpolation", interpolation, INTERPOLATIONS)
     parts: dict[str, Tensor] = {}
     if phi is not None:
         if len(phi) != 3:

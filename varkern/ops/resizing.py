@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkern.literals import Interpolation, check_word
+from varkern.literals import INTERPOLATIONS, Interpolation, check_word
 from varkern.ops.backend import backend_for
 from varkern.ops.fusion_tables import pixel_inputs
 
@@ -45,7 +45,7 @@ def resize_features(
         raise ValueError(f"f_hat must have shape [B, C, H, W], all but B at least 1, got {list(f_hat.shape)}")
     if f_hat.dtype != torch.float32:
         raise TypeError(f"f_hat must be float32, got {f_hat.dtype}")
-    check_word("interpolation", interpolation, Interpolation)
+    check_word("interpolation", interpolation, INTERPOLATIONS)
     refuse_gradients("resize_features", f_hat=f_hat)
     return _resize_op(f_hat, size, interpolation, bool(channels_last))
 
