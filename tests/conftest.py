@@ -14,7 +14,7 @@ import os
 import pytest
 import torch
 
-from tests.interpreter import patch_language_once
+from tests.interpreter import patch_language_once, runs_interpreted
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that each start a thread a core only hinder one another
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
@@ -29,11 +29,13 @@ def pytest_addoption(parser):
     targets = ("sm_80", "sm_90", "sm_120")
     group.addoption("--compiled", choices=targets, help="GPU target that kernels are compiled for; the CPU emulates it")
     group.addoption("--ulp", type=int, default=0, help="error of approximate instructions, in units in the last place")
+    group.addoption("--all-cases", action="store_true", help="the interpreter runs every case of thinned tests too")
     group.addoption("--order", type=int, default=1, help="seed of the order in which blocks and warps run")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "compiled_only: the test needs kernels as compiled code (--compiled)")
+    config.addinivalue_line("markers", "thinned(every, **values): see tests/interpreter.py")
     if config.getoption("--compiled"):
         from tests.emulator.plugin import CompiledKernels  # imports Triton, which must not see the switch below
 
@@ -49,6 +51,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("compiled_only"):
                 item.add_marker(skip)
+    if os.environ.get("TRITON_INTERPRET") == "1" and not config.getoption("--all-cases"):
+        left_out = [item for item in items if not runs_interpreted(item)]
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def without_kernels() -> str | None:

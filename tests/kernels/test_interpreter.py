@@ -1,4 +1,7 @@
-"""``tests/interpreter.py`` saves only repeated work: the language is patched for a launch, and for no longer."""
+"""``tests/interpreter.py`` saves only repeated work: the language is patched for a launch, and for no longer.
+
+Of thinned tests it keeps a part of the kernels' cases in which every value occurs.
+"""
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tests.interpreter import runs_interpreted
 from varkern.ops.backend import interpreting
 
 if not interpreting():
@@ -53,3 +57,22 @@ def test_the_language_is_restored_after_every_launch():
     assert tl.load is load
     found, wanted = doubles(2, 2)
     assert torch.equal(found, wanted)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    return request.param
+
+
+@pytest.mark.thinned(every=2, colour=("red", "blue"))
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("colour, number", [("red", 0), ("green", 1), ("blue", 2)])
+def test_a_thinned_grid(request, backend, size, colour, number):
+    """Which cases there are is itself the test."""
+    cases = [item for item in request.session.items if item.originalname == "test_a_thinned_grid"]
+    kept = {(c.params["backend"], c.params["size"], c.params["colour"]) for c in (case.callspec for case in cases)}
+    assert runs_interpreted(request.node)
+    whole = {("torch", size, colour) for size in (1, 2, 3) for colour in ("red", "green", "blue")}
+    part = {("triton", size, colour) for size in (1, 3) for colour in ("red", "blue")}
+    if not request.config.getoption("--all-cases") and len(cases) > 1:
+        assert kept == whole | part

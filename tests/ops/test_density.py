@@ -75,8 +75,10 @@ def test_against_float64(device, backend, metric, shape):
     close(kernel_density(x.to(device), wide, metric), reference.kernel_sums(exact, wide, metric))
 
 
-def test_a_map_of_8192_coordinates(device, backend):
-    x = normal(3, 8192)
+@pytest.mark.thinned(coordinates=(1024,))
+@pytest.mark.parametrize("coordinates", [1024, 8192])
+def test_a_map_of_many_coordinates(device, backend, coordinates):
+    x = normal(3, coordinates)
     x[2] = x[0]
     close(kernel_density(x.to(device), 90.0), reference.kernel_sums(reference.as_float64(x), 90.0))
 

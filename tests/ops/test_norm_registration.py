@@ -28,6 +28,7 @@ def arguments(place, dtype=torch.float32, residual=True, asking=True):
     return [tensor if tensor is None else tensor.clone().requires_grad_(asking) for tensor in given]
 
 
+@pytest.mark.thinned(every=2, dtype=(torch.float32, torch.bfloat16))  # float64 takes the PyTorch form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("residual", [True, False], ids=["all", "norm alone"])
 def test_opcheck(backend, place, dtype, residual):

@@ -33,6 +33,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize(("B", "C", "shape", "size", "interpolation"), CASES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 def test_against_float64(device, backend, poisoned, B, C, shape, size, interpolation, channels_last):

@@ -133,6 +133,7 @@ KINDS += ("spread",)
 FILTERS = {"off": (0, 0.0), "k": (90, 0.0), "p": (0, 0.9), "k and p": (90, 0.95), "one": (1, 0.5), "half": (300, 0.9)}
 
 
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize("top_k, top_p", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_logits(kind, top_k, top_p, backend, place):
@@ -141,6 +142,7 @@ def test_any_logits(kind, top_k, top_p, backend, place):
     assert unclear == 0
 
 
+@pytest.mark.thinned(every=3)
 @pytest.mark.parametrize("kind", ["random", "tied", "masked"])
 @pytest.mark.parametrize("vocab", [1, 2, 3, 31, 33, 252, 4096, 8912])
 def test_any_vocabulary(vocab, kind, backend, place):
@@ -151,23 +153,26 @@ def test_any_vocabulary(vocab, kind, backend, place):
     assert unclear <= draws * 1e-4
 
 
+@pytest.mark.thinned(vocab=(20000,))
 @pytest.mark.parametrize("vocab, top_k, top_p", [(20000, 900, 0.96), (2**18, 900, 0.0)], ids=["20000", "262144"])
-def test_rows_that_no_program_holds(vocab, top_k, top_p, device):
-    # The interpreter takes seconds for such a row, so one compares the backends, and the plain form the rest.
+def test_rows_that_no_program_holds(vocab, top_k, top_p, backend, place):
+    # Two draws of the kernel are enough, because the plain form draws the same and is compared with float64.
     logits = rows_of("random", 1, 1, vocab)
     seeds = image_seeds(2, 1)
     options = {"top_k": top_k, "top_p": top_p}
-    unclear, draws = compare(logits, 256, seeds, **options)
-    assert unclear <= draws * 1e-4
-    plain = sample_tokens(logits, 2, seeds=seeds, **options)
-    with use_backend("triton"):
-        assert torch.equal(sample_tokens(logits.to(device), 2, seeds=seeds.to(device), **options).cpu(), plain)
+    if backend == "torch":
+        unclear, draws = compare(logits, 256, seeds, **options)
+        assert unclear <= draws * 1e-4
+    with use_backend("torch"):
+        plain = sample_tokens(logits, 2, seeds=seeds, **options)
+    assert torch.equal(sample_tokens(logits.to(place), 2, seeds=seeds.to(place), **options).cpu(), plain)
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 def test_guidance_dtypes_and_strides(dtype, strided, backend, place):
-    both = rows_of("random", 6, 3, 2 * 301 if strided else 301).to(place, dtype)
+    both = rows_of("random", 6, 2, 2 * 301 if strided else 301).to(place, dtype)
     both = both[..., ::2] if strided else both
     cond, uncond = both[::3], both.flip(0)[::3].transpose(0, 1).contiguous().transpose(0, 1)
     strengths = torch.tensor([0.7, 4.0], device=place)
@@ -202,10 +207,10 @@ def test_nothing_to_draw(shape, backend, place):
 @pytest.mark.parametrize("vocab", [7, 300])
 def test_the_backends_draw_the_same_tokens(vocab, device):
     # Weights and sums are integers made by the same roundings, so there is no draw near a boundary to forgive.
-    logits = rows_of("random", 2, 20, vocab)
+    logits = rows_of("random", 2, 8, vocab)
     seeds = image_seeds(9, 2)
     options = {"guidance": 1.5, "temperature": 1.1, "top_k": vocab // 2, "top_p": 0.93}
-    cond, uncond = logits.split(10, 1)
+    cond, uncond = logits.split(4, 1)
     tokens = sample_tokens(cond, 20, uncond_logits=uncond, seeds=seeds, **options)
     cond, uncond, there = (t.to(device) for t in (cond, uncond, seeds))
     with use_backend("triton"):
@@ -225,8 +230,8 @@ def test_nesting_and_batch_invariance(backend, place):
 
 
 def test_a_seed_and_a_scale_change_the_draws(backend, place):
-    logits = rows_of("flat", 1, 20, 40).to(place)
-    draws = [sample_tokens(logits, seeds=image_seeds(g, 1, place), scale=k) for g, k in ((0, 0), (1, 0), (0, 1))]
+    logits = rows_of("flat", 1, 5, 40).to(place)
+    draws = [sample_tokens(logits, 4, seeds=image_seeds(g, 1, place), scale=k) for g, k in ((0, 0), (1, 0), (0, 1))]
     assert not any(torch.equal(draws[i], draws[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from varkern.ops.backend import interpreting, triton_trouble, use_backend
+from tests.interpreter import draw_many_at_once
+from varkern.ops.backend import use_backend
 from varkern.ops.philox import image_seeds
 from varkern.ops.sampling import sample_tokens
 
@@ -14,8 +15,8 @@ DRAWS = 200_000
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, device, monkeypatch):
-    if request.param == "triton" and interpreting() and not triton_trouble():
-        many_at_once(monkeypatch)
+    if request.param == "triton":
+        draw_many_at_once(monkeypatch)
     with use_backend(request.param):
         yield request.param
 
@@ -23,20 +24,6 @@ def backend(request, device, monkeypatch):
 @pytest.fixture
 def place(backend, device):
     return device if backend == "triton" else torch.device("cpu")
-
-
-def many_at_once(monkeypatch):
-    """A program draws 2048 candidates, or rows, because interpreted kernels take the same time for any tile size."""
-    from varkern.kernels import sampling
-
-    chosen_plan = sampling.plan
-
-    def plan(*problem):
-        chosen = chosen_plan(*problem)
-        at_once = {"ROWS": 2048} if chosen["kind"] == "small" else {"DRAWS": 2048}
-        return {**chosen, "sample": {**chosen["sample"], **at_once}}
-
-    monkeypatch.setattr(sampling, "plan", plan)
 
 
 def surprise(observed, expected, degrees):
