@@ -22,6 +22,9 @@ ChosenLoop = Literal["fused", "own"]
 Pick = Literal["best", "resample"]
 """Of :class:`varkern.BestOfM`, which also takes a number."""
 
+Temperature = float | Literal["fitted"]
+"""Of searches that resample by a scorer: a number, or that of each scale in the scorer's file."""
+
 Strategy = Literal["hybrid", "top", "random", "small", "rank"]
 """Of :class:`varkern.DensitySearch`, as the following are."""
 

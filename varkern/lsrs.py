@@ -18,6 +18,7 @@ from varkern.fingerprints import find_difference
 from varkern.literals import Sampler
 from varkern.scorer import Scorer
 from varkern.search import BestOfM, Candidates, Choice, PublishedScorer, Search
+from varkern.search.scoring import temperature_at
 from varkern.spec import is_int, is_number
 
 WRAPPED = 4  # wrapped networks kept, so that captured generations find their scorer again
@@ -32,8 +33,9 @@ class PublishedBestOfM(BestOfM):
             return super().choose(candidates)
         assert isinstance(self.pick, int), "the published method has no other pick"
         scores = self.score(candidates)
+        temperature = temperature_at(self.temperature, self.scorer, candidates.scale)
         best = scores.topk(min(self.pick, scores.shape[1]), dim=1)
-        drawn = torch.multinomial((best.values / self.temperature).softmax(1), 1)
+        drawn = torch.multinomial((best.values / temperature).softmax(1), 1)
         return Choice(best.indices.gather(1, drawn)[:, 0], scores)
 
 

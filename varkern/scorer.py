@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -234,6 +235,26 @@ class Scorer(nn.Module):
             return tuple(find_base_scorers(read_facts(self.metadata)))
         except ValueError:  # metadata of another program
             return ()
+
+    @property
+    def temperatures(self) -> tuple[float, ...] | None:
+        """The fitted temperature of every scale, which ``varkern scorer report --save-temperatures`` adds to a file.
+
+        Searches use them with ``temperature="fitted"``. None: the file has none.
+
+        Raises:
+            ValueError: if the metadata do not have a number > 0 for each scale.
+        """
+        if (text := self.metadata.get("temperatures")) is None:
+            return None
+        count = self.config.num_scales
+        try:
+            values = tuple(float(value) for value in json.loads(text))
+        except (ValueError, TypeError):
+            values = ()
+        if len(values) != count or not all(0 < value < math.inf for value in values):
+            raise ValueError(f"temperatures in a scorer's metadata must be {count} numbers > 0, got {text[:80]!r}")
+        return values
 
     @property
     def stages(self) -> list[nn.Sequential]:

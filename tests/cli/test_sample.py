@@ -108,6 +108,18 @@ class TestSample:
         assert command(scorer=scorers, combine=other, **options) == 2
         assert command(scorer=scorers[::-1], combine=combine, **options) == 2
 
+    def test_fitted_temperatures(self, command, second_scorer, tmp_path, one_line):
+        options = {"scorer": second_scorer, "pick": "resample"}
+        assert command(**options, temperature="fitted") == 2
+        assert "temperature='fitted' needs a scorer whose file has fitted temperatures" in one_line()
+        scorer = Scorer.from_pretrained(second_scorer)
+        scorer.save_pretrained(second_scorer, {"temperatures": "[0.01, 0.01, 0.01]"})
+        assert command(tmp_path / "a", **options, temperature="fitted") == 0
+        assert command(tmp_path / "b", **options, temperature="0.01") == 0
+        assert same(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
+        assert command(tmp_path / "c", **options, temperature="warm") == 2
+        assert one_line() == "varkern: temperature must be a finite number > 0, got 'warm'"
+
     @pytest.mark.parametrize(
         "count, combine, message",
         [

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -144,6 +145,20 @@ class TestReport:
         validation = read_facts(trained)["validation"]
         assert [row["accuracy"] for row in report["scales"]] == pytest.approx(validation["accuracy"])
         assert [row["pairwise_loss"] for row in report["scales"]] == pytest.approx(validation["loss"], rel=1e-4)
+
+    def test_temperatures_are_added_to_the_file(self, command, trained, tmp_path, capsys, one_line):
+        path = shutil.copy(trained, tmp_path / "copy.safetensors")
+        assert command("report", scorer=path, out=tmp_path / "report", first_scale=1, save_temperatures=True) == 0
+        assert f"added the fitted temperatures to {path}" in capsys.readouterr().out.replace("\n", " ")
+        report = json.loads((tmp_path / "report" / "report.json").read_text())
+        before, after = varkern.Scorer.from_pretrained(trained), varkern.Scorer.from_pretrained(path)
+        assert before.temperatures is None
+        assert after.temperatures == (1.0, *(row["temperature"] for row in report["scales"]))
+        assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+        assert after.metadata["training"] == before.metadata["training"]
+        capsys.readouterr()
+        assert command("report", scorer=tmp_path, out=tmp_path / "report", save_temperatures=True) == 2
+        assert "save_temperatures needs a local .safetensors file, got" in one_line()
 
     def test_against_a_second(self, command, trained, tmp_path, capsys):
         other = tmp_path / "other.safetensors"

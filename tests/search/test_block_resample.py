@@ -55,8 +55,8 @@ class Traced(BlockResample):
             self.final.append(self.scores(candidates, self.kept[-1].tokens.unsqueeze(1)))
         return self.kept[-1]
 
-    def picked(self, scores, uniforms):
-        self.picks[-1].append(super().picked(scores, uniforms))
+    def picked(self, scale, scores, uniforms):
+        self.picks[-1].append(super().picked(scale, scores, uniforms))
         return self.picks[-1][-1]
 
 

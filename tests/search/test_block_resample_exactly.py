@@ -122,7 +122,7 @@ def test_one_proposal_is_barkers_rule():
 class Forced(BlockResample):
     """Keeps at each choice what it is told to, and remembers with what probability it would have."""
 
-    def picked(self, scores, uniforms):
+    def picked(self, scale, scores, uniforms):
         assert uniforms().shape == scores.shape
         forced = self.forced.pop(0) if len(scores) == self.count else None
         weights = (scores.double() / self.temperature).softmax(1)

@@ -1,12 +1,14 @@
 """Effective sample sizes against a plain form, and what the steps of a search over blocks tell."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.helpers import small_scorer, small_var
 from tests.search.test_best_of_m import mean_feature
-from varkern import BestOfM, BlockResample, DensitySearch, generate
+from varkern import BestOfM, BlockResample, DensitySearch, MeanOfScorers, generate
 from varkern.search import effective_sample_size
 
 LABELS = torch.tensor([3, 0, 5])
@@ -110,3 +112,50 @@ def test_a_search_without_steps():
     assert result.steps == [None] * 5
     blocks = generate(small_var(), LABELS, search=BlockResample(mean_feature, m=3, proposals=0), seeds=0)
     assert blocks.steps == [None] * 5 and blocks.effective_sample_size()[1].shape == (3,)
+
+
+class TestFittedTemperatures:
+    FITTED = (1.0, 0.03, 0.005, 0.02, 0.008)
+
+    def scorer(self, fitted=FITTED):
+        scorer = small_scorer()
+        scorer.metadata = {} if fitted is None else {"temperatures": json.dumps(fitted)}
+        return scorer
+
+    @pytest.mark.parametrize("kind", [BestOfM, BlockResample], ids=lambda kind: kind.__name__)
+    @pytest.mark.parametrize("scale", range(1, 5))
+    def test_each_scale_has_its_own(self, kind, scale):
+        """As with the number of the one searched scale."""
+        where = {"m": 6, "first_scale": scale, "last_scale": scale, "pick": "resample"}
+        fitted = kind(self.scorer(), temperature="fitted", **where)
+        number = kind(self.scorer(), temperature=self.FITTED[scale], **where)
+        other = kind(self.scorer(), **where)
+        images = [generate(small_var(), LABELS.repeat(8), search=s, seeds=3).images for s in (fitted, number, other)]
+        assert torch.equal(images[0], images[1])
+        assert not torch.equal(images[0], images[2])
+        assert "temperature='fitted'" in repr(fitted) and "temperature=1.0" in repr(other)
+
+    def test_the_default_ignores_them(self):
+        with_them, without = (BestOfM(self.scorer(f), m=6, pick="resample") for f in (self.FITTED, None))
+        images = [generate(small_var(), LABELS, search=search, seeds=3).images for search in (with_them, without)]
+        assert torch.equal(*images) and with_them.temperature == 1.0
+
+    @pytest.mark.parametrize("kind", [BestOfM, BlockResample], ids=lambda kind: kind.__name__)
+    def test_a_scorer_without_them(self, kind):
+        message = r"temperature='fitted' needs a scorer whose file has fitted temperatures, .* got {} without"
+        for scorer, name in (
+            (self.scorer(None), "Scorer"),
+            (mean_feature, "mean_feature"),
+            (MeanOfScorers(self.scorer()), r"MeanOfScorers\(Scorer\)"),
+        ):
+            with pytest.raises(ValueError, match=message.format(name)):
+                kind(scorer, temperature="fitted")
+        with pytest.raises(ValueError, match="temperature must be a finite number > 0, got 'fit'"):
+            kind(self.scorer(), temperature="fit")
+
+    @pytest.mark.parametrize("text", ["[1, 2]", "no JSON", "3", "[1, 1, 1, 1, 0]", "[1, 1, 1, 1, NaN]"])
+    def test_metadata_that_are_no_temperatures(self, text):
+        scorer = self.scorer(None)
+        scorer.metadata = {"temperatures": text}
+        with pytest.raises(ValueError, match="temperatures in a scorer's metadata must be 5 numbers > 0, got"):
+            BestOfM(scorer, temperature="fitted")

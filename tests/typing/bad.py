@@ -65,6 +65,7 @@ varkern.ops.silverman_bandwidth(codes, metric="manhattan")  # error
 varkern.ops.token_density(maps, codes, per="token")  # error
 varkern.ops.bit_density(maps.byte(), 0.3, bandwidth="scott")  # error
 varkern.Scorer(10)  # error
+varkern.BestOfM(scorer, temperature="fit")  # error
 varkern.SumOfScorers([scorer, scorer])  # error
 var.autoregressive_infer_cfg(B=8, label_B=labels, g_seed="0")  # error
 varkern.patch(var).autoregressive_inference(B=8)  # error

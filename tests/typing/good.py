@@ -58,6 +58,7 @@ def searches() -> list[Search]:
     alpha: float = varkern.DensitySearch.recommended_alpha(30, "VAR").middle
     return [
         varkern.BestOfM(scorer, m=(1, 2, 4, 8, 8), pick="resample", maps_at_once=len(shown)),
+        varkern.BestOfM(scorer, pick="resample", temperature="fitted"),
         varkern.BestOfM(smoothness, first_scale=1, last_scale=3, pick="best"),
         varkern.BestOfM(varkern.PublishedScorer(network)),
         varkern.BestOfM(varkern.SumOfScorers(scorer, smoothness, varkern.MeanOfScorers(scorer, scorer))),

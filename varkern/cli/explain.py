@@ -36,7 +36,7 @@ def explain(
     first_scale: options.FirstScale = 1,
     last_scale: options.LastScale = None,
     pick: options.Pick = "best",
-    temperature: options.Temperature = 1.0,
+    temperature: options.Temperature = "1.0",
     cfg: options.Cfg = 1.5,
     top_k: options.TopK = 900,
     top_p: options.TopP = 0.96,
@@ -55,7 +55,8 @@ def explain(
     where, candidates = options.pick_device(device), options.parse_m(m, scorer_file)
     model = load_var(var, vae=vae, device=where, dtype=options.DTYPES[dtype])
     network = Scorer.from_pretrained(scorer_file, device=where)
-    search = BestOfM(network, candidates, first_scale, last_scale, options.parse_pick(pick), temperature)
+    how = options.parse_pick(pick), options.parse_temperature(temperature)
+    search = BestOfM(network, candidates, first_scale, last_scale, *how)
     sampling_options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     check_class(label, model)
     with autocasting(model, options.DTYPES.get(autocast)):

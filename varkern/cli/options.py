@@ -68,7 +68,12 @@ PickOrDefault = Annotated[
         "resample with --proposals",
     ),
 ]
-Temperature = Annotated[float, typer.Option(help="Temperature of the softmax over scores when resampling")]
+Temperature = Annotated[
+    str,
+    typer.Option(
+        help="Temperature of the softmax over scores when resampling: a number; fitted: those in the scorer's file"
+    ),
+]
 Cfg = Annotated[float, typer.Option(help="Strength of guidance at the last scale; 0: no guidance")]
 TopK = Annotated[int, typer.Option(help="Number of most probable tokens to keep; 0: all")]
 TopP = Annotated[float, typer.Option(help="Probability mass of the tokens to keep, after --top-k; 0: all")]
@@ -151,6 +156,14 @@ def build_search(scorer: Any, settings: Mapping[str, Any], proposals: int, sweep
         require("sweeps", sweeps, 1)
         return BestOfM(scorer, **settings)
     return BlockResample(scorer, proposals=proposals, sweeps=sweeps, **settings)
+
+
+def parse_temperature(text: str) -> Any:
+    """Parse a number; ``fitted`` and whatever is no number stay as they are, and the search checks them."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def parse_pick(text: str) -> str | int:

@@ -42,7 +42,7 @@ def sample(
     first_scale: options.FirstScale = 1,
     last_scale: options.LastScale = None,
     pick: options.PickOrDefault = None,
-    temperature: options.Temperature = 1.0,
+    temperature: options.Temperature = "1.0",
     seed: options.Seed = 0,
     cfg: options.Cfg = 1.5,
     top_k: options.TopK = 900,
@@ -67,7 +67,7 @@ def sample(
         "first_scale": first_scale,
         "last_scale": last_scale,
         "pick": options.parse_pick(pick or ("resample" if proposals else "best")),
-        "temperature": temperature,
+        "temperature": options.parse_temperature(temperature),
     }
     if proposals and not scorer_files:
         raise ValueError(f"proposals must be 0 without a scorer, got {proposals}: give --scorer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -134,14 +135,19 @@ def report(
     ] = None,
     first_scale: Annotated[int | None, typer.Option(help="First scale of the report; default: as in training")] = None,
     batch_size: Annotated[int, typer.Option(help="Number of pairs per batch")] = 128,
+    save_temperatures: Annotated[
+        bool, typer.Option("--save-temperatures", help="Addition of the fitted temperatures to the scorer's file")
+    ] = False,
     device: Device = "auto",
     verify: Verify = False,
 ) -> None:
-    """Report accuracy, loss and the distance of real and generated scores by scale, as a plot and as JSON.
+    """Report accuracy, loss, calibration and the distance of real and generated scores by scale, as a plot and as JSON.
 
     If the scorer was trained on these token maps, the pairs are those that were held out of the training.
     """
     require("batch_size", batch_size, 1)
+    if save_temperatures and not (scorer.endswith(".safetensors") and Path(scorer).is_file()):
+        raise ValueError(f"save_temperatures needs a local .safetensors file, got --scorer {scorer}")
     where = pick_device(device)
     require_matplotlib("train")
     real_maps, generated_maps = TokenMaps.open(real, verify), TokenMaps.open(generated, verify)
@@ -161,6 +167,11 @@ def report(
     written = scores.write_report({**reports[0], "against": reports[1:]}, out)
     print(scores.as_markdown(reports))
     print(f"{reports[0]['pairs']} pairs, {reports[0]['pairs_are']}; wrote {written[0]} and {written[1]}")
+    if save_temperatures:
+        network = Scorer.from_pretrained(scorer)
+        fitted = scores.list_temperatures(reports[0], network.config.num_scales)
+        network.save_pretrained(scorer, {"temperatures": json.dumps(fitted)})
+        print(f"added the fitted temperatures to {scorer}")
 
 
 def load_maker(vae: Path, datasets: Sequence[TokenMaps], features: str) -> FeatureMaker:

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from varkern.literals import Pick
+from varkern.literals import Pick, Temperature
 from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
@@ -22,6 +22,7 @@ from .scoring import (
     check_scorer_knows,
     check_scoring,
     score_maps,
+    temperature_at,
 )
 
 
@@ -54,7 +55,8 @@ class BestOfM:
         first_scale: the first searched scale, counted from 0; the paper's ST is ``first_scale + 1``.
         last_scale: the last searched scale; None: the model's last. Neither can be combined with a sequence ``m``.
         pick: ``"best"``, ``"resample"`` or an int k >= 1.
-        temperature: of the softmax, for ``"resample"`` and k.
+        temperature: of the softmax, for ``"resample"`` and k: a number, or ``"fitted"`` for that of each scale in the
+            scorer's file, under which its scores were calibrated on held-out pairs.
         maps_at_once: how many feature maps of the batch exist and are scored at a time. The features take at most
             ``max(maps_at_once, B) * C * H * W`` elements, whatever ``m`` is.
 
@@ -72,7 +74,7 @@ class BestOfM:
     first_scale: int
     last_scale: int | None
     pick: Pick | int
-    temperature: float
+    temperature: Temperature
     maps_at_once: int
 
     def __init__(
@@ -82,7 +84,7 @@ class BestOfM:
         first_scale: int = 1,
         last_scale: int | None = None,
         pick: Pick | int = "best",
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         *,
         maps_at_once: int = 1024,
     ):
@@ -101,7 +103,7 @@ class BestOfM:
         check_scales(first_scale, last_scale)
         if pick not in get_args(Pick) if isinstance(pick, str) else not is_int(pick) or pick < 1:
             raise ValueError(f"pick must be 'best', 'resample' or an int >= 1, got {pick!r}")
-        check_scoring(temperature, maps_at_once)
+        check_scoring(temperature, maps_at_once, scorer)
         self.scorer, self.first_scale, self.last_scale = scorer, first_scale, last_scale
         self.pick, self.temperature, self.maps_at_once = pick, temperature, maps_at_once
 
@@ -111,7 +113,7 @@ class BestOfM:
             settings += [f"first_scale={self.first_scale}", f"last_scale={self.last_scale}"]
         settings.append(f"pick={self.pick!r}")
         if self.pick != "best":
-            settings.append(f"temperature={self.temperature}")
+            settings.append(f"temperature={self.temperature!r}")
         return f"BestOfM({', '.join(settings)})"
 
     def check(self, spec: ModelSpec) -> None:
@@ -143,7 +145,7 @@ class BestOfM:
         scores = self.score(candidates)
         if self.pick == "best":
             return Choice(scores.argmax(-1), scores)
-        weights = scores / self.temperature
+        weights = scores / temperature_at(self.temperature, self.scorer, candidates.scale)
         if self.pick != "resample" and self.pick < scores.shape[-1]:
             best = scores.topk(self.pick, dim=-1).indices
             weights = torch.full_like(weights, -math.inf).scatter(-1, best, weights.gather(-1, best))

@@ -33,7 +33,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from varkern.literals import Pick, check_word
+from varkern.literals import Pick, Temperature, check_word
 from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
@@ -47,6 +47,7 @@ from .scoring import (
     check_scorer_knows,
     check_scoring,
     score_maps,
+    temperature_at,
 )
 
 Blocks = int | Mapping[int, int] | Callable[[int, int], int]
@@ -83,7 +84,7 @@ class BlockResample:
         first_scale: the first searched scale, counted from 0.
         last_scale: the last searched scale; None: the model's last.
         pick: ``"resample"`` or ``"best"``.
-        temperature: of the softmax, for ``"resample"``.
+        temperature: of the softmax, for ``"resample"``; a number or ``"fitted"``, as for :class:`BestOfM`.
         maps_at_once: as for :class:`BestOfM`.
 
     Raises:
@@ -105,7 +106,7 @@ class BlockResample:
     first_scale: int
     last_scale: int | None
     pick: Pick
-    temperature: float
+    temperature: Temperature
     maps_at_once: int
 
     def __init__(
@@ -118,7 +119,7 @@ class BlockResample:
         first_scale: int = 1,
         last_scale: int | None = None,
         pick: Pick = "resample",
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         *,
         maps_at_once: int = 1024,
     ):
@@ -129,7 +130,7 @@ class BlockResample:
         check_blocks(blocks)
         check_scales(first_scale, last_scale)
         check_word("pick", pick, Pick)
-        check_scoring(temperature, maps_at_once)
+        check_scoring(temperature, maps_at_once, scorer)
         self.scorer, self.m, self.proposals, self.sweeps = scorer, int(m), int(proposals), int(sweeps)
         self.blocks = dict(blocks) if isinstance(blocks, Mapping) else blocks
         self.first_scale, self.last_scale = first_scale, last_scale
@@ -189,7 +190,7 @@ class BlockResample:
         if candidates.tokens.shape[1] != expected:
             raise ValueError(f"candidates must be {expected} in number, got {candidates.tokens.shape[1]}")
         scores = score_maps(self.scorer, candidates, candidates.fuse, self.m, self.maps_at_once)
-        index = self.picked(scores, lambda: candidates.uniforms()[:, : self.m])
+        index = self.picked(candidates.scale, scores, lambda: candidates.uniforms()[:, : self.m])
         if not self.proposals:
             return Choice(index, scores)
         tokens, steps = self.improved(candidates, take(candidates.tokens, index), scores.gather(1, index[:, None]))
@@ -215,7 +216,7 @@ class BlockResample:
                 inside = inside if kept.dim() == 2 else inside.unsqueeze(-1)
                 maps = torch.where(inside, fresh, kept.unsqueeze(1))
                 of_all = torch.cat((score, self.scores(candidates, maps)), 1)
-                picked = self.picked(of_all, partial(drawn.select, 2, 1 + block))
+                picked = self.picked(candidates.scale, of_all, partial(drawn.select, 2, 1 + block))
                 before, kept = kept, take(torch.cat((kept.unsqueeze(1), maps), 1), picked)
                 score = of_all.gather(1, picked[:, None])
                 scored.append(of_all)
@@ -231,12 +232,12 @@ class BlockResample:
 
         return score_maps(self.scorer, candidates, fuse, maps.shape[1], self.maps_at_once)
 
-    def picked(self, scores: Tensor, uniforms: Callable[[], Tensor]) -> Tensor:
+    def picked(self, scale: int, scores: Tensor, uniforms: Callable[[], Tensor]) -> Tensor:
         """Which of the maps each image keeps, ``[B]``; of equal scores ``"best"`` takes the first."""
         if self.pick == "best":
             return scores.argmax(-1)
         # Gumbel-max, as in BestOfM.
-        return (scores / self.temperature + gumbel(uniforms())).argmax(-1)
+        return (scores / temperature_at(self.temperature, self.scorer, scale) + gumbel(uniforms())).argmax(-1)
 
 
 def take(maps: Tensor, index: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from varkern.literals import Temperature
 from varkern.spec import ModelSpec, is_int, is_number
 
 from .base import Candidates, Scorer
-from .scorers import call_scorer, move_to, parts_of
+from .scorers import call_scorer, describe_scorer, move_to, parts_of
 
 
 def check_scales(first_scale: object, last_scale: object) -> None:
@@ -22,12 +24,26 @@ def check_scales(first_scale: object, last_scale: object) -> None:
         raise ValueError(f"last_scale must be an int >= first_scale={first_scale}, got {last_scale!r}")
 
 
-def check_scoring(temperature: object, maps_at_once: object) -> None:
-    """Raise ``ValueError`` if one of these is out of its range."""
-    if not is_number(temperature) or not 0 < temperature < math.inf:
+def check_scoring(temperature: object, maps_at_once: object, scorer: object) -> None:
+    """Raise ``ValueError`` if one of these is out of its range, or a scorer has no fitted temperatures."""
+    if isinstance(temperature, str) and temperature == "fitted":
+        if getattr(scorer, "temperatures", None) is None:
+            raise ValueError(
+                "temperature='fitted' needs a scorer whose file has fitted temperatures, which varkern scorer report "
+                f"--save-temperatures adds to it, got {describe_scorer(scorer)} without"
+            )
+    elif not is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
     if not is_int(maps_at_once) or maps_at_once < 1:
         raise ValueError(f"maps_at_once must be an int >= 1, got {maps_at_once!r}")
+
+
+def temperature_at(temperature: Temperature, scorer: Scorer, scale: int) -> float:
+    """The temperature of a scale: the number given, or the one that was fitted for the scorer."""
+    if not isinstance(temperature, str):
+        return temperature
+    fitted: Any = scorer
+    return float(fitted.temperatures[scale])
 
 
 def check_scales_exist(first_scale: int, last_scale: int | None, spec: ModelSpec) -> None:

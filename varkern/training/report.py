@@ -30,6 +30,7 @@ from varkern.tables import markdown_table
 from varkern.training.features import FeatureMaker
 from varkern.training.pairs import Part, check_datasets, fingerprint, make_pairs
 from varkern.training.recipe import LOSSES, wins
+from varkern.training.reliability import fit_temperature, reliability
 from varkern.training.scorer import check_fit
 
 BINS = 50
@@ -95,6 +96,7 @@ def figures(scores: PairScores, first_scale: int) -> dict[str, Any]:
     for column in range(scores.real.shape[1]):
         real, generated = scores.real[:, column], scores.generated[:, column]
         accuracy = float(wins(real, generated).double().mean())
+        temperature, error = fit_temperature(real, generated)
         scales.append(
             {
                 "scale": first_scale + column,
@@ -102,6 +104,9 @@ def figures(scores: PairScores, first_scale: int) -> dict[str, Any]:
                 "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / len(real)),
                 **{f"{name}_loss": float(loss(real, generated).double().mean()) for name, loss in LOSSES.items()},
                 **distance(real, generated),
+                "temperature": temperature,
+                "temperature_standard_error": error,
+                "reliability": reliability(real, generated),
             }
         )
     from_second = slice(max(1 - first_scale, 0), None)
@@ -169,7 +174,12 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
     names = [report["scorer"] for report in reports]
     head = ["scale", *(f"accuracy, {name}" if len(names) > 1 else "accuracy" for name in names)]
     head += (
-        ["change"] if len(names) == 2 else ["pairwise loss", "pointwise loss", "mean difference", "KL real‖generated"]
+        ["change"]
+        if len(names) == 2
+        else [
+            *("pairwise loss", "pointwise loss", "mean difference", "KL real‖generated"),
+            *("calibration error", "fitted temperature"),
+        ]
     )
     lines = []
     by_scale = [{row["scale"]: row for row in report["scales"]} for report in reports]
@@ -182,6 +192,9 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
         else:
             keys = ("pairwise_loss", "pointwise_loss", "mean_difference", "kl_real_generated")
             cells += [f"{rows[0][key]:.3f}" for key in keys]
+            error = rows[0]["temperature_standard_error"]
+            cells.append(f"{rows[0]['reliability']['calibration_error']:.3f}")
+            cells.append(f"{rows[0]['temperature']:.2f}" + ("" if error is None else f" ± {error:.2f}"))
         lines.append(cells)
     return markdown_table(head, lines)
 
@@ -198,7 +211,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * (lines + 1)), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, lines))
-    draw_curves(top.subplots(1, 2), rows, report["loss"])
+    above = top.subplots(1, 3)
+    draw_curves(above[:2], rows, report["loss"])
+    draw_reliability(above[2], rows)
     axes = bottom.subplots(lines, columns, squeeze=False).flatten()
     for axis, (title, row) in zip(axes, panels, strict=False):
         draw_histogram(axis, title, row)
@@ -223,6 +238,25 @@ def draw_curves(axes: Sequence[Any], rows: Sequence[dict[str, Any]], loss: str) 
         axis.set_ylabel(label, fontsize=9)
         axis.set_xticks(scales)
         axis.legend(fontsize=8, frameon=False)
+
+
+def draw_reliability(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the observed share against the predicted probability, a curve per scale; the diagonal is calibrated."""
+    for row in rows:
+        bins = row["reliability"]["bins"]
+        shade = 0.15 + 0.7 * row["scale"] / max(rows[-1]["scale"], 1)
+        points = [[bin[name] for bin in bins] for name in ("predicted", "observed")]
+        axis.plot(*points, marker=".", color=str(1 - shade), label=f"scale {row['scale']}")
+    axis.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
+    axis.set_xlabel("predicted probability", fontsize=9)
+    axis.set_ylabel("observed share", fontsize=9)
+    axis.legend(fontsize=6, frameon=False, ncols=2)
+
+
+def list_temperatures(report: dict[str, Any], num_scales: int) -> list[float]:
+    """The fitted temperature of every scale, for a scorer's metadata; 1 for scales that the report does not have."""
+    found = {row["scale"]: row["temperature"] for row in report["scales"]}
+    return [found.get(scale, 1.0) for scale in range(num_scales)]
 
 
 def draw_histogram(axis: Any, title: str, row: dict[str, Any]) -> None:
