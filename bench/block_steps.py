@@ -17,13 +17,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import DEVICES, Rates
 from bench.roofline import Part, counting, empty
@@ -33,6 +36,7 @@ from varkern.models import PATCH_NUMS_256
 from varkern.ops import use_backend
 from varkern.ops.fusion_tables import axis_matrix, folded_phi
 from varkern.scorer import Scorer, ScorerConfig
+from varkern.search import BlockResample, Candidates
 from varkern.search.block_resample import usual_block
 from varkern.tables import markdown_table
 
@@ -40,6 +44,7 @@ PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 BATCH, PROPOSALS = 24, 8
 PARTS = ("compose", "F", "F by difference", "scorer", "keep")
 ROUNDS = 9
+FREE = {"detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "_unsafe_view"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,58 @@ def floors(config: ScorerConfig, sides: Sequence[int], batch: int, rates: Rates)
         saved = f"{(found['F'] - found['F by difference']) / step:.1%}"
         lines.append([str(sizes.side), f"{sizes.share:.2f}", *cells, f"{step * 1e6:.2f}", saved])
     return markdown_table(["side", "window", *PARTS, "step", "saved"], lines)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch kernels while it is active; of varkern's ops, each launches one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if not function.is_view and name not in FREE:
+            self.found[name] += 1
+        return function(*arguments, **(options or {}))
+
+
+def count_launches(config: ScorerConfig) -> tuple[Counter[str], Counter[str]]:
+    """What the scorer launches on a GPU in one step of block resampling, and what else the step launches."""
+    batch, side, steps = 2, config.size, 5
+    # On the meta device nothing runs, and each op of varkern is one call; the norm is told to take its kernel.
+    with torch.device("meta"), torch.no_grad(), patch("varkern.ops.norm._kernels_take", return_value=True):
+        scorer = Scorer(config).bfloat16().eval().requires_grad_(False)
+        labels, codebook = torch.zeros(batch, dtype=torch.int64), torch.zeros(64, config.channels)
+        fuse = partial(ops.fuse_tokens, codebook=codebook, side=side, size=side)
+
+        def count(steps: int) -> Counter[str]:
+            search = BlockResample(scorer, 1, PROPOSALS, blocks=lambda scale, side: -(-side // steps))
+            search.num_blocks = lambda scale, grid: (1, steps)
+            tokens = torch.zeros(batch, 1 + PROPOSALS, side**2, dtype=torch.int64)
+            offered = Candidates(
+                1,
+                config.num_scales,
+                labels,
+                tokens,
+                fuse=lambda start, stop, **wanted: fuse(tokens[:, start:stop], **wanted),
+                uniforms=lambda draw=0: torch.zeros(tokens.shape[:2]),
+                codebook=codebook,
+                fuse_maps=fuse,
+                grid=(side, side),
+                step_uniforms=lambda number, steps: torch.zeros(batch, number, steps),
+            )
+            with Launches() as launches:
+                search.choose(offered)
+            return launches.found
+
+        features = torch.zeros(batch, PROPOSALS, side, side, config.channels, dtype=torch.bfloat16)
+        with Launches() as of_scorer:
+            scorer(labels, features.permute(0, 1, 4, 2, 3), 1)
+        several, one = count(1 + steps), count(1)
+        several.subtract(one)
+        each = Counter({name: count // steps for name, count in several.items()})
+        return of_scorer.found, each - of_scorer.found
 
 
 def make_difference(
@@ -246,7 +303,9 @@ def main() -> None:
                 print(f"### {name}, {batch} images, ms\n\n{measure(config, sides, batch)}", flush=True)
         else:
             table = floors(config, sides, batch, DEVICES[arguments.device])
-            print(f"### {name}, {batch} images, {arguments.device}, µs\n\n{table}", flush=True)
+            print(f"### {name}, {batch} images, {arguments.device}, µs\n\n{table}")
+            of_scorer, others = count_launches(config)
+            print(f"Launches per step: {of_scorer.total()} of the scorer, {others.total()} others: {dict(others)}.\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def cases() -> Iterator[tuple[str, str, int, Callable[[], object]]]:
     yield from fusion()
     yield from density()
     yield from norms()
+    yield from keeping()
     yield "uniforms, B=4, M=128", "number", 512, lambda: philox.uniforms(torch.arange(4), 128, 1, 0)
 
 
@@ -69,6 +70,14 @@ def density():
     yield "density of bits, N=100, l=16, d=32", "pair and position", 100 * 100 * 16, lambda: ops.bit_density(bits, 1.0)
     x = normal(1, 520, 32)
     yield "density, N=520, D=32", "pair", 520 * 520, lambda: ops.kernel_density(x)
+
+
+def keeping():
+    for length in (25, 256):
+        kept, maps = torch.zeros(4, length, dtype=torch.int64), torch.ones(4, 8, length, dtype=torch.int64)
+        score, scores, noise = normal(4), normal(4, 8, seed=1), normal(4, 9, seed=2)
+        call = lambda given=(kept, score, maps, scores), noise=noise: ops.keep_maps(*given, noise=noise)  # noqa: E731
+        yield f"keep a map, P=8, l={length}", "image", 4, call
 
 
 def norms():

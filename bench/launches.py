@@ -73,6 +73,13 @@ def score(dtype: torch.dtype, train: bool) -> None:
         scores.sum().backward()
 
 
+def keep(batch: int, *shape: int, dtype: torch.dtype = torch.int64) -> None:
+    """What a step of block resampling with 8 proposals launches besides those of a search among 8 whole maps."""
+    kept, maps = torch.zeros(batch, *shape, dtype=dtype), torch.zeros(batch, 8, *shape, dtype=dtype)
+    noise = torch.zeros(batch, 9, 17)[:, :, 1]
+    ops.keep_maps(kept, torch.zeros(batch), maps, torch.zeros(batch, 8), noise=noise)
+
+
 def scenarios() -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield the name of every scenario and the function that runs it."""
     density = varkern.DensitySearch(n=50, min_distance=0)
@@ -81,6 +88,9 @@ def scenarios() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "VAR M=4, top-p only", lambda: generate_var(BATCH, best_of(4), top_k=0)
     yield "VAR, one image, M=4", lambda: generate_var(1, best_of(4))
     yield "VAR, density n=50", lambda: generate_var(BATCH, density)
+    for side in (2, 5, 16):
+        yield f"VAR, blocks, side {side}", lambda side=side: keep(BATCH, side * side)
+    yield "Infinity, blocks", lambda: keep(1, 4096, 32, dtype=torch.uint8)
     for m in CANDIDATES:
         yield f"FlexVAR M={m}", lambda m=m: generate_flexvar(BATCH, best_of(m))
     for m in (1, 4):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.block_steps import PARTS, Sizes, count_step, floors, measure, parts_on_cpu
+from bench.block_steps import PARTS, Sizes, count_launches, count_step, floors, measure, parts_on_cpu
 from bench.measure import DEVICES
 from varkern.scorer import Scorer, ScorerConfig
 
@@ -55,3 +55,10 @@ def test_tables_have_a_row_per_searched_scale(monkeypatch):
     for table in (floors(SMALL, (1, 2, 4, 6), 2, DEVICES["H100"]), measure(SMALL, (1, 2, 4, 6), 2)):
         rows = [line.split(" | ") for line in table.splitlines()[2:]]
         assert [row[0] for row in rows] == ["| 2", "| 4", "| 6"] and all(len(row) == 9 for row in rows)
+
+
+def test_the_launches_of_a_step():
+    """The convolutions and norms of the scorer, and four kernels around it; a search that launches more is slower."""
+    of_scorer, others = count_launches(SMALL)
+    assert of_scorer["convolution"] == of_scorer["map_norm"] == 2 * 7 and of_scorer["addmm"] == 2 + 2
+    assert others == {"where": 1, "fuse_tokens": 1, "nan_to_num": 1, "keep_maps": 1}

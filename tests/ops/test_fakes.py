@@ -77,6 +77,16 @@ def of_resize_features(dtype):
                 yield f"{layout}, {size}, channels last {last}", OPS.resize_features, (f_hat, size, "area", last)
 
 
+def of_keep_maps(dtype):
+    scores, noise = normal(2, 3), normal(2, 4)
+    for layout, score in formats(torch.stack((noise[:, 0], noise[:, 1]), -1)):
+        for other, maps in formats(ids(2, 3, 4)):
+            yield f"{layout}, {other}", OPS.keep_maps, (maps[:, 0], score[:, 0], maps, scores, noise, 0.5)
+        bits = ids(2, 3, 4, 5, top=2).byte()
+        yield f"{layout}, bits", OPS.keep_maps, (bits[:, 1].mT.contiguous().mT, score[:, 1], bits, scores, None, 1.0)
+    yield "no images", OPS.keep_maps, (ids(0, 4), normal(0), ids(0, 3, 4), normal(0, 3), None, 1.0)
+
+
 def of_map_norm(dtype):
     weight, bias = normal(8, 3, 4), normal(8, 3, 4, dtype=dtype)
     for layout, x in formats(normal(2, 8, 3, 4, dtype=dtype)):

@@ -59,6 +59,11 @@ class Traced(BlockResample):
         self.picks[-1].append(super().picked(scale, scores, uniforms))
         return self.picks[-1][-1]
 
+    def keep(self, *given):
+        found = super().keep(*given)
+        self.picks[-1].append(found.index)
+        return found
+
 
 def in_positions(maps, grid):
     """Maps ``[n, l]`` or ``[n, l, d]`` with all entries of a position of the transformer together, ``[n, h, w, e]``."""

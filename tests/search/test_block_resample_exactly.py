@@ -11,6 +11,7 @@ from tests.references import block_resampling as reference
 from varkern import BlockResample
 from varkern.draws import PhiloxDraws
 from varkern.ops import image_seeds
+from varkern.ops.keeping import Kept
 from varkern.search import Candidates
 from varkern.spec import Logits
 
@@ -123,9 +124,17 @@ class Forced(BlockResample):
     """Keeps at each choice what it is told to, and remembers with what probability it would have."""
 
     def picked(self, scale, scores, uniforms):
-        assert uniforms().shape == scores.shape
-        forced = self.forced.pop(0) if len(scores) == self.count else None
-        weights = (scores.double() / self.temperature).softmax(1)
+        return self.force(scores, uniforms(), self.temperature)
+
+    def keep(self, kept, score, maps, scores, noise, temperature):
+        scores = torch.cat((score[:, None], scores), 1)
+        forced, images = self.force(scores, noise, temperature), torch.arange(len(scores))
+        return Kept(torch.cat((kept[:, None], maps), 1)[images, forced], scores[images, forced], forced)
+
+    def force(self, scores, noise, temperature):
+        assert noise.shape == scores.shape and len(scores) == self.count
+        forced = self.forced.pop(0)
+        weights = (scores.double() / temperature).softmax(1)
         self.chance = self.chance * weights.gather(1, forced[:, None])[:, 0]
         return forced
 

@@ -152,6 +152,8 @@ def operations() -> None:
     print(varkern.ops.fuse_tokens(maps, codebook, side=3, size=(6, 6), phi=phi, interpolation="trilinear").shape)
     varkern.ops.commit_tokens(maps[:, 0], f_hat, codebook, side=(3, 3), interpolation="area")
     print(varkern.ops.resize_features(f_hat, size=4, interpolation="bilinear").shape)
+    kept = varkern.ops.keep_maps(maps[:, 0], logits[:, 0, 0], maps, logits[:, 1, :4], temperature=0.5)
+    print(kept.maps.shape, kept.scores.shape, kept.index.shape)
     print(varkern.ops.map_norm(f_hat, f_hat[0], f_hat[0], residual=f_hat, negative_slope=0.2).shape)
     print(varkern.ops.kernel_density(logits, bandwidth=1.0, metric="cosine").shape)
     print(varkern.ops.silverman_bandwidth(logits, "euclidean").shape)

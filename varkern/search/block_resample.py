@@ -28,12 +28,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from varkern.literals import Pick, Temperature, check_word
+from varkern.ops.keeping import Kept, keep_maps
 from varkern.ops.philox import gumbel
 from varkern.spec import ModelSpec, is_int
 
@@ -193,36 +193,45 @@ class BlockResample:
         index = self.picked(candidates.scale, scores, lambda: candidates.uniforms()[:, : self.m])
         if not self.proposals:
             return Choice(index, scores)
-        tokens, steps = self.improved(candidates, take(candidates.tokens, index), scores.gather(1, index[:, None]))
+        kept = candidates.tokens[torch.arange(len(index), device=index.device), index]
+        tokens, steps = self.improved(candidates, kept, scores.gather(1, index[:, None])[:, 0])
         return Choice(index, torch.cat((scores, steps.scores[:, :, 1:].flatten(1)), 1), tokens, steps)
 
     def improved(self, candidates: Candidates, kept: Tensor, score: Tensor) -> tuple[Tensor, Steps]:
-        """All sweeps over maps ``kept``, ``[B, l]`` or ``[B, l, d]``, whose scores are ``score``, ``[B, 1]``.
+        """All sweeps over maps ``kept``, ``[B, l]`` or ``[B, l, d]``, whose scores are ``score``, ``[B]``.
 
         Returns:
             The kept maps, and what each step scored and kept.
         """
-        grid, scored, picks, changed = candidates.grid, [], [], []
+        grid, composed, found, maps_before, scores_before = candidates.grid, [], [], [], []
         rows, columns = self.num_blocks(candidates.scale, grid)
         patch = math.isqrt(kept.shape[1] // (grid[0] * grid[1]))
         steps = 1 + rows * columns  # of a sweep: one for the places of its blocks, then one per block
         uniforms = candidates.step_uniforms(self.proposals + 1, self.sweeps * steps)
-        for sweep, drawn in enumerate(uniforms.split(steps, 2)):
-            start = self.m + sweep * self.proposals
-            fresh = candidates.tokens[:, start : start + self.proposals]
-            block_of = block_numbers(grid, (rows, columns), drawn[:, :2, 0], patch)
+        noise = None if self.pick == "best" else gumbel(uniforms)  # Gumbel-max, as in BestOfM
+        temperature = 1.0 if noise is None else temperature_at(self.temperature, self.scorer, candidates.scale)
+        numbers = torch.arange(rows * columns, device=kept.device).unsqueeze(1)
+        for sweep, places in enumerate(uniforms[:, :2, ::steps].unbind(2)):
+            fresh = candidates.tokens[:, self.m + sweep * self.proposals :][:, : self.proposals]
+            inside = block_numbers(grid, (rows, columns), places, patch).unsqueeze(1) == numbers  # [B, blocks, l]
+            inside = inside if kept.dim() == 2 else inside.unsqueeze(-1)
             for block in range(rows * columns):
-                inside = (block_of == block).unsqueeze(1)  # [B, 1, l]
-                inside = inside if kept.dim() == 2 else inside.unsqueeze(-1)
-                maps = torch.where(inside, fresh, kept.unsqueeze(1))
-                of_all = torch.cat((score, self.scores(candidates, maps)), 1)
-                picked = self.picked(candidates.scale, of_all, partial(drawn.select, 2, 1 + block))
-                before, kept = kept, take(torch.cat((kept.unsqueeze(1), maps), 1), picked)
-                score = of_all.gather(1, picked[:, None])
-                scored.append(of_all)
-                picks.append(picked)
-                changed.append((kept != before).flatten(1).any(1))
-        return kept, Steps(torch.stack(scored, 1), torch.stack(picks, 1), torch.stack(changed, 1))
+                maps = torch.where(inside[:, block : block + 1], fresh, kept.unsqueeze(1))
+                drawn = None if noise is None else noise[:, :, sweep * steps + 1 + block]
+                composed.append(self.scores(candidates, maps))
+                maps_before.append(kept)
+                scores_before.append(score)
+                found.append(self.keep(kept, score, maps, composed[-1], drawn, temperature))
+                kept, score, _ = found[-1]
+        scores = torch.cat((torch.stack(scores_before, 1).unsqueeze(2), torch.stack(composed, 1)), 2)
+        changed = torch.stack([step.maps for step in found], 1) != torch.stack(maps_before, 1)
+        return kept, Steps(scores, torch.stack([step.index for step in found], 1), changed.flatten(2).any(2))
+
+    def keep(
+        self, kept: Tensor, score: Tensor, maps: Tensor, scores: Tensor, noise: Tensor | None, temperature: float
+    ) -> Kept:
+        """One step's choice between the map that each image has and its composed maps."""
+        return keep_maps(kept, score, maps, scores, noise=noise, temperature=temperature)
 
     def scores(self, candidates: Candidates, maps: Tensor) -> Tensor:
         """Scores ``[B, n]`` of composed maps ``[B, n, l]`` or ``[B, n, l, d]``."""
@@ -233,16 +242,11 @@ class BlockResample:
         return score_maps(self.scorer, candidates, fuse, maps.shape[1], self.maps_at_once)
 
     def picked(self, scale: int, scores: Tensor, uniforms: Callable[[], Tensor]) -> Tensor:
-        """Which of the maps each image keeps, ``[B]``; of equal scores ``"best"`` takes the first."""
+        """Which of the whole maps each image keeps, ``[B]``; of equal scores ``"best"`` takes the first."""
         if self.pick == "best":
             return scores.argmax(-1)
         # Gumbel-max, as in BestOfM.
         return (scores / temperature_at(self.temperature, self.scorer, scale) + gumbel(uniforms())).argmax(-1)
-
-
-def take(maps: Tensor, index: Tensor) -> Tensor:
-    """One of the maps ``[B, n, ...]`` of each image."""
-    return maps[torch.arange(len(maps), device=maps.device), index]
 
 
 def usual_block(side: int) -> int:

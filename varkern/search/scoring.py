@@ -108,5 +108,5 @@ def score_maps(
     for start in range(0, count, step):
         features = fuse(start, min(start + step, count), **wanted)
         parts.append(call_scorer(scorer, candidates.labels, features, candidates.scale))
-    scores = torch.cat(parts, dim=1).float()
+    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).float()
     return scores.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
