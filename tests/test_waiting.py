@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import varkern
 from tests.helpers import on, small_scorer, small_var
 from tests.standins.models import FLEX_SIDES, small_flexvar
-from varkern import BestOfM, DensitySearch
+from varkern import BestOfM, BlockResample, DensitySearch
 
 LABELS = torch.tensor([3, 0, 5])
 
@@ -99,6 +99,8 @@ SEARCHES = {
     "best": lambda scorer: BestOfM(scorer, m=4, maps_at_once=7),
     "resample": lambda scorer: BestOfM(scorer, m=3, first_scale=0, pick="resample"),
     "two best": lambda scorer: BestOfM(scorer, m=4, pick=2),
+    "blocks": lambda scorer: BlockResample(scorer, m=2, proposals=3, sweeps=2, maps_at_once=7),
+    "best blocks": lambda scorer: BlockResample(scorer, m=1, proposals=2, first_scale=0, pick="best"),
     "density, then best": lambda scorer: [DensitySearch(n=12, representatives=4, min_distance=0), BestOfM(scorer, m=2)],
 }
 OPTIONS = {
@@ -152,7 +154,14 @@ def test_a_patched_flexvar_never_waits_for_the_device(options, monkeypatch):
 READING = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
-def test_the_kernels_launchers_read_no_value(device, monkeypatch):
+@pytest.mark.parametrize(
+    "search",
+    [
+        pytest.param(lambda scorer: BestOfM(scorer, m=2, pick="resample"), id="best of m"),
+        pytest.param(lambda scorer: BlockResample(scorer, m=1, proposals=2, blocks=2), id="blocks"),
+    ],
+)
+def test_the_kernels_launchers_read_no_value(search, device, monkeypatch):
     """The host's side of every launch, through the interpreter where there is no GPU; tables are made before.
 
     What an op does inside is out of the modes' sight, so the reading methods themselves tell who calls them.
@@ -170,7 +179,7 @@ def test_the_kernels_launchers_read_no_value(device, monkeypatch):
         return method
 
     monkeypatch.setattr("varkern.checks.label_range", lambda request, spec: (0, 5))
-    with varkern.use_backend("triton"), varkern.patched(model, BestOfM(scorer, m=2, pick="resample")):
+    with varkern.use_backend("triton"), varkern.patched(model, search(scorer)):
         model.autoregressive_infer_cfg(1, labels, labels, top_k=20, top_p=0.9)
         for name in READING:
             monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
