@@ -20,7 +20,7 @@ from varkern.training import scorer as scorer_training
 from varkern.training.scorer import read_facts
 
 TINY = train.Recipe(
-    batch_size=4, vae_steps=75, var_steps=9, classifier_steps=6, scorer_epochs=0.6, real_maps=40, generated_maps=40
+    batch_size=4, vae_steps=15, var_steps=9, classifier_steps=6, scorer_epochs=0.6, real_maps=40, generated_maps=40
 )
 STAGES = ("vae", "var", "classifier", "scorer")
 
@@ -45,8 +45,16 @@ def resampled(image: np.ndarray, angle: float, scale: float, right: float, down:
     return np.clip((weights * (image + 1)).sum((-2, -1)) - 1, -1, 1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def soon_restarted():
+    """Unused codes start anew within the few steps of a tiny training, between the last checkpoint and the kill."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "STEPS_BETWEEN_RESTARTS", 10)
+        yield
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(soon_restarted, tmp_path_factory):
     """The weights of a tiny training that nothing interrupted."""
     folder = tmp_path_factory.mktemp("unbroken")
     with use_backend("torch"):

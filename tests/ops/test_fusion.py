@@ -115,7 +115,7 @@ def test_non_contiguous_inputs(device, backend, poisoned, side):
 
 @pytest.mark.parametrize("side", [3, 5], ids=["resized", "unresized"])
 def test_optional_parts(device, backend, poisoned, side):
-    tokens, codebook, f_hat, (weight, bias, _) = case(device, side, 5, C=8)
+    tokens, codebook, f_hat, (weight, bias, _) = case(device, side, 5, B=1, C=8)
     for phi in (None, (weight, None, 0.5), (weight, bias, 1.0), (weight, bias, 0.0)):
         for running in (None, f_hat):
             features = fuse_tokens(tokens, codebook, side=side, size=5, f_hat=running, phi=phi)
@@ -143,7 +143,7 @@ def test_a_candidate_does_not_depend_on_its_neighbours(device, backend):
 
 @pytest.mark.parametrize("side", [3, 5], ids=["resized", "unresized"])
 def test_the_kernel_clamps_ids(device, side):
-    tokens, codebook, f_hat, phi = case(device, side, 5, C=8, V=11)
+    tokens, codebook, f_hat, phi = case(device, side, 5, B=1, C=8, V=11)
     wild = tokens.clone()
     wild[:, :, 0], wild[:, :, -1] = -(2**40), 2**40
     tokens[:, :, 0], tokens[:, :, -1] = 0, 10

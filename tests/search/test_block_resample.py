@@ -205,7 +205,7 @@ def test_blocks_tile_the_map(grid, block, patch):
     """None is empty, each is a rectangle of at most 1.5 block sides, and each axis has every place for its edges."""
     count = tuple(math.ceil(n / block) for n in grid)
     extremes = torch.tensor([0.0, 1 - 2.0**-24, 0.5])
-    drawn = torch.cat((torch.cartesian_prod(extremes, extremes), torch.rand(300, 2)))
+    drawn = torch.cat((torch.cartesian_prod(extremes, extremes), torch.rand(80, 2)))
     numbers = block_numbers(grid, count, drawn, patch).view(-1, patch * grid[0], patch * grid[1])
     for image, places in zip(numbers, drawn, strict=True):
         rows, columns = (edges(n, c, u) for n, c, u in zip(grid, count, places, strict=True))
@@ -335,8 +335,11 @@ def test_no_images_and_exceptions(case):
     assert all(a.cached_k is None and not a.caching for a in case.attentions(model))
 
 
-@pytest.mark.parametrize("m, proposals, sweeps", [(1, 1, 1), (3, 4, 2), (1, 7, 1)], ids=str)
-@pytest.mark.parametrize("pick", ["resample", "best"])
+@pytest.mark.parametrize(
+    "m, proposals, sweeps, pick",
+    [(1, 1, 1, "resample"), (3, 4, 2, "resample"), (1, 2, 2, "best"), (1, 7, 1, "best")],
+    ids=str,
+)
 def test_chunks_and_graphs_change_nothing(m, proposals, sweeps, pick, device, quick_backend, capture):  # noqa: F811
     model, batch = small_var().to(device), len(SEEDS)
     model.vae_proxy[0].to(device)

@@ -31,6 +31,7 @@ from . import digits
 from .classifier import DigitClassifier
 
 PATCH_NUMS = (1, 2, 3, 4, 6)
+STEPS_BETWEEN_RESTARTS = 50  # of codes of the VQ-VAE that no map uses
 VAE_SIZES = {
     "vocab_size": 256,
     "z_channels": 16,
@@ -94,7 +95,7 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device) -> None:
 
     @torch.no_grad()
     def restart_dead_codes(step: int) -> None:
-        if (step + 1) % 50 or step > recipe.vae_steps * 0.7:
+        if (step + 1) % STEPS_BETWEEN_RESTARTS or step > recipe.vae_steps * 0.7:
             return
         dead = (hits == 0).nonzero().flatten()
         if len(dead):
