@@ -3,9 +3,9 @@
 #
 #     bench/gpu.sh [folder [stage ...]]        # default: bench/results/<device>, all stages
 #
-# It writes <folder>/environment.txt, a .txt and a -rounds.json per benchmark, generation.json, parts.json, REPORT.md
-# with its plots, tests.txt, memcheck.txt (if compute-sanitizer exists), stages.txt and summary.txt, and results.tar.gz
-# with all of these.
+# It writes <folder>/environment.txt, a .txt and a -rounds.json per benchmark, generation.json, blocks.json, parts.json,
+# REPORT.md with its plots, tests.txt, memcheck.txt (if compute-sanitizer exists), stages.txt and summary.txt, and
+# results.tar.gz with all of these.
 #
 # The kernels of whole generations are compiled first, on all cores, into Triton's cache, which all stages use. The
 # generations come next, starting with d16 and d30 with 24 images and with one image.

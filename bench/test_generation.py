@@ -13,9 +13,11 @@ In a cell, all ways of generating take turns, alternately in both orders, so tha
 The time of a generation is measured on the host, from an idle device to an idle device. The first generation of each
 way is not timed, because it compiles and captures; its peak memory is measured.
 
-``$VARKERN_BENCH_OUT`` (default: the working folder) gets generation.json and parts.json, which are written after every
-cell. The cells that have bars come first: 24 images, then one image, of d16 and d30. If a cell fails, its error is
-printed and the other cells run.
+A cell of its own times block resampling beside best-of-M with the same number of scored maps at every scale.
+
+``$VARKERN_BENCH_OUT`` (default: the working folder) gets blocks.json, generation.json and parts.json, which are written
+after every cell. The cells that have bars come first: 24 images, then one image, of d16 and d30. If a cell fails, its
+error is printed and the other cells run.
 """
 
 import importlib.metadata
@@ -202,6 +204,41 @@ def attempt(what, failures, do, *arguments):
             print(f"failed kernel: {kernel}, in {what}", flush=True)
         failures.append(f"{what}: {type(error).__name__}: {error}")
         return None
+
+
+def blocks_cell(depth, batch):
+    """Block resampling beside best-of-M with as many scored maps at every scale."""
+    var, scorer, _ = models(depth, None)
+    blocks = varkern.BlockResample(scorer)
+    grids = [(side, side) for side in var.patch_nums]
+    scored = [blocks.num_scored(k, grid) if k >= blocks.first_scale else 1 for k, grid in enumerate(grids)]
+    best = varkern.BestOfM(scorer, m=scored, pick="resample")
+    ways = {}
+    for name, search in (("best of M", best), ("blocks", blocks)):
+        ways[name] = (var, partial(varkern.patched, var, search))
+        if CUDA:
+            ways[f"{name}, graph"] = (var, capture(var, search))
+    for model, context in ways.values():
+        with context():
+            generate(model, batch, 0)
+    return {"depth": depth, "B": batch, "M": scored, "seconds": taking_turns(ways, batch)}
+
+
+def test_blocks_beside_best_of_m():
+    """A block's maps depend on the choice before, so they are scored few at a time; this is what that costs."""
+    table, rows = Table(), []
+    print(f"\n{device_name()}, torch {torch.__version__}; x: time of blocks / time of best-of-M, equal scored maps")
+    for batch in BATCHES[:2]:
+        row = blocks_cell(DEPTHS[0], batch)
+        rows.append(row)
+        cells = {"depth": row["depth"], "B": batch, "maps": sum(row["M"])}
+        for kind in ("", ", graph") if CUDA else ("",):
+            best, blocks = (statistics.median(row["seconds"][name + kind]) for name in ("best of M", "blocks"))
+            cells |= {f"best of M{kind} ms": best * 1e3, f"blocks{kind} ms": blocks * 1e3, f"x{kind}": blocks / best}
+        table.add(cells)
+        assert all(seconds > 0 for times in row["seconds"].values() for seconds in times)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "blocks.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def test_generations(benchmark, request):

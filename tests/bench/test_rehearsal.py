@@ -21,3 +21,5 @@ def test_generations_patched_and_unpatched(tmp_path):
     assert [row["M"] for row in rows] == [1, 4]
     assert {"published", "patched"} <= set(rows[0]["seconds"])
     assert "## Parts" in render(tmp_path)
+    (blocks,) = json.loads((tmp_path / "blocks.json").read_text())
+    assert blocks["M"] == [1, 8 + 4 * 8, 8 + 4 * 8] and set(blocks["seconds"]) >= {"best of M", "blocks"}
