@@ -174,8 +174,10 @@ def count_launches(config: ScorerConfig) -> tuple[Counter[str], Counter[str]]:
             return launches.found
 
         features = torch.zeros(batch, PROPOSALS, side, side, config.channels, dtype=torch.bfloat16)
+        score = partial(scorer, labels, features.permute(0, 1, 4, 2, 3), 1)
+        score()  # which converts weights once
         with Launches() as of_scorer:
-            scorer(labels, features.permute(0, 1, 4, 2, 3), 1)
+            score()
         several, one = count(1 + steps), count(1)
         several.subtract(one)
         each = Counter({name: count // steps for name, count in several.items()})

@@ -33,8 +33,8 @@ def launch_all(device: torch.device, batches: Iterable[int], candidates: Iterabl
     scorer = Scorer().to(device, torch.bfloat16).eval().requires_grad_(False)
     for batch in batches:
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        for m in candidates:
-            search = varkern.BestOfM(scorer, m=m) if m > 1 else None
+        searches = [varkern.BestOfM(scorer, m=m) if m > 1 else None for m in candidates]
+        for search in [*searches, varkern.BlockResample(scorer, blocks=lambda scale, side: side)]:
             with torch.inference_mode():
                 varkern.generate(var, labels, search=search, seeds=0, decode=False, **sampling)
 

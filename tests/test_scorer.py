@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import randomise, relative_error
 from tests.references.scorer import eager_scores, exact_scores
@@ -162,6 +164,48 @@ def test_the_weights_dtype_decides_and_autocast_lowers_float32_only(scorer, feat
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
     assert 1e-4 < relative_error(scores, whole) < 0.05
     assert plain[torch.float64].dtype == torch.float64 and relative_error(whole, plain[torch.float64]) < 1e-5
+
+
+class Conversions(TorchDispatchMode):
+    """Counts the conversions of tensors to another dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].dtype != kwargs.get("dtype")
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_converted_once_until_they_change(scorer, features):
+    """The linear layers of a scorer in bfloat16, against layers whose weights are converted at every call."""
+    lowered, counts = copy.deepcopy(scorer).bfloat16(), []
+
+    def anew():
+        return copy.deepcopy(lowered).requires_grad_(True)(LABELS, features, 1).detach()
+
+    def count():
+        with Conversions() as conversions:
+            scores = lowered(LABELS, features, 1)
+        counts.append(conversions.count)
+        assert torch.equal(scores, anew())
+        return scores
+
+    first, again = count(), count()
+    lowered.fuser[0].weight.mul_(-1.5)
+    changed, _ = count(), count()
+    lowered.load_state_dict(scorer.state_dict())
+    loaded = count()
+    lowered.out_proj.bias = nn.Parameter(lowered.out_proj.bias + 2, requires_grad=False)
+    moved = count()
+    assert torch.equal(first, again) and torch.equal(first, loaded) and not torch.equal(first, changed)
+    assert torch.allclose(moved, first + 2, atol=0.05) and not torch.equal(moved, first)
+    own, linear = counts[1], 2 * (2 + len(SMALL.hidden) + 1)  # own: of features, embeddings and norms
+    assert counts == [own + linear, own, own + 2, own, own + linear, own + 2]
+    with torch.inference_mode():
+        assert torch.equal(lowered(LABELS, features, 1), moved)
+    maps = features.clone().requires_grad_()
+    lowered(LABELS, maps, 1).sum().backward()
+    assert maps.grad.abs().sum() > 0
 
 
 def test_without_data(scorer):

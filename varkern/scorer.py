@@ -20,6 +20,7 @@ from varkern import hub
 from varkern.cards import find_base_scorers, model_card, read_facts
 from varkern.models.loading import count_modules, read_metadata, read_state_dict
 from varkern.ops import map_norm
+from varkern.ops.fusion_tables import tables_of
 from varkern.runs import write_json, write_tensors, write_text
 
 FINAL_SIDE = 2  # the last stage gives 2x2 features, as in the paper
@@ -131,11 +132,25 @@ class ResidualBlock(nn.Module):
         return self.ln3(self.conv3(y), residual=self.shortcut(x), negative_slope=SLOPE)
 
 
+def convert(dtype: torch.dtype, blend: float, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """For :func:`.tables_of`; ``blend`` is not used."""
+    return weight.to(dtype), bias.to(dtype)
+
+
 class WideLinear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights."""
+    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights.
+
+    Converted weights that need no gradient are kept until the weights change. Else a search would convert the same
+    weights for each of its calls, which takes two launches per layer and as many bytes as the convolutions' weights.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        weight, bias = self.weight, self.bias
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        if weight.requires_grad or bias.requires_grad or torch.compiler.is_compiling():
+            return F.linear(x, *convert(x.dtype, 0.0, weight, bias))
+        return F.linear(x, *tables_of(convert, x.dtype, 0.0, weight, bias))
 
 
 # Asked once, because torch.compile of PyTorch 2.5 breaks the graph at this question.

@@ -61,4 +61,5 @@ def test_the_launches_of_a_step():
     """The convolutions and norms of the scorer, and four kernels around it; a search that launches more is slower."""
     of_scorer, others = count_launches(SMALL)
     assert of_scorer["convolution"] == of_scorer["map_norm"] == 2 * 7 and of_scorer["addmm"] == 2 + 2
+    assert of_scorer["_to_copy"] == 3  # features and two embeddings, no weights
     assert others == {"where": 1, "fuse_tokens": 1, "nan_to_num": 1, "keep_maps": 1}

@@ -7,6 +7,7 @@ identity. The codebook multiplied by its nine taps is a table ``[V, 9, C]``, whi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -160,7 +161,9 @@ def tables_of(
     ``torch.inference_mode`` have no counter, so their tables are made anew at every call.
     """
     given = [weight for weight in weights if weight is not None]
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
+    kind = given[0].device.type
+    plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), plain:
         if any(weight.is_inference() for weight in given):
             return make(dtype, blend, *weights)
         storages = [StorageWeakRef(weight.untyped_storage()) for weight in given]
