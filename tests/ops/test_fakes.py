@@ -48,7 +48,7 @@ def of_sample_tokens(dtype):
 
 
 def of_fuse_tokens(dtype):
-    tokens = {"contiguous": ids(2, 3, 4), "a part": ids(2, 5, 4)[:, 1:4], "transposed": ids(2, 4, 3).transpose(1, 2)}
+    tokens = {"contiguous": ids(2, 2, 4), "a part": ids(2, 4, 4)[:, 1:3], "transposed": ids(2, 4, 2).transpose(1, 2)}
     phi = (normal(8, 8, 3, 3), normal(8), 0.5)
     for name, given in tokens.items():
         for layout, f_hat in formats(normal(2, 8, 4, 4)):
