@@ -207,8 +207,11 @@ class Scorer(nn.Module):
     """
 
     config: ScorerConfig
+    class_label_embedding: nn.Embedding
     class_label_proj: WideLinear
+    stage_label_embedding: nn.Embedding
     stage_label_proj: WideLinear
+    fuser: nn.Sequential
     out_proj: WideLinear
     channels_last: bool = True
     """Searches pass features in this memory format, so that :meth:`forward` need not convert them."""
