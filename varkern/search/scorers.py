@@ -39,6 +39,7 @@ class SumOfScorers(nn.Module):
     """
 
     scorers: tuple[Scorer, ...]
+    networks: nn.ModuleList
     adds: ClassVar[bool] = True
 
     def __init__(self, *scorers: Scorer):
