@@ -20,6 +20,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that each start a thr
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
 
+# The first gradient of a process starts autograd's threads, one per device that PyTorch knows at that moment. With one
+# of these, no forked child can compute gradients. opcheck makes PyTorch know a device; other tests train in children.
+if not torch.cuda.is_available():
+    torch.zeros((), requires_grad=True).backward()
+
 # Convolutions in TensorFloat-32, cuDNN's default, err by 1e-3: more than any form here may differ from float64.
 torch.backends.cudnn.allow_tf32 = False
 
