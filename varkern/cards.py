@@ -74,7 +74,7 @@ def usage(repository: str, base: Sequence[str]) -> Iterator[str]:
     if base:
         yield (
             f"This scorer adds to {', '.join(base)}: it was trained on maps that were resampled by their scores. Add "
-            "its scores to theirs, and do not use it alone."
+            "its scores to theirs, and do not use it without them."
         )
         load += [f'base{number} = varkern.Scorer.from_pretrained("{name}")' for number, name in enumerate(base)]
         names = ", ".join([*(f"base{number}" for number in range(len(base))), "scorer"])

@@ -47,7 +47,7 @@ def locate(source: str | os.PathLike[str], revision: str | None = None, **option
         options: for ``huggingface_hub.hf_hub_download``, such as ``token``.
 
     Raises:
-        FileNotFoundError: if there is no such path, repository or revision, or no scorer in it.
+        FileNotFoundError: if the path, repository or revision does not exist, or does not hold a scorer.
         ValueError: if a revision is given for a path, or twice.
         OSError: if the hub cannot be reached, or does not give access.
         ImportError: if a repository is named and huggingface_hub is not installed.

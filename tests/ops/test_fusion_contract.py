@@ -160,10 +160,10 @@ def test_tables_follow_the_weights(device, backend, made, which, side, dtype):
 def test_remade_tables_stay_in_place(device, made):
     _, codebook, _, (weight, bias, blend) = case(device, SIDE, SIZE, C=C)
     make = fusion_tables.make_tap_table
-    first = fusion_tables.tables_of(make, torch.float32, blend, codebook, weight, bias)
+    first = fusion_tables.tables_of(make, (torch.float32, blend), codebook, weight, bias)
     addresses, before = [table.data_ptr() for table in first], first[0].clone()
     weight.add_(1)
-    second = fusion_tables.tables_of(make, torch.float32, blend, codebook, weight, bias)
+    second = fusion_tables.tables_of(make, (torch.float32, blend), codebook, weight, bias)
     assert [table.data_ptr() for table in second] == addresses
     assert not torch.equal(second[0], before)
 
@@ -175,7 +175,7 @@ def test_tables_die_with_their_weights(device, made):
     for value in range(20):
         codebook = torch.full((64, C), float(value), device=device)
         addresses.add(codebook.data_ptr())
-        assert fusion_tables.tables_of(make, torch.float32, 0.0, codebook)[0].eq(value).all()
+        assert fusion_tables.tables_of(make, (torch.float32, 0.0), codebook)[0].eq(value).all()
         assert len(fusion_tables._cache) <= 2
     assert len(addresses) < 20
 

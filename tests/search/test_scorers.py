@@ -205,7 +205,9 @@ def test_a_scorer_on_top_of_another_is_not_used_alone(search):
     first, second = two_scorers()
     made_of = {"pick": "resample", "scorers": [{"file": "first.safetensors", "sha256": "ab"}]}
     second.metadata = {"training": json.dumps({"data": {"generated": made_of}})}
-    message = "scorer was trained on top of first.safetensors, and its scores alone are wrong: use varkern.SumOfScorers"
+    message = (
+        "scorer was trained on top of first.safetensors, so its own scores are not enough: use varkern.SumOfScorers"
+    )
     with pytest.warns(UserWarning, match=message):
         search(second)
     with warnings.catch_warnings():

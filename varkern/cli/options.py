@@ -159,7 +159,7 @@ def build_search(scorer: Any, settings: Mapping[str, Any], proposals: int, sweep
 
 
 def parse_temperature(text: str) -> Any:
-    """Parse a number; ``fitted`` and whatever is no number stay as they are, and the search checks them."""
+    """Parse a number. Any other text, such as ``fitted``, is returned as it is, and the search checks it."""
     try:
         return float(text)
     except ValueError:

@@ -66,9 +66,9 @@ def generate(
 ) -> None:
     """Sample a model and write the token maps. A killed run continues where it stopped.
 
-    Without --scorer there is no search, as a scorer's training needs. The maps of a search with --scorer and
-    --pick resample train a second scorer, which adds to the first. Under torchrun several processes share the work; the
-    dataset is the same.
+    Without --scorer, no search is used: the training of a first scorer needs such maps. With --scorer and
+    --pick resample, the maps train a second scorer, which adds to the first. Under torchrun several processes share the
+    work, and the dataset is the same.
     """
     options.require("per_class", per_class, 1)
     wanted = None if classes is None else options.parse_classes(classes)

@@ -274,11 +274,11 @@ def _fuse_triton(
     resized = side != size
     taps = folded_bias = None
     if weight is None:
-        table, scale = tables_of(make_codebook, operand, blend, *weights)
+        table, scale = tables_of(make_codebook, (operand, blend), *weights)
     elif resized or not fusion.multiplies(codebook.shape[1], operand):
-        table, folded_bias, scale = tables_of(make_tap_table, operand, blend, *weights)
+        table, folded_bias, scale = tables_of(make_tap_table, (operand, blend), *weights)
     else:
-        table, taps, folded_bias, scale = tables_of(make_convolution, operand, blend, *weights)
+        table, taps, folded_bias, scale = tables_of(make_convolution, (operand, blend), *weights)
     exponent = None if operand == torch.float32 else scale
     if not resized:
         fusion.fuse_unresized(tokens, table, taps, folded_bias, exponent, f_hat, out)
@@ -305,7 +305,7 @@ def _fuse_torch(
     if weight is None:
         codebook = codebook.float()
     else:
-        codebook, *convolution, _ = tables_of(make_convolution, torch.float32, blend, codebook, weight, bias)
+        codebook, *convolution, _ = tables_of(make_convolution, (torch.float32, blend), codebook, weight, bias)
     piece = max(1, WORKSPACE_BYTES // (4 * 3 * C * H * W))
     images = max(1, piece // M)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):

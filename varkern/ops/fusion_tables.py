@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 import torch.nn.functional as F
@@ -151,9 +151,9 @@ _cache: dict[tuple, _Tables] = {}
 
 
 def tables_of(
-    make: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype, blend: float, *weights: Tensor | None
+    make: Callable[..., tuple[Tensor, ...]], settings: tuple[Hashable, ...], *weights: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """``make(dtype, blend, *weights)``, cached until a weight changes or is freed.
+    """``make(*settings, *weights)``, cached until a weight changes or is freed.
 
     Changes are noticed by the weights' version counters, which every in-place operation, optimizer step and
     ``load_state_dict`` increases. Writes through ``.data`` do not increase them and need ``clear_tables()``. New tables
@@ -165,10 +165,10 @@ def tables_of(
     plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
     with torch.inference_mode(False), torch.no_grad(), plain:
         if any(weight.is_inference() for weight in given):
-            return make(dtype, blend, *weights)
+            return make(*settings, *weights)
         storages = [StorageWeakRef(weight.untyped_storage()) for weight in given]
         # While the cache holds a weak reference to a storage, no other storage can have the same cdata.
-        key = (make, dtype, blend, len(weights)) + tuple(
+        key = (make, settings, len(weights)) + tuple(
             (storage.cdata, weight.storage_offset(), tuple(weight.shape), weight.stride(), weight.dtype)
             for storage, weight in zip(storages, given, strict=True)
         )
@@ -176,7 +176,7 @@ def tables_of(
         kept = _cache.get(key)
         if kept is not None and kept.stamp == stamp:
             return kept.tables
-        made = make(dtype, blend, *weights)
+        made = make(*settings, *weights)
         if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return made  # in the graph's memory, made anew at every replay
         if kept is not None:

@@ -31,7 +31,7 @@ class Kept(NamedTuple):
     """The kept map of every image, ``[B, l]`` or ``[B, l, d]``."""
     scores: Tensor
     """Its score, ``[B]`` float32."""
-    index: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody calls here
+    index: Tensor  # type: ignore[assignment]  # replaces tuple.index, which is not used here
     """0 where the image keeps the map that it had, else 1 + the number of the other map; ``[B]`` int64."""
 
 
@@ -51,7 +51,7 @@ def keep_maps(
         score: its score, float32 ``[B]``; no score is NaN.
         maps: the others, ``[B, P, l]`` or ``[B, P, l, d]``, P >= 1.
         scores: their scores, float32 ``[B, P]``.
-        noise: float32 ``[B, P + 1]``, that of ``kept`` first; None: the scores alone decide.
+        noise: float32 ``[B, P + 1]``, that of ``kept`` first; None: only the scores decide.
         temperature: a finite number > 0.
 
     Returns:

@@ -88,7 +88,7 @@ class Choice(NamedTuple):
         tensor([1, 0])
     """
 
-    index: Tensor  # type: ignore[assignment]  # hides the method of tuple, which nobody calls here
+    index: Tensor  # type: ignore[assignment]  # replaces tuple.index, which is not used here
     scores: Tensor
     tokens: Tensor | None = None
     steps: Steps | None = None

@@ -6,7 +6,7 @@ the map is. One step takes a map x with score weight ``w(x) = exp(S(x) / tempera
 ``y_1 .. y_P`` for the block from ``p_b``, puts each into x, and keeps one of the P + 1 maps, x itself among them, with
 probability proportional to its weight.
 
-**The step leaves** ``pi(r) = p_model(r) w(r) / Z`` **unchanged.** For maps x and y that differ in block b alone,
+**The step leaves** ``pi(r) = p_model(r) w(r) / Z`` **unchanged.** For maps x and y that differ only in block b,
 
     pi(x) K(x -> y) = p_model(x) w(x) / Z * P p_b(y_b) * E[w(y) / (w(x) + w(y) + sum of P - 1 other weights)],
 
@@ -64,8 +64,8 @@ class BlockResample:
     With ``pick="resample"`` each choice is a draw with probability softmax(score / temperature). More sweeps then
     approach the distribution ``p_model(map) * exp(score / temperature)``, which is that of real images for an exact
     scorer; the module's docstring shows why. ``pick="best"`` always keeps the highest score, which is coordinate ascent
-    over blocks. It approaches a map with the largest ratio of real to generated, of which no image has many, as
-    :class:`BestOfM` explains.
+    over blocks. It approaches the one map with the largest ratio of real to generated, as :class:`BestOfM` explains,
+    so the images lose diversity.
 
     A scale scores ``m + sweeps * blocks * proposals`` maps for each image, one block after the other. It draws ``m +
     sweeps * proposals`` candidates, because the blocks of a sweep do not overlap: one candidate serves all of them, and
@@ -73,7 +73,7 @@ class BlockResample:
 
     Args:
         scorer: as for :class:`BestOfM`.
-        m: number of whole maps, of which the first choice is made; 1: begin with the map that the model draws alone.
+        m: number of whole maps for the first choice; 1: begin with the one map that the model draws without a search.
         proposals: number of other candidates whose blocks are tried at each block; 0: none.
         blocks: side of a block, in positions of the transformer; or a dict from the side of a map (the longer one) to
             that of its blocks; or a function ``(scale, side) -> block side``. None: single positions up to side 2, else
@@ -284,7 +284,7 @@ def numbers_on_axis(length: int, count: int, uniform: Tensor, patch: int) -> Ten
 
 
 def check_blocks(blocks: object) -> None:
-    """Raise ``TypeError`` or ``ValueError`` if these are no sides of blocks; what a function returns is not known."""
+    """Raise ``TypeError`` or ``ValueError`` if these are not sides of blocks. A function is not called here."""
     if isinstance(blocks, Mapping):
         for side, block in blocks.items():
             if not is_int(side) or not is_int(block) or min(side, block) < 1:

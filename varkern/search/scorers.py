@@ -18,7 +18,7 @@ class SumOfScorers(nn.Module):
 
     Use it for a scorer that was trained on top of another one, on maps that were resampled by the other's scores. Such
     maps have the distribution ``p_model * exp(S1)``, from which the second scorer tells real maps. Therefore it tends
-    to ``S2 = log p_real - log p_model - S1``, and the sum of both to the score that ``S1`` alone should be.
+    to ``S2 = log p_real - log p_model - S1``, and the sum of both tends to the score that an exact ``S1`` would have.
     ``varkern tokens generate --scorer S1 --pick resample`` draws such maps.
 
     Each scorer gets the features in the dtype and memory format that it asks for, and is checked against the model and
@@ -28,7 +28,7 @@ class SumOfScorers(nn.Module):
         scorers: at least one, each as for :class:`varkern.BestOfM`.
 
     Raises:
-        ValueError, TypeError: if there is none, or one of them is no scorer.
+        ValueError, TypeError: if no scorer is given, or one of them is not a scorer.
 
     Example::
 
@@ -103,7 +103,7 @@ class MeanOfScorers(SumOfScorers):
 
 
 def check_scorer(scorer: object, added: bool = False) -> None:
-    """Raise ``TypeError`` if ``scorer`` is no scorer, or must be wrapped to be one.
+    """Raise ``TypeError`` if ``scorer`` is not a scorer, or must be wrapped to be one.
 
     Warn about a scorer that was trained on top of others, unless it is ``added`` to some.
     """
@@ -123,7 +123,7 @@ def check_scorer(scorer: object, added: bool = False) -> None:
     if not added and (base := getattr(scorer, "on_top_of", ())):
         names = ", ".join(base)
         warnings.warn(
-            f"scorer was trained on top of {names}, and its scores alone are wrong: use varkern.SumOfScorers of both",
+            f"scorer was trained on top of {names}, so its own scores are not enough: use varkern.SumOfScorers of both",
             stacklevel=3,
         )
 
