@@ -133,9 +133,10 @@ class TestDownload:
         """A file that is not on this machine is not called missing in the repository."""
         hub.reachable = False
         with pytest.raises(OSError, match=r"user/repo at revision v1 cannot be reached.* no copy: cannot find") as e:
-            Scorer.from_pretrained("user/repo@v1")
+            Scorer.from_pretrained("user/repo@v1", force_download=True)
         assert not isinstance(e.value, FileNotFoundError) and "\n" not in str(e.value)
         assert [name for _, name, _ in hub.asked] == list(SCORER_FILES)  # any of them may be on this machine
+        assert hub.waits == 1
 
     def test_without_the_client(self, monkeypatch, scorer, tmp_path):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -83,8 +83,10 @@ def download(repository: str, revision: str | None, names: Sequence[str], **opti
     for name in names:
         try:
             return Path(hf_hub_download(repository, name, revision=revision, **options))
-        except errors.LocalEntryNotFoundError as error:  # the hub was not asked, and this file is not on this machine
-            unreachable = error
+        except errors.LocalEntryNotFoundError as error:  # no answer from the hub, and this file is not on this machine
+            unreachable = unreachable or error
+            # The client waits about half a minute for a hub that does not answer. It refuses the two options together.
+            options.update(local_files_only=True, force_download=False)
         except errors.EntryNotFoundError:
             continue
         except errors.RevisionNotFoundError as error:

@@ -22,6 +22,7 @@ class Hub:
 
     def __init__(self, root: Path):
         self.root, self.asked, self.uploads = root, [], []
+        self.waits = 0  # requests that got no answer, for each of which the client waits long
         self.reachable, self.gated = True, set()
 
     def folder(self, repository: str, revision: str | None = None) -> Path:
@@ -41,6 +42,8 @@ class Hub:
     ) -> str:
         self.asked.append((repo_id, filename, revision))
         assert set(options) <= {"cache_dir", "force_download"}
+        assert not (local_files_only and options.get("force_download")), "the client refuses the two together"
+        self.waits += not self.reachable and not local_files_only
         if not self.reachable or local_files_only:
             raise failure(errors.LocalEntryNotFoundError, "cannot find the file on disk\nand the hub is not asked")
         if repo_id in self.gated and token is None:
