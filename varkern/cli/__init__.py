@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import torch
 import typer
+from typer.main import get_command
 
 import varkern
 
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = app(arguments, prog_name="varkern", standalone_mode=False)
+        code = command()(arguments, prog_name="varkern", standalone_mode=False)
         code = code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -65,6 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return complain(str(error) or type(error).__name__)
     return complain("interrupted", INTERRUPTED) if code == INTERRUPTED else code
+
+
+@cache
+def command() -> Any:
+    """The commands and their options, read from the signatures of their functions once per process."""
+    return get_command(app)
 
 
 def complain(message: str, code: int = WRONG_INPUT) -> int:
