@@ -60,6 +60,7 @@ def test_searches():
     assert isinstance(found, BlockResample) and found.scorer is scorer
     assert (found.m, found.proposals, found.sweeps, found.first_scale, found.last_scale) == (1, 4, 2, 2, 3)
     assert (found.pick, found.temperature) == ("resample", 0.5)
+    assert Cell(m=4, pick="resample", temperature="fitted").name == "m=4,pick=resample,temperature=fitted"
     both = Cell(m=8, proposals=8, n=30).search(scorer, 1.3)
     assert isinstance(both, Combined) and [both.num_candidates(k, 5) for k in range(5)] == [1, 30, 16, 16, 16]
     density = Cell(n=30, scale=2, representatives=5, alpha=1.7, metric="cosine", per="map", bandwidth=2.0).search(None)

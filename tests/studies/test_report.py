@@ -134,6 +134,10 @@ def test_files(tmp_path):
         ([Cell(), Cell(m=2), Cell(m=2, first_scale=0), Cell(m=(1, 5, 2))], ["first_scale", "seconds"]),
         ([Cell(), Cell(n=20), Cell(n=50, scale=2)], ["n", "scale", "seconds"]),
         ([Cell(), Cell(m=2)], ["seconds"]),
+        (
+            [Cell(), Cell(m=2), Cell(m=4, proposals=4), Cell(m=4, proposals=4, first_scale=0)],
+            ["scored", "first_scale", "seconds"],
+        ),
     ],
 )
 def test_axes(cells, axes):
@@ -197,3 +201,20 @@ def test_blocks_beside_best_of_m():
     assert rows[2:] == [["1", "0"], ["8", "0"], ["1", "8"], ["8", "8"]]
     assert [sweep_report.kind(cell) for cell in cells] == ["", "best of M", "blocks", "blocks"]
     assert [sweep_report.number_of(cell, "m") for cell in cells] == [None, 8.0, 1.0, 8.0]
+
+
+def test_blocks_are_drawn_over_the_number_of_scored_maps():
+    """Two searches of the same m score different numbers of maps, and lie on one line over them."""
+    cells = [Cell(), *(Cell(m=8, proposals=8, sweeps=sweeps, pick="resample") for sweeps in (1, 3)), Cell(m=16)]
+    given = found(cells)
+    for entry, scored in zip(given.entries, (None, 55.5, 150.0, 16.0), strict=True):
+        for repeat in entry.repeats:
+            repeat["scored"] = scored
+    axis = sweep_report.axes_of(given)[0]
+    assert axis.name == "scored" and [axis.value(entry) for entry in given.entries] == [None, 55.5, 150.0, 16.0]
+    assert [sweep_report.line_of(given, cell, "scored") for cell in cells[1:]] == [
+        "blocks, pick=resample",
+        "blocks, pick=resample",
+        "best of M, pick=greedy",
+    ]
+    assert [row[4] for row in lines(markdown(given))] == ["scored maps per scale", "---", "", "55.5", "150.0", "16.0"]

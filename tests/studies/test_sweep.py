@@ -90,7 +90,10 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(sweeping, "SPLIT", 8)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+FURTHER = [Cell(m=2, proposals=3, pick="resample"), Cell(m=2, n=6, representatives=3, min_distance=0.0)]
+
+
+@pytest.mark.parametrize("cell", [*CELLS, *FURTHER], ids=lambda cell: cell.name)
 def test_figures_are_those_of_the_images(sweep, models, extractor, real, tmp_path, device, cell):
     """Generated again in one call a batch, written to a file, and measured as ``varkern evaluate`` does."""
     (entry,) = sweep(tmp_path / "sweep", [cell], replace(SETTINGS, repeats=1)).run()
@@ -117,6 +120,11 @@ def test_figures_are_those_of_the_images(sweep, models, extractor, real, tmp_pat
         densities = torch.cat([part.scores[1] for part in told]).cpu()
         dense = densities.amax(1) >= found["alpha"] * densities.mean(1)
         assert found["dense"] == dense.double().mean().item() and 0 < found["dense"] < 1
+    scores = [
+        [s for k, s in enumerate(part.scores) if s is not None and (cell.n, cell.scale) != (6, k)] for part in told
+    ]
+    counts = [s.shape[1] for part in scores for s in part for _ in range(len(s))] if cell.scores else []
+    assert found["scored"] == (sum(counts) / len(counts) if counts else None)
 
 
 def test_seeds_and_cells_differ(sweep, tmp_path):

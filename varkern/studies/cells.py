@@ -27,7 +27,7 @@ class Cell:
         proposals: number of proposals per block of :class:`varkern.BlockResample`, which is then used instead, with
             ``m`` whole maps; 0: none.
         sweeps: its number of sweeps.
-        first_scale, last_scale, pick, temperature: further arguments of either.
+        first_scale, last_scale, pick, temperature: further arguments of either; ``temperature`` may be ``"fitted"``.
         scorer: the name of its scorer, one of the sweep's scorers.
         n: number of candidates of :class:`varkern.DensitySearch`; 1: no such search. If ``m`` is given too, the density
             search has precedence.
@@ -45,7 +45,7 @@ class Cell:
     first_scale: int = 1
     last_scale: int | None = None
     pick: str | int = "best"
-    temperature: float = 1.0
+    temperature: float | str = 1.0
     scorer: str = ""
     n: int = 1
     scale: int = 1

@@ -32,11 +32,13 @@ FIGURES = {  # title, digits after the decimal point
     "cross_term": ("2 Tr (Σ_r Σ_g)^½", 2),
     "dense": ("share of dense images", 2),
     "alpha": ("alpha", 2),
+    "scored": ("scored maps per scale", 1),
     "seconds": ("ms per image", 2),
     "peak_bytes": ("peak memory, GiB", 2),
 }
 UNITS = {"seconds": 1e3, "peak_bytes": 2**-30}
 COSTS = tuple(UNITS)
+SETTLED = ("alpha", "scored")  # one number for all seeds
 # Okabe and Ito's palette without yellow; colour-blind people can distinguish these colours. One marker per colour.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -81,7 +83,7 @@ def summary(entry: Entry, name: str) -> Summary | None:
         return None
     if name in COSTS:  # other work of the machine can only increase these
         return Summary(min(values), None)
-    spread = (max(values) - min(values)) / 2 if len(values) > 1 and name != "alpha" else None
+    spread = (max(values) - min(values)) / 2 if len(values) > 1 and name not in SETTLED else None
     return Summary(fmean(values), spread)  # the rounding of sum() depends on the Python version, that of fmean() not
 
 
@@ -102,10 +104,12 @@ def list_varying(cells: Sequence[Cell]) -> list[str]:
 
 
 def list_columns(found: Found) -> list[str]:
-    """The figures in the table: those of the preset that were measured, and alpha and "dense" of a hybrid search."""
+    """The figures in the table: those of the preset that were measured, and what alpha, "dense" and "scored" say."""
     names = list(found.preset.shown)
     if any(cell.n != 1 and cell.strategy == "hybrid" for cell in found.preset.cells):
         names = ["alpha", "dense", *names]
+    if any(cell.proposals for cell in found.preset.cells):
+        names = ["scored", *names]
     return [name for name in names if any(summary(entry, name) for entry in found.entries)]
 
 
@@ -220,8 +224,12 @@ class Axis(NamedTuple):
 
 
 def axes_of(found: Found) -> list[Axis]:
-    """An axis for each of M, n, the first scale and the density search's scale that varies, and one for the time."""
-    axes = []
+    """An axis for each of M, n, the first scale and the density search's scale that varies, and one for the time.
+
+    Where a search scores more maps than M, their number takes the place of M.
+    """
+    blocks = any(cell.proposals for cell in found.preset.cells)
+    axes = [Axis("scored", "scored maps per image and scale", partial(entry_figure, name="scored"), True)] * blocks
     for name, title, logarithmic in (
         ("m", "candidates M", True),
         ("first_scale", "first searched scale", False),
@@ -229,10 +237,10 @@ def axes_of(found: Found) -> list[Axis]:
         ("scale", "searched scale", False),
     ):
         values = {value for cell in found.preset.cells if (value := number_of(cell, name)) is not None}
-        if len(values) > 1:
+        if len(values) > 1 and not (blocks and name == "m"):
             axes.append(Axis(name, title, partial(entry_number, name=name), logarithmic))
     if not found.settings["timing"]:
-        axes.append(Axis("seconds", FIGURES["seconds"][0], seconds_of, False))
+        axes.append(Axis("seconds", FIGURES["seconds"][0], partial(entry_figure, name="seconds"), False))
     return axes or [Axis("m", "candidates M", partial(entry_number, name="m"), False)]
 
 
@@ -246,8 +254,8 @@ def entry_number(entry: Entry, name: str) -> float | None:
     return number_of(entry.cell, name)
 
 
-def seconds_of(entry: Entry) -> float | None:
-    found = summary(entry, "seconds")
+def entry_figure(entry: Entry, name: str) -> float | None:
+    found = summary(entry, name)
     return None if found is None else found.value
 
 
@@ -332,7 +340,7 @@ def draw_panel(panel: Any, found: Found, name: str, axis: Axis) -> None:
 def line_of(found: Found, cell: Cell, axis: str) -> str:
     """The label of a cell's line: its kind of search, and the varying settings that the axis does not show."""
     searched = [other for other in found.preset.cells if kind(other)]
-    hidden = {"seconds": {"m", "n"}}.get(axis, {axis})
+    hidden = {"seconds": {"m", "n"}, "scored": {"m", "proposals", "sweeps"}}.get(axis, {axis})
     names = [name for name in list_varying(found.preset.cells) if name not in hidden | {"alpha"}]
     parts = [f"{name}={value}" for name in names if (value := format_setting(cell, name))]
     kinds = [kind(cell)] if len({kind(other) for other in searched}) > 1 else []

@@ -30,9 +30,9 @@ NUMBER, TEXT, TEXT_OR_NUMBER = (int, float), (str,), (str, int, float)
 KINDS = {(int,): "an integer", NUMBER: "a number", TEXT: "a text", TEXT_OR_NUMBER: "a text or a number"}
 GRID = {
     **dict.fromkeys(("proposals", "sweeps", "first_scale", "last_scale", "n", "scale", "representatives"), (int,)),
-    **dict.fromkeys(("temperature", "min_distance", "cfg"), NUMBER),
+    **dict.fromkeys(("min_distance", "cfg"), NUMBER),
     **dict.fromkeys(("scorer", "strategy", "metric", "per", "threshold", "model"), TEXT),
-    **dict.fromkeys(("pick", "alpha", "bandwidth"), TEXT_OR_NUMBER),
+    **dict.fromkeys(("pick", "temperature", "alpha", "bandwidth"), TEXT_OR_NUMBER),
 }
 
 

@@ -250,6 +250,10 @@ class Sweep:
             if cell.n != 1 and cell.strategy == "hybrid":
                 notes.dense += int(cell.density(alpha).dense(made.scores[cell.scale]).sum())
                 notes.searched += len(batch)
+            for scale, scores in enumerate(made.scores if cell.scores else []):
+                if scores is not None and (cell.n == 1 or scale != cell.scale):
+                    notes.scored += scores.numel()
+                    notes.maps += len(batch)
             if not settings.timing:
                 # 8 bits per colour, as if the images were read from files.
                 extracted = self.extractor(torch.from_numpy(to_pixels(made.images)).movedim(-1, 1))
@@ -327,6 +331,7 @@ class Notes:
         seconds: seconds per image of every batch.
         peak_bytes: peak memory over the batches; 0 on a CPU, where it is not measured.
         dense, searched: number of images that the hybrid density search counted as dense, and of all it searched.
+        scored, maps: number of maps that a scorer scored, and of the maps that were chosen by these scores.
         hits, judged: number of images whose most probable class is their label, and of all that were classified.
     """
 
@@ -335,13 +340,15 @@ class Notes:
     peak_bytes: int = 0
     dense: int = 0
     searched: int = 0
+    scored: int = 0
+    maps: int = 0
     hits: int = 0
     judged: int = 0
 
     def merge(self, other: Notes) -> None:
         self.seconds += other.seconds
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
-        for name in ("dense", "searched", "hits", "judged"):
+        for name in ("dense", "searched", "scored", "maps", "hits", "judged"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def figures(self) -> dict[str, float | None]:
@@ -351,6 +358,7 @@ class Notes:
             "seconds": statistics.median(self.seconds),
             "peak_bytes": self.peak_bytes or None,
             "dense": self.dense / self.searched if self.searched else None,
+            "scored": self.scored / self.maps if self.maps else None,
             "accuracy": self.hits / self.judged if self.judged else None,
         }
 
