@@ -197,6 +197,7 @@ class TestDemo:
         model, scorer = run.load_demo()
         labels = torch.arange(10).repeat_interleave(2)
         searches = [None, varkern.BestOfM(scorer, 4), varkern.BestOfM(scorer, 4, pick="resample")]
+        searches.append(varkern.BlockResample(scorer, 4, proposals=4))
         for result, search in zip(results[0], searches, strict=True):
             expected = varkern.generate(model, labels, search=search, seeds=3, **train.SAMPLING)
             torch.testing.assert_close(result.images.flatten(0, 1), expected.images, atol=1e-5, rtol=0)
@@ -210,8 +211,8 @@ class TestDemo:
         torch.testing.assert_close(found, generation.scores[-1].max(1).values, atol=1e-3, rtol=1e-4)
 
     def test_search_raises_the_score(self, results):
-        alone, greedy, resample = (result.scores.mean() for result in results[0])
-        assert greedy > alone and resample > alone
+        alone, *searched = (result.scores.mean() for result in results[0])
+        assert len(searched) == 3 and all(score > alone for score in searched)
 
     def test_picture_shows_every_image(self, results):
         """Every generated image stands in the picture, enlarged, row by row."""
@@ -226,7 +227,12 @@ class TestDemo:
         monkeypatch.chdir(tmp_path)
         assert cli.main(["demo", "--m", "2", "--num-per-class", "1"]) == 0
         captured = capsys.readouterr()
-        assert "wrote demo.png" in captured.out and "M=2 greedy" in captured.out and not captured.err
+        assert (
+            "wrote demo.png" in captured.out
+            and "M=2 greedy" in captured.out
+            and "M=2 blocks" in captured.out
+            and not captured.err
+        )
         rows = [line.split("│")[1].strip() for line in captured.out.splitlines() if line.startswith("│")]
         assert rows == [*map(str, range(10)), "all", "seconds"]
         assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]

@@ -25,7 +25,7 @@ def demo(
     num_per_class: Annotated[int, typer.Option(help="Number of images per digit")] = 4,
     device: Device = "cpu",
 ) -> None:
-    """Generate the ten digits with and without best-of-M, from the same seeds, and write one picture."""
+    """Generate the ten digits without a search and with three, from the same seeds, and write one picture."""
     if context.invoked_subcommand is not None:
         return
     results = demo_run.run(out, seed, m, num_per_class, pick_device(device))

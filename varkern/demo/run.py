@@ -1,4 +1,4 @@
-"""``varkern demo``: the ten digits with and without best-of-M, from the same seeds, in one picture."""
+"""``varkern demo``: the ten digits without a search and with three searches, from the same seeds, in one picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from varkern.models import VAR, load_var
 from varkern.ops import image_seeds
 from varkern.runs import check_file
 from varkern.scorer import Scorer
-from varkern.search import BestOfM
+from varkern.search import BestOfM, BlockResample
 from varkern.studies.pictures import Row, Tile, draw_rows, save_png
 
 from .digits import NUM_CLASSES
@@ -64,11 +64,14 @@ def score_images(model: VAR, scorer: Scorer, labels: Tensor, tokens: Sequence[Te
 def run(
     out: Path, seed: int = 0, m: int = 8, num_per_class: int = 4, device: torch.device | str = "cpu"
 ) -> list[Result]:
-    """Generate every digit with one candidate per scale, with the best of ``m``, and with one of ``m`` resampled.
+    """Generate every digit with one candidate per scale and with three searches.
+
+    The searches keep the best of ``m`` candidates, one of ``m`` resampled, or one of ``m`` resampled and then improved
+    with the blocks of ``m`` other candidates.
 
     Args:
         out: the ``.png`` file for the picture.
-        seed: seed of all three runs; an image has the same first candidates in each of them.
+        seed: seed of all runs; an image has the same first candidates in each of them.
         m: candidates per scale, >= 2.
         num_per_class: images per digit, >= 1.
         device: the models' device.
@@ -89,6 +92,9 @@ def run(
         "M=1: the model alone": None,
         f"M={m}, greedy: the candidate with the highest score, from the second scale on": BestOfM(scorer, m),
         f"M={m}, resample: a candidate drawn by the softmax of the scores": BestOfM(scorer, m, pick="resample"),
+        f"M={m}, blocks: the same, then each block is drawn again, with {m} others beside it": (
+            BlockResample(scorer, m, proposals=m)
+        ),
     }
     generate(model, labels[:1], seeds=seeds[:1], **SAMPLING)  # warm-up
     results = []
@@ -116,7 +122,7 @@ def as_table(results: Sequence[Result], m: int) -> Table:
     """The demo's scores and seconds, as a table to print."""
     table = Table(title="Mean score of the finished images", caption="log-odds of being real + a constant per digit")
     table.add_column("digit")
-    for name in ("M=1", f"M={m} greedy", f"M={m} resample"):
+    for name in ("M=1", f"M={m} greedy", f"M={m} resample", f"M={m} blocks"):
         table.add_column(name, justify="right")
     for digit in range(NUM_CLASSES):
         table.add_row(str(digit), *(f"{result.scores[digit]:+.2f}" for result in results))
