@@ -2,9 +2,9 @@
 
     python -m bench.report bench/results/<device>
 
-This reads generation.json and parts.json of ``bench/test_generation.py``, even of a stopped run. It writes REPORT.md,
-overhead.png (time against M, as the left side of the LSRS paper's Fig. 6), memory.png (peak memory against M, as its
-right side) and parts.png (the share of each part). Floors are those of ``bench/roofline.py``, if it knows the device.
+This reads generation.json, parts.json and blocks.json of ``bench/test_generation.py``, even of a stopped run. It writes
+REPORT.md, overhead.png (time against M, as the left side of the LSRS paper's Fig. 6), memory.png (peak memory against
+M, as its right side) and parts.png (the share of each part). Floors are those of ``bench/roofline.py``, if it knows the device.
 Exit code 2: there is nothing to report.
 """
 
@@ -24,7 +24,7 @@ from varkern.tables import markdown_table
 
 # The bars: the largest accepted time over that of the published loop, by (depth, B, M).
 BARS = {(16, 24, 4): 1.00, (20, 24, 4): 1.00, (24, 24, 4): 1.00, (30, 24, 4): 1.00}
-BARS |= {(30, 24, 128): 1.05, (16, 24, 128): 1.15, (16, 1, 1): 0.5, (16, 1, 4): 0.5}
+BARS |= {(30, 24, 128): 1.05, (16, 24, 128): 1.10, (16, 1, 1): 0.5, (16, 1, 4): 0.5}
 CPU_BARS = {(8, 2, 4): 1.05}
 WAYS = ("published", "patched", "graph", "upstream", "upstream patched")
 MEMORY_BAR = 1.05  # peak at M=128 over that at M=1
@@ -130,6 +130,25 @@ def parts_table(parts: dict[str, dict[str, float]], rates: Rates | None) -> str:
             cells.append(text)
         lines.append(cells)
     return markdown_table(["cell", *PARTS], lines)
+
+
+def blocks_lines(rows: list[dict]) -> list[str]:
+    """Times of block resampling beside best-of-M with equally many scored maps; nothing without such figures."""
+    if not rows:
+        return []
+    kinds = [kind for kind in ("", ", graph") if all(f"blocks{kind}" in row["seconds"] for row in rows)]
+    head = ["depth", "B", "scored maps per image"]
+    head += [f"{what}{kind}" for kind in kinds for what in ("best of M ms", "blocks ms", "blocks / best of M")]
+    lines = []
+    for row in rows:
+        cells = [row["depth"], row["B"], f"{sum(row['M']):,}"]
+        for kind in kinds:
+            ways = [f"{name}{kind}" for name in ("best of M", "blocks")]
+            best, blocks = (median(row, way) for way in ways)
+            cells += [*(spread_of(row["seconds"][way]) for way in ways), f"{blocks / best:.3f}"]
+        lines.append(cells)
+    command = "`python -m pytest bench/test_generation.py -q -s -k blocks`: generations that took turns in one run."
+    return ["## Blocks beside best of M", "", command, "", markdown_table(head, lines)]
 
 
 def predicted_table(rows: list[dict], rates: Rates | None) -> list[str]:
@@ -246,6 +265,7 @@ def render(folder: Path) -> str:
         upstream_line(rows),
         memory_lines(rows),
         [" ".join(pictures)],
+        blocks_lines(read(folder / "blocks.json") or []),
         ["## Parts"],
         [
             "Milliseconds of each part without a graph / its floor (`bench/roofline.py`, for the devices of",

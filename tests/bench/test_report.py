@@ -46,7 +46,7 @@ def test_report(folder):
     text = render(folder)
     assert "torch 2.11.0, triton 3.6.0. Median" in text and "stopped" not in text
     assert "| 16 | 24 | 4 | 100.0 (100.0-100.0) | 100.0 (100.0-100.0) | 99.0 (99.0-99.0) | 0.990 |" in text
-    assert "| 1.00 met |" in text and "| 1.15 **missed** |" in text and "| 0.50 met |" in text
+    assert "| 1.00 met |" in text and "| 1.10 **missed** |" in text and "| 0.50 met |" in text
     assert "Bars of time: 2 met, 1 missed, 5 not measured, of 8." in text
     assert "\nMissed: d16 B=24 M=128.\nNot measured: d20 B=24 M=4," in text
     assert "B=24, patched: M=128 takes 2.000 times the peak memory of M=1 (**missed**)" in text
@@ -90,3 +90,17 @@ def test_a_cpu_has_its_own_bar_and_no_floors(tmp_path):
 def test_nothing_to_report(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "must have a generation.json with figures" in capsys.readouterr().err
+
+
+def test_blocks_beside_best_of_m(folder):
+    assert "Blocks beside" not in render(folder)
+    seconds = {"best of M": [0.1, 0.2, 0.3], "blocks": [0.23, 0.24, 0.25]}
+    rows = [{"depth": 16, "B": b, "M": [1, 40, 784], "seconds": seconds} for b in (1, 24)]
+    (folder / "blocks.json").write_text(json.dumps(rows))
+    text = render(folder)
+    assert "| depth | B | scored maps per image | best of M ms | blocks ms | blocks / best of M |" in text
+    assert "| 16 | 24 | 825 | 200.0 (100.0-300.0) | 240.0 (230.0-250.0) | 1.200 |" in text
+    for row in rows:
+        row["seconds"] = {**seconds, "best of M, graph": [0.1], "blocks, graph": [0.15]}
+    (folder / "blocks.json").write_text(json.dumps(rows))
+    assert "| 1.200 | 100.0 (100.0-100.0) | 150.0 (150.0-150.0) | 1.500 |" in render(folder)
