@@ -4,8 +4,8 @@
 
 This reads generation.json, parts.json and blocks.json of ``bench/test_generation.py``, even of a stopped run. It writes
 REPORT.md, overhead.png (time against M, as the left side of the LSRS paper's Fig. 6), memory.png (peak memory against
-M, as its right side) and parts.png (the share of each part). Floors are those of ``bench/roofline.py``, if it knows the device.
-Exit code 2: there is nothing to report.
+M, as its right side) and parts.png (the share of each part). Floors are those of ``bench/roofline.py``, if it knows the
+device. Exit code 2: there is nothing to report.
 """
 
 from __future__ import annotations
