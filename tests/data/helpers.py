@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,15 +111,34 @@ def kill_before_changes(work: Callable[[], object], folder: Path, rng: random.Ra
         assert kills < MANY, "work is lost as fast as it is done"
 
 
-def kill_at_random_times(work: Callable[[], object], seconds: float, rng: random.Random) -> int:
-    """Run ``work`` again and again, each time killed after a random part of ``seconds``, until it ends."""
+def at_every_call(event: Callable[[], None]) -> None:
+    """Let this thread call ``event`` before every call of a function, also of one that is not written in Python."""
+    sys.setprofile(lambda frame, kind, _: event() if kind in ("call", "c_call") else None)
+
+
+def count_calls(work: Callable[[], object]) -> int:
+    """How many functions ``work`` calls. The moment of a kill is such a number, since times differ from run to run."""
+    numbers = itertools.count()
+    at_every_call(lambda: next(numbers) and None)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return next(numbers)
+
+
+def die_at_call(number: int) -> None:
+    """Make this process kill itself at the ``number``-th call of a function."""
+    left = itertools.count(1)
+    at_every_call(lambda: os.kill(os.getpid(), signal.SIGKILL) if next(left) == number else None)
+
+
+def kill_at_random_calls(work: Callable[[], object], calls: int, rng: random.Random) -> int:
+    """Run ``work`` again and again, each time killed at a random one of its first ``calls`` calls, until it ends."""
     kills = 0
     while True:
-        pid = fork(work)
-        time.sleep(rng.uniform(0, seconds))
-        os.kill(pid, signal.SIGKILL)
-        if ended(pid):
+        number = rng.randint(1, calls)
+        if ended(fork(lambda number=number: (die_at_call(number), work()))):
             return kills
         kills += 1
         assert kills < MANY, "work is lost as fast as it is done"
-        seconds *= 1.2  # so that a machine that has become slower comes to an end too

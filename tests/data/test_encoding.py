@@ -1,7 +1,6 @@
 """Datasets of images: the VQ-VAE's own token maps, the same after any kill, with broken files skipped and named."""
 
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from varkern.data import ImageFolder, Manifest, TokenMaps, encode_token_maps
 from varkern.data.images import read_image
 
 from ..helpers import small_vae
-from .helpers import contents, ended, fork, kill_at_random_times, kill_before_changes
+from .helpers import contents, count_calls, ended, fork, kill_at_random_calls, kill_before_changes
 
 SIDES = (1, 2, 4)
 SIZE = 8  # of an image, two resolutions above the last side
@@ -125,13 +124,12 @@ class TestKills:
         kills = kill_before_changes(lambda: write(folder, vae, images), folder, random.Random(5))
         assert kills >= 3 and contents(folder) == unbroken
 
-    def test_at_random_times(self, vae, images, unbroken, tmp_path):
-        start, rng, kills, rounds = time.perf_counter(), random.Random(6), 0, 0
-        assert ended(fork(lambda: write(tmp_path / "once", vae, images)))
-        seconds = time.perf_counter() - start
+    def test_at_random_moments(self, vae, images, unbroken, tmp_path):
+        calls = count_calls(lambda: write(tmp_path / "once", vae, images))
+        rng, kills, rounds = random.Random(6), 0, 0
         while kills < 7:
             folder, rounds = tmp_path / f"{rounds}", rounds + 1
-            kills += kill_at_random_times(lambda folder=folder: write(folder, vae, images), 0.5 * seconds, rng)
+            kills += kill_at_random_calls(lambda folder=folder: write(folder, vae, images), calls, rng)
             assert contents(folder) == unbroken
 
     def test_two_ranks(self, vae, images, unbroken, tmp_path):

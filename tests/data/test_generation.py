@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from varkern.data import DATASET_SEED, Manifest, TokenMaps, generate_token_maps,
 from varkern.ops.backend import use_backend
 
 from ..helpers import TINY_SIDES, on, recorded, small_var
-from .helpers import contents, ended, fork, kill_at_random_times, kill_before_changes
+from .helpers import contents, count_calls, ended, fork, kill_at_random_calls, kill_before_changes
 
 SETTINGS = {"per_class": 3, "batch_size": 2, "shard_size": 5, "seed": 77, "top_k": 30, "top_p": 0.9}
 NUM_CLASSES = 4
@@ -171,13 +170,12 @@ class TestKills:
         kills = kill_before_changes(lambda: write(tmp_path / "maps", model), tmp_path / "maps", random.Random(3))
         assert kills >= 3 and contents(tmp_path / "maps") == unbroken
 
-    def test_at_random_times(self, model, unbroken, tmp_path):
-        start, rng, kills, rounds = time.perf_counter(), random.Random(4), 0, 0
-        assert ended(fork(lambda: write(tmp_path / "once", model)))
-        seconds = time.perf_counter() - start
+    def test_at_random_moments(self, model, unbroken, tmp_path):
+        calls = count_calls(lambda: write(tmp_path / "once", model))
+        rng, kills, rounds = random.Random(4), 0, 0
         while kills < 7:
             folder, rounds = tmp_path / f"{rounds}", rounds + 1
-            kills += kill_at_random_times(lambda folder=folder: write(folder, model), 0.5 * seconds, rng)
+            kills += kill_at_random_calls(lambda folder=folder: write(folder, model), calls, rng)
             assert contents(folder) == unbroken
 
     def test_two_ranks(self, model, unbroken, tmp_path):

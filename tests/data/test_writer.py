@@ -14,10 +14,11 @@ from varkern.data import Batch, Manifest, TokenMaps, write_token_maps, writer
 
 from .helpers import (
     contents,
+    count_calls,
     die_before_change,
     ended,
     fork,
-    kill_at_random_times,
+    kill_at_random_calls,
     kill_before_changes,
     small_manifest,
     source,
@@ -105,16 +106,11 @@ class TestKills:
             kills += 1
         assert kills >= 3 and contents(folder) == unbroken
 
-    def test_at_random_times(self, unbroken, tmp_path):
-        def slowly():
-            manifest = small_manifest()
-            batches = source(manifest)
-            write_token_maps(folder, manifest, lambda wanted: (time.sleep(0.004) or batch for batch in batches(wanted)))
-
-        rng, kills, rounds = random.Random(1), 0, 0
+    def test_at_random_moments(self, unbroken, tmp_path):
+        calls, rng, kills, rounds = count_calls(lambda: write(tmp_path / "once")), random.Random(1), 0, 0
         while kills < 7:
             folder, rounds = tmp_path / f"{rounds}", rounds + 1
-            kills += kill_at_random_times(slowly, 0.1, rng)
+            kills += kill_at_random_calls(lambda folder=folder: write(folder), calls, rng)
             assert contents(folder) == unbroken
 
     def test_whole_shards_are_kept(self, tmp_path):
