@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import subprocess
 import sys
 import threading
 import types
@@ -133,11 +132,10 @@ def test_explanations(kind, switch, wanted, monkeypatch):
     assert explain(kind) == wanted
 
 
-def test_a_fresh_process_without_the_switch_runs_pytorch():
-    code = "import torch; from varkern.ops.backend import backend_for; print(backend_for(torch.zeros(1)))"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.stdout.strip() == "torch", run.stderr
+def test_the_switch_alone_lets_a_cpu_run_the_kernels(monkeypatch):
+    """That a fresh process has the backend "auto": ``tests/test_platforms.py``."""
     with use_backend("auto"):  # the process of the tests has the switch, unless there is a GPU
         switched = os.environ.get("TRITON_INTERPRET") == "1"
         assert backend_for(torch.zeros(1)) == ("triton" if switched else "torch")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert backend_for(torch.zeros(1)) == "torch"

@@ -32,6 +32,11 @@ SAMPLING = {"cfg": 2.0, "top_k": 30, "top_p": 0.9}
 METHOD = "autoregressive_infer_cfg"
 
 
+def chunks_of(m):
+    """The sizes of chunks for ``m`` candidates: of 128 single maps, each is scored as each of 33 is."""
+    return {name: maps for name, maps in MAPS_AT_ONCE.items() if maps > 1 or m <= 33}
+
+
 def counted(labels, features, scale):
     """A function of every map alone, in integers, whose sums do not round: the same in any company, on any device."""
     steps = (features * 4).round().long()
@@ -64,7 +69,7 @@ def test_a_scorer_of_single_maps_gives_equal_bits(m, pick, device, quick_backend
     model = on(small_var(), device)
     with use_backend(quick_backend):
         wanted = generate(model, LABELS, seeds=SEEDS, search=BestOfM(counted, m=m, pick=pick), **SAMPLING)
-        for name, maps in MAPS_AT_ONCE.items():
+        for name, maps in chunks_of(m).items():
             search = BestOfM(counted, m=m, pick=pick, maps_at_once=maps)
             assert_equal(generate(model, LABELS, seeds=SEEDS, search=search, **SAMPLING), wanted, f"{name} at once")
             if name in ("between", "all"):
@@ -106,7 +111,7 @@ def test_a_network_chooses_the_same_but_for_its_rounding(m, pick, device, quick_
     model, scorer = on(small_var(), device), small_scorer()
     told = {}
     with use_backend(quick_backend):
-        for name in ("1", "between", "all"):
+        for name in ("between", "all") if m > 33 else ("1", "between", "all"):
             search = BestOfM(scorer, m=m, pick=pick, maps_at_once=MAPS_AT_ONCE[name])
             told[name] = generate(model, LABELS, seeds=SEEDS, search=search, **SAMPLING)
         with varkern.patched(model, search, cuda_graph=True):
@@ -129,7 +134,7 @@ def test_a_network_chooses_the_same_but_for_its_rounding(m, pick, device, quick_
             choices += same.sum().item()
             same &= (found.tokens[scale].cpu() == kept).all(1)
         assert torch.equal(found.images.cpu()[same], wanted.images.cpu()[same])
-    assert choices >= 30 and settled > 0.8 * choices
+    assert choices >= 15 * len(told) and settled > 0.8 * choices
 
 
 def recorded_tokens(model, search):

@@ -31,6 +31,12 @@ MODULES = (varkern, varkern.ops, varkern.search)
 PUBLIC = sorted({f"{m.__name__}.{name}" for m in MODULES for name in m.__all__} - {"varkern.ops.use_backend"})
 
 
+def find(name: str) -> object:
+    """The public function or class of this name; several may have other names too."""
+    module, _, leaf = name.rpartition(".")
+    return getattr(next(m for m in MODULES if m.__name__ == module), leaf)
+
+
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a language in a page."""
     return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page].read_text(), re.MULTILINE | re.DOTALL)
@@ -83,11 +89,10 @@ class TestExamples:
         if page == "forks.md":
             assert names["same"]
 
-    @pytest.mark.parametrize("name", PUBLIC)
+    @pytest.mark.parametrize("name", {id(find(name)): name for name in PUBLIC}.values())
     def test_docstrings_run(self, name, names):
         """The docstring of a public function or class has an example, and it prints what it says."""
-        module, _, leaf = name.rpartition(".")
-        thing = getattr(next(m for m in MODULES if m.__name__ == module), leaf)
+        thing = find(name)
         found = doctest.DocTestFinder(recurse=False).find(thing, name, globs=names | {"torch": torch})
         examples = [test for test in found if test.examples]
         assert examples, f"{name} has no example"

@@ -80,7 +80,7 @@ def no_waiting(monkeypatch):
     found: list[str] = []
     with HostData(found), HostTensors(found) as touched:
         yield
-    assert touched.count > 500  # or nothing was looked at
+    assert touched.count > 300  # or nothing was looked at
     assert not found
 
 
@@ -92,6 +92,14 @@ def far(*modules):
         if hasattr(module, "rng"):
             module.rng = torch.Generator("cuda" if where.type == "cuda" else "cpu")
     return where
+
+
+# The first scale, the last, and one between: a search, a chunk and a scale do on the host what others of them do.
+SIDES = (1, 2, 3)
+
+
+def models():
+    return small_var(SIDES), small_scorer(num_scales=len(SIDES), size=SIDES[-1], widths=(8,))
 
 
 SEARCHES = {
@@ -128,7 +136,7 @@ PAIRS = [(search, "plain") for search in SEARCHES] + [("best", option) for optio
 )
 def test_a_patched_generation_never_waits_for_the_device(search, options, monkeypatch):
     """The whole method, scorer and searches and all, when labels, seeds and strengths are there already."""
-    model, scorer = small_var(), small_scorer()
+    model, scorer = models()
     where = far(model, model.vae_proxy[0], scorer)
     given = arguments(where, **options)
     varkern.patch(model, search(scorer))
@@ -136,7 +144,7 @@ def test_a_patched_generation_never_waits_for_the_device(search, options, monkey
         model.autoregressive_infer_cfg(**given)
     with no_waiting(monkeypatch):
         images = model.autoregressive_infer_cfg(**given)
-    assert images.device.type == where.type and images.shape == (3, 3, 12, 12)
+    assert images.device.type == where.type and images.shape == (3, 3, 6, 6)
 
 
 @pytest.mark.parametrize("options", [{}, {"cfg": 0}, {"max_pn": 3, "top_p": 0.9}], ids=str)
@@ -213,7 +221,7 @@ WAITING = {
 @pytest.mark.parametrize("scorer", WAITING.values(), ids=WAITING)
 def test_a_scorer_that_waits_is_seen(scorer, monkeypatch):
     """What the tests above rest on: none of these goes by unseen."""
-    model = small_var()
+    model, _ = models()
     where = far(model, model.vae_proxy[0])
     given = arguments(where)
     varkern.patch(model, BestOfM(scorer, m=2))
