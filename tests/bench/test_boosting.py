@@ -18,11 +18,12 @@ from varkern.studies.cells import Cell
 from varkern.training import scorer as training_scorer
 from varkern.training.scorer import read_facts
 
-SEARCHES = {"two": Cell(m=2, pick="resample"), "blocks": Cell(m=1, proposals=1, pick="resample")}
+SEARCHES = {"two": Cell(m=2, pick="resample")}  # whatever a cell's search is, the sweep makes it
+FEWEST = 70  # images, more than the 64 features
 
 
 def command(folder, **changed):
-    options = {"out": folder, "seeds": 1, "images": 100, "maps": 100, "epochs": 0.7, "m": 2, **changed}
+    options = {"out": folder, "seeds": 1, "images": FEWEST, "maps": 100, "epochs": 0.7, "m": 2, **changed}
     return boosting.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
 
 
@@ -33,6 +34,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, use_backend("torch"):
         patch.setattr(measuring, "REFERENCE_IMAGES", 100)
         patch.setattr(boosting, "SEARCHES", SEARCHES)
+        patch.setattr(boosting, "LEAST_IMAGES", FEWEST)
         assert command(folder) == 0
         yield folder
 
@@ -99,7 +101,7 @@ class TestRun:
 
 @pytest.mark.parametrize("options", [{"seeds": 0}, {"images": 64}, {"maps": 10}, {"m": 1}, {"epochs": 0}], ids=str)
 def test_bad_options(tmp_path, capsys, options):
-    assert command(tmp_path / "out", **options) == 2
+    assert command(tmp_path / "out", **{"images": 100, **options}) == 2
     (name,) = options
     assert f"{name} must be " in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or name == "epochs"
