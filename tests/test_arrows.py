@@ -50,7 +50,8 @@ ALLOWED = {
     "scorer_layers": {"ops"},
     "checks": {"errors", "families", "fingerprints", "literals", "search", "spec"},
     "exclusive": {"families"},
-    "generation": {"checks", "draws", "exclusive", "families", "literals", "search", "spec"},
+    "generation": {"checks", "draws", "exclusive", "families", "literals", "path_loop", "search", "spec"},
+    "path_loop": {"families", "search", "spec"},
     "graphs": {"checks", "draws", "families", "generation", "ops", "search", "spec"},
     "lsrs": {"families", "fingerprints", "literals", "scorer", "search", "spec"},
     "patching": {
@@ -76,6 +77,7 @@ ALLOWED = {
         "models",
         "ops",
         "patching",
+        "path_loop",
         "scorer",
         "search",
     },

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 import varkern
 from tests.helpers import on, small_scorer, small_var
 from tests.standins.models import FLEX_SIDES, small_flexvar
-from varkern import BestOfM, BlockResample, DensitySearch
+from varkern import BestOfM, BlockResample, DensitySearch, LogRatio, PathSearch
+from varkern.search import Resample
 
 LABELS = torch.tensor([3, 0, 5])
 
@@ -109,6 +110,13 @@ SEARCHES = {
     "two best": lambda scorer: BestOfM(scorer, m=4, pick=2),
     "blocks": lambda scorer: BlockResample(scorer, m=2, proposals=3, sweeps=2, maps_at_once=7),
     "best blocks": lambda scorer: BlockResample(scorer, m=1, proposals=2, first_scale=0, pick="best"),
+    "paths": lambda scorer: PathSearch(
+        (4, 4, 3, 2, 1),
+        {1: "resample", 2: "cluster", 3: "top", 4: Resample(1.0, "difference")},
+        LogRatio(scorer),
+        search=BestOfM(scorer, m=2),
+    ),
+    "paths, of images": lambda scorer: PathSearch.best_of_n(3, lambda labels, images, scale: images.mean((1, 2, 3))),
     "density, then best": lambda scorer: [DensitySearch(n=12, representatives=4, min_distance=0), BestOfM(scorer, m=2)],
 }
 OPTIONS = {

@@ -15,8 +15,19 @@ from varkern.models import load_vae, load_var
 from varkern.ops import image_seeds, use_backend
 from varkern.own_loop import searching
 from varkern.patching import explain_patch, patch, patched, unpatch
+from varkern.path_loop import PathTree
 from varkern.scorer import Scorer, ScorerConfig
-from varkern.search import BestOfM, BlockResample, Combined, DensitySearch, MeanOfScorers, PublishedScorer, SumOfScorers
+from varkern.search import (
+    BestOfM,
+    BlockResample,
+    Combined,
+    DensitySearch,
+    LogRatio,
+    MeanOfScorers,
+    PathSearch,
+    PublishedScorer,
+    SumOfScorers,
+)
 
 __version__ = "0.1.0"
 
@@ -26,8 +37,11 @@ __all__ = [
     "Combined",
     "DensitySearch",
     "Generation",
+    "LogRatio",
     "MeanOfScorers",
     "OwnLoopError",
+    "PathSearch",
+    "PathTree",
     "PublishedScorer",
     "Scorer",
     "ScorerConfig",

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from varkern.errors import UnsupportedModelError
 from varkern.families import Family, recognise
+from varkern.families.base import check_caches
 from varkern.fingerprints import find_difference
 from varkern.literals import GenerateLoop, Loop, Sampler, check_word
-from varkern.search import Search, as_search
+from varkern.search import PathSearch, Search, as_search
 from varkern.search.base import check_highest_label, check_model
 from varkern.spec import ModelSpec, Request, is_int
 
@@ -150,6 +151,8 @@ def check_request(
     check_seed(sampler, request)
     family.check(model, request)
     check_search(search, spec)
+    if isinstance(search, PathSearch):
+        check_caches(family.caches(model))
     if not family.has_classes:
         return
     check_labels(request)

@@ -14,6 +14,10 @@ from varkern.spec import Logits, Request
 class PhiloxDraws:
     """Every number depends only on the image's seed, the scale, the position and the candidate.
 
+    Where an image has several paths, each has a seed: path 0 that of the image, so that it is the image that a
+    generation without paths draws, and path j a hash of the image's seed and j. Later a path keeps its seed, and a copy
+    of it gets a hash of that seed, the number of the copy and the scale, so that both go on differently.
+
     Args:
         seeds: the images' seeds, ``[B]`` int64.
     """
@@ -21,7 +25,16 @@ class PhiloxDraws:
     reproduces_upstream = False
 
     def __init__(self, seeds: Tensor):
-        self.seeds = seeds
+        self.seeds = self.image_seeds = seeds
+
+    def keep(self, paths: Tensor, scale: int) -> None:
+        """Let rows of the batch, ``[B, n]`` int64, go on at ``scale``, as the session keeps them."""
+        earlier = (paths.unsqueeze(2) == paths.unsqueeze(1)).tril(-1).sum(2)  # copies of the same row before each path
+        self.seeds = philox.path_seeds(self.seeds[paths], earlier, scale).flatten()
+
+    def selections(self, scale: int, count: int) -> Tensor:
+        """Uniform numbers in [0, 1) for a rule that selects paths after ``scale``, ``[B, count]`` float32."""
+        return philox.uniforms(self.image_seeds, 1, count, scale, stream=philox.SELECTIONS)[:, 0]
 
     def labels(self, num_classes: int) -> Tensor:
         """Classes ``[B]`` int64, uniform."""
@@ -72,6 +85,14 @@ class MultinomialDraws:
 
     def __init__(self, generator: torch.Generator | None, batch_size: int, device: torch.device):
         self.generator, self.batch_size, self.device = generator, batch_size, device
+        self.num_images = batch_size
+
+    def keep(self, paths: Tensor, scale: int) -> None:
+        """See :meth:`PhiloxDraws.keep`; here one generator draws for all rows."""
+        self.batch_size = paths.numel()
+
+    def selections(self, scale: int, count: int) -> Tensor:
+        return torch.rand(self.num_images, count, device=self.device, generator=self.generator)
 
     def labels(self, num_classes: int) -> Tensor:
         uniform = torch.full((1, num_classes), 1.0 / num_classes, device=self.device)

@@ -17,6 +17,7 @@ from varkern.draws import make_draws
 from varkern.exclusive import exclusive
 from varkern.families import Family, recognise
 from varkern.literals import GenerateLoop, Sampler, check_word
+from varkern.path_loop import PathKeeper, PathTree
 from varkern.search import Candidates, Search, Steps, as_search, effective_sample_size
 from varkern.spec import ModelSpec, Request
 
@@ -46,6 +47,9 @@ class Generation(NamedTuple, Generic[Images]):
     """The time of each scale, then of decoding: K + 1 numbers, or K with ``decode=False``."""
     steps: list[Steps | Any]
     """What a search that composes maps did step by step, for each scale; None where no such search was used."""
+    paths: PathTree | Any = None
+    """All paths of a :class:`varkern.PathSearch`; None with another search. The other fields are then those of the path
+    that led to each image."""
 
     def effective_sample_size(self, temperature: float = 1.0) -> list[Tensor | Any]:
         """How many equally weighted maps the candidates of each scale are worth, ``[B]`` each; None without a search.
@@ -89,15 +93,17 @@ def run(
     scores: list[Tensor | None] = []
     choices: list[Tensor | None] = []
     steps: list[Steps | None] = []
+    paths = PathKeeper(family, search, spec, labels, request.batch_size)
     session = family.open(model, labels, request, draws)
     try:
+        paths.start(session, draws)
         for scale in range(spec.num_scales):
             logits = session.logits(scale)
             m = search.num_candidates(scale, spec.num_scales) if search is not None and logits.free else 1
             candidates = session.maps(scale, draws.tokens(logits, scale, m))  # [B, M, l], or bits [B, M, l, d]
             kept, choice = None, None
             if m > 1 and search is not None:
-                choice = search.choose(offer(session, spec, scale, labels, candidates, draws))
+                choice = search.choose(offer(session, spec, scale, paths.labels, candidates, draws))
                 kept = composed(choice, candidates)
                 if kept is None:
                     kept = candidates[torch.arange(len(candidates), device=device), choice.index]
@@ -108,6 +114,7 @@ def run(
             scores.append(choice and choice.scores)
             choices.append(choice and choice.index)
             steps.append(getattr(choice, "steps", None))
+            paths.select(scale, kept, session, draws)
             clock.tick()
         images = None
         if decode:
@@ -115,7 +122,7 @@ def run(
             clock.tick()
     finally:
         session.close()
-    return Generation(images, tokens, scores, choices, clock.seconds(), steps)
+    return paths.of_images(Generation(images, tokens, scores, choices, clock.seconds(), steps))
 
 
 def offer(session, spec: ModelSpec, scale: int, labels: Any, tokens: Tensor, draws) -> Candidates:

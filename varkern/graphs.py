@@ -24,7 +24,7 @@ from varkern.families import Family
 from varkern.generation import as_labels, run
 from varkern.ops.backend import chosen_backend
 from varkern.ops.fusion import list_tables
-from varkern.search import Search
+from varkern.search import PathSearch, Search
 from varkern.spec import ModelSpec, Request
 
 logger = logging.getLogger("varkern")
@@ -141,6 +141,8 @@ class GenerationGraphs:
             return f"{self.family.name} models are not captured"
         if self.capture is capture_cuda and device.type != "cuda":
             return f"the model is on {device}, and only a GPU has graphs"
+        if isinstance(self.search, PathSearch):
+            return "a PathSearch is not captured"
         return None
 
     def give_up(self, reason: str) -> None:

@@ -22,6 +22,12 @@ ChosenLoop = Literal["fused", "own"]
 Pick = Literal["best", "resample"]
 """Of :class:`varkern.BestOfM`, which also takes a number."""
 
+PathRule = Literal["resample", "cluster", "top"]
+"""Of :class:`varkern.PathSearch`, which also takes rules as objects."""
+
+Potential = Literal["value", "maximum", "sum", "difference"]
+"""Of the rules of :class:`varkern.PathSearch` that compare rewards."""
+
 Temperature = float | Literal["fitted"]
 """Of searches that resample by a scorer: a number, or that of each scale in the scorer's file."""
 

@@ -25,7 +25,7 @@ from varkern.families import WATCHES, Family, Watch, recognise
 from varkern.generation import composed, offer
 from varkern.literals import Sampler, check_word
 from varkern.ops import sample_tokens
-from varkern.search import Search, as_search
+from varkern.search import PathSearch, Search, as_search
 from varkern.search.base import check_highest_label
 from varkern.spec import Request
 
@@ -142,6 +142,7 @@ def searching(
     request = family.request({"B": 1, "label_B": None, **known} if family.has_classes else known)
     spec = family.spec(model, request)
     check_search(search, spec)
+    check_no_paths(search)
 
     def num_candidates(scale: int) -> int:
         return 1 if search is None else search.num_candidates(scale, spec.num_scales)
@@ -154,6 +155,15 @@ def searching(
             "the model's own loop drew no token with torch.multinomial, so neither seeds nor search had any effect"
         )
     watch.finish()
+
+
+def check_no_paths(search: object) -> None:
+    """Raise ``ValueError`` for a search over paths, which copies and drops images of a batch."""
+    if isinstance(search, PathSearch):
+        raise ValueError(
+            "search must not be a PathSearch in the model's own loop, whose batch cannot change while it runs: use "
+            "varkern.patch(model, search) with loop='fused', or varkern.generate"
+        )
 
 
 def call_own(

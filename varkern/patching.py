@@ -21,7 +21,7 @@ from varkern.graphs import GenerationGraphs
 from varkern.literals import ChosenLoop, Loop, Sampler, check_word
 from varkern.lsrs import CalledSearch, published_method
 from varkern.own_loop import call_own, named_arguments, set_argument
-from varkern.search import Search, as_search
+from varkern.search import PathSearch, Search, as_search
 
 Model = TypeVar("Model")
 OWN_SEARCHES = ("enable_var_scaling", "enable_scaling")  # arguments of VAR-Scaling's VAR and Infinity
@@ -161,6 +161,8 @@ def patch(
     family, search, way = recognise(model), as_search(search), choose_way(model, loop, method)
     if cuda_graph and way.loop == "own":
         raise ValueError(f"cuda_graph=True needs loop='fused', but {way.reason}")
+    if isinstance(search, PathSearch) and way.loop == "own":
+        raise ValueError(f"search must not be a PathSearch with loop='own', which it cannot follow, but {way.reason}")
     replace_method(model, way.method, family, search, sampler, cuda_graph, way.loop)
     called = published_method(model, family)
     if called is not None and way.loop == "fused":

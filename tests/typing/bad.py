@@ -49,6 +49,13 @@ varkern.BestOfM(scorer, m="4")  # error
 varkern.BlockResample(scorer, pick="bst")  # error
 varkern.BlockResample(scorer, blocks="half")  # error
 varkern.BestOfM(two_arguments)  # error
+varkern.PathSearch("8")  # error
+varkern.PathSearch(8, {2: "best"})  # error
+varkern.PathSearch(8, reward=two_arguments)  # error
+varkern.PathSearch(8, search="best")  # error
+varkern.PathSearch.best_of_n(8)  # error
+varkern.search.Resample(1.0, "product")  # error
+varkern.search.Top("product")  # error
 varkern.DensitySearch(strategy="hybird")  # error
 varkern.DensitySearch(metric="cosin")  # error
 varkern.DensitySearch(per="token")  # error

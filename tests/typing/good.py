@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import varkern
 from varkern.models import VAR, VQVAE
-from varkern.search import Candidates, Choice, Search
+from varkern.search import Candidates, Choice, Paths, Search
 
 var: VAR = varkern.load_var("demo")
 vae: VQVAE = varkern.load_vae("vae.pth", v_patch_nums=(1, 2, 3))
@@ -38,6 +38,8 @@ def results() -> None:
     seconds: float = sum(result.seconds)
     result.effective_sample_size(0.5)[2].mean()
     result.steps[2].acceptance().tolist()
+    result.paths.survivors[2].tolist()
+    result.paths.ancestors()[0].tolist()
     images, _, scores, *_ = varkern.generate(var, [1, 2, 3], decode=True, loop="fused")
     images.cpu()
     nothing = varkern.generate(var, np.arange(3), decode=False, sampler="multinomial")
@@ -66,6 +68,10 @@ def searches() -> list[Search]:
         varkern.DensitySearch(scales=1, strategy="small", per="position", bandwidth=0.3, compat="released"),
         varkern.BlockResample(scorer, 4, 4, blocks={3: 1, 4: 2}, pick="best"),
         varkern.BlockResample(smoothness, blocks=lambda scale, side: max(side // 4, 1), sweeps=2),
+        varkern.PathSearch((8, 8, 4, 2, 1), {2: "cluster", 3: newest, 4: "top"}, brightness, features=brightness),
+        varkern.PathSearch(8, {4: varkern.search.Resample(1.0, "difference")}, varkern.LogRatio(scorer)),
+        varkern.PathSearch.best_of_n(4, lambda condition, images, scale: [0.0] * len(images), MostUsual()),
+        varkern.PathSearch(4, None, brightness, search=[varkern.BestOfM(scorer)], images_at_once=8),
         varkern.Combined(varkern.DensitySearch(bandwidth=torch.ones(8)), MostUsual(), Untyped(), Composed()),
     ]
 
@@ -73,6 +79,16 @@ def searches() -> list[Search]:
 def smoothness(labels, features, scale):
     """A scorer of docs/extend.md, without types."""
     return -100 * features.diff(dim=-2).square().mean((-3, -2, -1))
+
+
+def brightness(condition, images, scale):
+    """A reward of docs/paths.md, without types."""
+    return images.mean((1, 2, 3))
+
+
+def newest(paths: Paths) -> Tensor:
+    """A rule with types."""
+    return paths.rewards().argsort(1)[:, : paths.num_kept]
 
 
 def network(features: Tensor, labels: Tensor, scales: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from varkern.errors import UnsupportedModelError
 from varkern.spec import Logits, ModelSpec, Request
+
+CACHED = ("cached_k", "cached_v")  # the attributes of an attention that hold its KV cache, the batch first
 
 
 class Draws(Protocol):
@@ -58,6 +61,29 @@ class Session(Protocol):
 
     def commit(self, scale: int, tokens: Tensor, logits: Logits, draws: Draws, hard: bool) -> None:
         """Keep token maps ``[B, l]`` (or bits) and prepare the next scale's input; ``hard``: without any smoothing."""
+        ...
+
+    def keep(self, paths: Tensor, finished: bool = False) -> None:
+        """Reorder, copy and drop rows of the batch: KV caches, sums of features, conditions and the next input.
+
+        Before the first scale the batch has one row per image, which this copies.
+
+        Args:
+            paths: ``[B, n]`` int64: for each of the generation's B images, the rows of the present batch that go on.
+                All of them are rows of that image. The new batch has ``B * n`` rows, the paths of an image together.
+            finished: True after the last scale, when only :meth:`decode` follows: then nothing else is kept.
+        """
+        ...
+
+    def image(self, scale: int, rows: slice) -> Tensor:
+        """The images ``[N, 3, H, W]`` in [0, 1] of some rows, decoded from the maps up to ``scale``, the last one kept.
+
+        FlexVAR's image of an early scale is smaller than the last one, because each of its maps is an image.
+        """
+        ...
+
+    def features(self, scale: int) -> Tensor:
+        """F(.) of the maps up to ``scale``, the last one kept, ``[N, C, H, W]``: what a scorer sees of them."""
         ...
 
     def decode(self) -> Any:
@@ -112,6 +138,10 @@ class Family(Protocol):
         """Start a generation for ``labels`` ``[B]``, or for the request's texts."""
         ...
 
+    def repeat(self, labels: Any, count: int) -> Any:
+        """The labels of ``count`` paths per image, those of an image together."""
+        ...
+
     def images(self, published: Any) -> Tensor:
         """The published method's return value as images ``[B, 3, H, W]`` in [0, 1]; class-conditional models only."""
         ...
@@ -119,6 +149,39 @@ class Family(Protocol):
     def generator(self, model: Any, seed: int | Tensor | None) -> torch.Generator | None:
         """The model's generator, seeded as in the published method, or None for PyTorch's default generator."""
         ...
+
+
+def is_identity(rows: Tensor, batch: int) -> bool:
+    """Whether ``rows`` are all rows of the batch in their order. False on a GPU, where reading them would wait."""
+    return rows.device.type == "cpu" and torch.equal(rows, torch.arange(batch, device="cpu"))
+
+
+def check_caches(caches: Iterable[Any]) -> None:
+    """Raise ``UnsupportedModelError`` if the rows of a KV cache cannot be kept, because it has unknown attributes."""
+    for cache in caches:
+        lacking = [name for name in CACHED if not hasattr(cache, name)]
+        if lacking and not hasattr(cache, "keep_rows"):
+            raise UnsupportedModelError(
+                f"a PathSearch needs KV caches with the attributes {' and '.join(CACHED)}, which a "
+                f"{type(cache).__name__} of the model does not have"
+            )
+
+
+def in_both_halves(rows: Tensor, batch: int, guided: bool) -> Tensor:
+    """Rows of a batch as rows of the transformer, whose batch is doubled where there is guidance."""
+    return torch.cat((rows, rows + batch)) if guided else rows
+
+
+def keep_caches(caches: Iterable[Any], rows: Tensor) -> None:
+    """Keep some rows of KV caches. One cache is copied at a time, so that no more than one is held twice."""
+    for cache in caches:
+        if hasattr(cache, "keep_rows"):
+            cache.keep_rows(rows)
+            continue
+        for name in CACHED:
+            held = getattr(cache, name)
+            if held is not None:
+                setattr(cache, name, held.index_select(0, rows))
 
 
 def missing_caches(blocks: Any) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varkern.spec import Request
 
-from .base import Draws, seeded
+from .base import Draws, in_both_halves, is_identity, is_single, keep_caches, seeded
 
 ATTRIBUTES = (
     "autoregressive_infer_cfg",
@@ -52,6 +52,9 @@ class ClassFamily:
 
     def caches(self, model: Any) -> list[Any]:
         return [block.attn for block in model.blocks]
+
+    def repeat(self, labels: Tensor, count: int) -> Tensor:
+        return labels.repeat_interleave(count)
 
     def generator(self, model: Any, seed: int | Tensor | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
@@ -104,6 +107,24 @@ class ClassSession:
 
     def maps(self, scale: int, drawn: Tensor) -> Tensor:
         return drawn
+
+    def keep(self, paths: Tensor, finished: bool = False) -> None:
+        rows = paths.flatten()
+        if is_identity(rows, self.batch):
+            return
+        assert self.x is not None, "a session begins with an input"
+        self.keep_maps(rows)
+        if not finished:
+            both = in_both_halves(rows, self.batch, self.guided)
+            keep_caches((block.attn for block in self.model.blocks), both)
+            self.x, self.cond, self.modulation = (t.index_select(0, both) for t in (self.x, self.cond, self.modulation))
+            if isinstance(self.cfg, Tensor) and not (self.reproduces_upstream and is_single(self.cfg)):
+                self.cfg = self.cfg.index_select(0, rows)
+        self.batch = len(rows)
+
+    def keep_maps(self, rows: Tensor) -> None:
+        """Keep these rows of what the family made of the kept maps."""
+        raise NotImplementedError
 
     def close(self) -> None:
         for block in self.model.blocks:

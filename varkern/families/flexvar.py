@@ -111,6 +111,7 @@ class FlexVARSession(FlexVARFeatures, ClassSession):
             ids = torch.as_tensor(ids, device="cpu")
             ids = listed_ids(tuple(ids.flatten().tolist()), ids.dtype, labels.device)
         self.invalid_ids = None if ids is None else ids.to(labels.device)
+        self.tokens: Tensor | None = None  # the last kept map, [B, l]
         self.start(self._positions(0))
 
     def logits(self, scale: int) -> Logits:
@@ -138,6 +139,19 @@ class FlexVARSession(FlexVARFeatures, ClassSession):
             maps = tokens.unsqueeze(1)
             features = fuse_tokens(maps, self.codebook, side=side, size=following, channels_last=True).squeeze(1)
         self.enter(features, self._positions(scale + 1))
+
+    def keep_maps(self, rows: Tensor) -> None:
+        self.tokens = None if self.tokens is None else self.tokens.index_select(0, rows)
+
+    def image(self, scale: int, rows: slice) -> Tensor:
+        assert self.tokens is not None, "a map was kept"
+        tokens, side = self.tokens[rows], self.sides[scale]
+        image = self.vqvae.decode_code(tokens, shape=[len(tokens), self.codebook.shape[1], side, side])
+        return image.float().add(1).mul(0.5).clamp(0, 1)
+
+    def features(self, scale: int) -> Tensor:
+        assert self.tokens is not None, "a map was kept"
+        return self.fuse(scale, self.tokens.unsqueeze(1)).squeeze(1).float()
 
     def decode(self) -> Tensor:
         shape = [self.batch, self.codebook.shape[1], self.sides[-1], self.sides[-1]]

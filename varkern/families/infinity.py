@@ -13,7 +13,7 @@ from torch import Tensor
 from varkern.spec import ModelSpec, Request, is_int
 
 from .base import Draws, check_options, is_single, seeded
-from .infinity_session import InfinitySession, Settings, attention
+from .infinity_session import InfinitySession, Settings, attention, repeat_texts
 
 MODEL_ATTRIBUTES = (
     "autoregressive_infer_cfg",
@@ -145,6 +145,12 @@ class InfinityFamily:
 
     def generator(self, model: Any, seed: int | Tensor | None) -> torch.Generator | None:
         return seeded(model, seed, self.device(model))
+
+    def repeat(self, labels: Any, count: int) -> Any:
+        features, lengths, sums, longest = labels
+        lengths = [int(length) for length in lengths]
+        repeated = repeat_texts(features, lengths, sums, count)
+        return repeated[0], [length for length in lengths for _ in range(count)], repeated[1], longest
 
     def images(self, published: Any) -> Tensor:
         """Only :func:`varkern.generate` asks for them, which takes class-conditional models."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from varkern.ops import resize_features
 from varkern.spec import Logits, Request
 
-from .base import Draws, is_single
+from .base import Draws, in_both_halves, is_identity, is_single, keep_caches
 
 
 class Settings:
@@ -49,6 +49,17 @@ class Settings:
     def strength(self, scale: int) -> float | Tensor | None:
         """The strength of guidance at ``scale``; None: there is none, which is a strength of 1."""
         return self.cfg[scale] if self.cfg[scale] != 1 else None
+
+    def keep(self, rows: Tensor, batch: int) -> None:
+        """Keep these rows, of ``batch``, of what is given per image: temperatures and token maps."""
+        shape = (batch, 1, 1)
+        self.tau = [
+            tau.index_select(0, rows) if isinstance(tau, Tensor) and tau.shape == shape and batch > 1 else tau
+            for tau in self.tau
+        ]
+        count = min(max(self.num_given, 0), self.num_scales)
+        if count:
+            self.given = [tokens.index_select(0, rows.to(tokens.device)) for tokens in self.given[:count]]
 
     def guides_logits(self, scale: int) -> bool:
         """Whether guidance mixes the logits of ``scale``, so that both halves of the batch have logits."""
@@ -136,7 +147,8 @@ class InfinitySession(InfinityFeatures):
         features, sums, longest = conditions(model, text, settings)
         features = model.text_norm(features)
         self.cond = model.text_proj_for_sos((features, sums, longest))
-        self.text = model.text_proj_for_ca(features), sums, longest
+        self.text = self.texts = model.text_proj_for_ca(features), sums, longest  # of all rows, and of one per image
+        self.lengths = text[1], settings.negative[1] if settings.negative else text[1]
         with torch.autocast("cuda", enabled=False):
             self.modulation = model.shared_ada_lin(self.cond.float()).float().contiguous()
         self.layers = {len(model.unregistered_blocks) + layer for layer in settings.insertion_layers if layer < 0}
@@ -192,6 +204,30 @@ class InfinitySession(InfinityFeatures):
             features = self._gathered(features)
         x = self.model.word_embed(self.model.norm0_ve(features.flatten(2).transpose(1, 2)))
         self.x = x.repeat(2 if settings.doubled else 1, 1, 1)
+
+    def keep(self, paths: Tensor, finished: bool = False) -> None:
+        rows, settings = paths.flatten(), self.settings
+        if is_identity(rows, self.batch):
+            return
+        self.f_hat = None if self.f_hat is None else self.f_hat.index_select(0, rows)
+        if not finished:
+            both = in_both_halves(rows, self.batch, settings.doubled)
+            keep_caches((attention(block) for block in self.model.unregistered_blocks), both)
+            self.x, self.cond, self.modulation = (t.index_select(0, both) for t in (self.x, self.cond, self.modulation))
+            features, sums, longest = self.texts
+            lengths = [int(length) for half in self.lengths[: 1 + settings.doubled] for length in half]
+            self.text = *repeat_texts(features, lengths, sums, paths.shape[1]), longest
+            settings.keep(rows, self.batch)
+        self.batch = len(rows)
+
+    def image(self, scale: int, rows: slice) -> Tensor:
+        assert self.f_hat is not None, "a map was kept"
+        image = self.settings.vae.decode(self.f_hat[rows].squeeze(2))
+        return image.float().add(1).div(2).clamp(0, 1)
+
+    def features(self, scale: int) -> Tensor:
+        assert self.f_hat is not None, "a map was kept"
+        return self.f_hat.squeeze(2).float()
 
     def decode(self) -> tuple[list, list, Tensor | list]:
         """As published: two empty lists and the images ``[B, H, W, 3]`` uint8, in BGR order."""
@@ -272,6 +308,22 @@ def conditions(model: Any, text: Any, settings: Settings) -> tuple[Tensor, Tenso
             start += length
         other_sums = sums
     return torch.cat((features, others)), torch.cat((sums, other_sums[1:] + sums[-1])), longest
+
+
+def repeat_texts(features: Tensor, lengths: Sequence[int], sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Features and running sum of the lengths of texts of which each is repeated ``count`` times.
+
+    Args:
+        features: concatenated features of all texts, ``[sum of lengths, C]``.
+        lengths: their lengths, on the host.
+        sums: the running sum of the lengths, ``[B + 1]``.
+        count: number of copies of each text.
+    """
+    if count == 1:
+        return features, sums
+    texts = features.split(list(lengths))
+    repeated = torch.cat([features[:0], *(text for text in texts for _ in range(count))])
+    return repeated, F.pad(sums.diff().repeat_interleave(count).cumsum(0), (1, 0)).to(sums.dtype)
 
 
 def attention(block: Any) -> Any:

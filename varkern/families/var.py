@@ -145,6 +145,15 @@ class VARSession(VARFeatures, ClassSession):
             start, self.end = self.end, self.end + self.sides[scale + 1] ** 2
             self.enter(pooled, self.positions[:, start : self.end])
 
+    def keep_maps(self, rows: Tensor) -> None:
+        self.f_hat = self.f_hat.index_select(0, rows)
+
+    def image(self, scale: int, rows: slice) -> Tensor:
+        return self.vae.fhat_to_img(self.f_hat[rows]).float().add(1).mul(0.5)
+
+    def features(self, scale: int) -> Tensor:
+        return self.f_hat.float()
+
     def decode(self) -> Tensor:
         return self.vae.fhat_to_img(self.f_hat).add_(1).mul_(0.5)
 

@@ -44,6 +44,15 @@ class SelfAttention(nn.Module):
         """Start with an empty cache (True), or free the cache and stop caching (False)."""
         self.caching, self.cached_k, self.cached_v, self.cached_length = enable, None, None, 0
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep these rows of the cache, ``[n]`` int64, in this order; only the filled part is copied."""
+        for name in ("cached_k", "cached_v"):
+            cache = getattr(self, name)
+            if cache is not None:
+                kept = cache.new_empty(len(rows), *cache.shape[1:])
+                kept[:, :, : self.cached_length] = cache[:, :, : self.cached_length].index_select(0, rows)
+                setattr(self, name, kept)
+
     def _append(self, cache: Tensor | None, x: Tensor, end: int) -> Tensor:
         if cache is None:
             cache = x.new_empty(x.shape[0], self.num_heads, max(self.max_length, end), self.head_dim)

@@ -21,12 +21,15 @@ __all__ = [
     "IMAGE_SEEDS",
     "LABELS",
     "NOISE",
+    "PATHS",
     "PICKS",
+    "SELECTIONS",
     "STEPS",
     "TOKENS",
     "UNIFORM_TOKENS",
     "gumbel",
     "image_seeds",
+    "path_seeds",
     "philox",
     "uniform_bits",
     "uniforms",
@@ -40,6 +43,8 @@ NOISE = 3
 IMAGE_SEEDS = 4
 UNIFORM_TOKENS = 5
 STEPS = 6
+PATHS = 7
+SELECTIONS = 8
 
 FEW_SEEDS = 16  # up to this number, image seeds are hashed on the host
 _ROUNDS = 10
@@ -131,8 +136,8 @@ def uniforms(
         num_candidates: M >= 0.
         num_positions: l >= 0.
         scale: the autoregressive step, counted from 0.
-        stream: purpose of the draws: ``TOKENS``, ``LABELS``, ``PICKS``, ``NOISE``, ``UNIFORM_TOKENS`` or
-            ``STEPS``.
+        stream: purpose of the draws: ``TOKENS``, ``LABELS``, ``PICKS``, ``NOISE``, ``UNIFORM_TOKENS``, ``STEPS`` or
+            ``SELECTIONS``.
 
     Returns:
         float32 [B, M, l] in [0, 1): ``(x0 >> 8) * 2^-24``, where x0 is the first word of
@@ -171,6 +176,21 @@ def gumbel(uniform: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise from float32 uniform numbers in [0, 1); finite at both ends."""
     # The largest uniform number, 1 - 2^-24, would round up to 1 here, and its noise would be infinite.
     return -(-(uniform + 2.0**-25).clamp(max=1 - 2.0**-24).log()).log()
+
+
+def path_seeds(seeds: torch.Tensor, copies: torch.Tensor, scale: int) -> torch.Tensor:
+    """Seeds of copies of paths, by a hash of (seed, number of the copy, scale).
+
+    Args:
+        seeds: int64, the seeds of the copied paths.
+        copies: int64 of the same shape: 0 for a path that goes on, which keeps its seed; 1, 2, ... for its copies.
+        scale: the first scale that the copies draw for themselves.
+
+    Returns:
+        int64 of the same shape.
+    """
+    words: Any = philox(seeds & _MASK, (seeds >> 32) & _MASK, copies, 0, scale, PATHS)
+    return torch.where(copies == 0, seeds, words[1] << 32 | words[0])
 
 
 def image_seeds(g_seed: int, batch_size: int, device: torch.device | str | None = None) -> torch.Tensor:

@@ -6,6 +6,8 @@ from .block_resample import BlockResample
 from .combined import Combined, as_search
 from .density import DensitySearch
 from .diagnostics import Steps, effective_sample_size
+from .path_rules import Cluster, Paths, Resample, Top
+from .paths import LogRatio, PathSearch
 from .published_scorer import PublishedScorer
 from .scorers import MeanOfScorers, SumOfScorers
 
@@ -14,13 +16,19 @@ __all__ = [
     "BlockResample",
     "Candidates",
     "Choice",
+    "Cluster",
     "Combined",
     "DensitySearch",
+    "LogRatio",
     "MeanOfScorers",
+    "PathSearch",
+    "Paths",
     "PublishedScorer",
+    "Resample",
     "Search",
     "Steps",
     "SumOfScorers",
+    "Top",
     "as_search",
     "effective_sample_size",
 ]

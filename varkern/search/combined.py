@@ -34,6 +34,8 @@ class Combined:
         for search in searches:
             if not is_search(search):
                 raise TypeError(f"searches must be searches such as varkern.BestOfM(scorer), got {describe(search)}")
+            if hasattr(search, "num_paths"):
+                raise TypeError("searches must not contain a PathSearch: pass it the others as its search")
         self.searches = searches
 
     def __repr__(self) -> str:
