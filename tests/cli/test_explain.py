@@ -91,6 +91,39 @@ class TestExplain:
         assert named in one_line()
         assert not list(tmp_path.iterdir())
 
+    def test_paths(self, run, weights, tmp_path):
+        select = {1: "cluster", 2: varkern.search.Resample()}
+        assert run("explain", paths="4,3,1", select="1:cluster,2:resample", number=1, cfg=2.0, top_k=20) == 0
+        figures = json.loads((tmp_path / "picture.json").read_text())
+        model = varkern.load_var(weights / "var.safetensors", vae=weights / "vae.safetensors")
+        reward = varkern.LogRatio(Scorer.from_pretrained(weights / "scorer.safetensors"))
+        options = {"seeds": varkern.image_seeds(3, 2)[1:], "cfg": 2.0, "top_k": 20, "top_p": 0.96}
+        tree = varkern.generate(model, [7], search=varkern.PathSearch((4, 3, 1), select, reward), **options).paths
+        assert [scale["paths"] for scale in figures["scales"]] == [4, 4, 3]
+        parents = [None, *(survivors[0].tolist() for survivors in tree.survivors[:-1])]
+        assert [scale["parents"] for scale in figures["scales"]] == parents
+        assert [scale["kept"] for scale in figures["scales"]] == [int(kept) for kept in tree.ancestors()]
+        assert [scale["rewards"] is None for scale in figures["scales"]] == [True, True, False]
+        assert figures["scales"][2]["rewards"] == pytest.approx(tree.rewards[2][0].tolist())
+        assert figures["settings"]["paths"] == "4,3,1" and figures["settings"]["m"] == 1
+        assert run("explain", paths="4", m=2) == 0
+
+    @pytest.mark.parametrize(
+        "options, named",
+        [
+            ({"select": "2:top"}, "select must be given with paths"),
+            ({"paths": "4,x"}, "paths must be a number, or one number per scale"),
+            ({"paths": "4", "select": "2=top"}, "select must be scales and rules such as"),
+            ({"paths": "4", "select": "2:best"}, "select[2] must be one of"),
+            ({"paths": "4,2,1"}, "select must have a rule for scale 1"),
+            ({"paths": "4,2"}, "paths must have one number for each of 3 scales, got 2"),
+        ],
+        ids=str,
+    )
+    def test_wrong_paths(self, run, one_line, options, named):
+        assert run("explain", **options) == 2
+        assert named in one_line()
+
 
 class TestPerturb:
     def test_figures(self, run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +14,10 @@ from varkern.extras import require_matplotlib
 from varkern.models import load_var
 from varkern.runs import check_file, write_json
 from varkern.scorer import Scorer
-from varkern.search import BestOfM
+from varkern.search import BestOfM, LogRatio, PathSearch
 from varkern.studies import explain as explaining
 from varkern.studies import perturb as perturbing
+from varkern.studies.explain_paths import draw_paths, explain_paths, paths_as_json
 from varkern.studies.pictures import save_png
 from varkern.studies.sampling import autocasting
 
@@ -32,7 +34,17 @@ def explain(
     scorer: options.ScorerFile = None,
     seed: options.Seed = 0,
     number: Annotated[int, typer.Option(help="Index of the image among those of `varkern sample` with this seed")] = 0,
-    m: Annotated[str, typer.Option(help="Number of candidates, or one number per scale: 1,4,4,...")] = "8",
+    m: Annotated[
+        str | None,
+        typer.Option(help="Number of candidates, or one number per scale: 1,4,4,...", show_default="8; 1 with --paths"),
+    ] = None,
+    paths: Annotated[
+        str | None, typer.Option(help="Number of paths after each scale, such as 8,8,4,2,1, for a search over paths")
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="Scales and their rules for --paths: 2:cluster,3:resample,4:top; the reward is the score"),
+    ] = None,
     first_scale: options.FirstScale = 1,
     last_scale: options.LastScale = None,
     pick: options.Pick = "best",
@@ -45,13 +57,17 @@ def explain(
     autocast: options.Autocast = None,
     out: Annotated[Path, typer.Option(help="Picture to write, with a .json file of the scores")] = Path("explain.png"),
 ) -> None:
-    """Plot one generation: the candidates of every scale by score, with the kept one framed, and the image of M=1."""
+    """Plot one generation: the candidates of every scale by score, with the kept one framed, and the image of M=1.
+
+    With --paths, plot the paths of every scale instead, with lines from each path to those that go on from it.
+    """
     require_matplotlib("plots")
     options.require("number", number, 0)
     check_outputs(out)
     scorer_file = options.find_scorer(var, scorer)
     if scorer_file is None:
         raise ValueError("scorer must be given, got none: without a scorer there is no search to explain")
+    m = m or ("1" if paths else "8")
     where, candidates = options.pick_device(device), options.parse_m(m, scorer_file)
     model = load_var(var, vae=vae, device=where, dtype=options.DTYPES[dtype])
     network = Scorer.from_pretrained(scorer_file, device=where)
@@ -59,12 +75,18 @@ def explain(
     search = BestOfM(network, candidates, first_scale, last_scale, *how)
     sampling_options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     check_class(label, model)
-    with autocasting(model, options.DTYPES.get(autocast)):
-        scales = explaining.explain(
-            model, search, label, varkern.image_seeds(seed, number + 1)[number:], sampling_options
-        )
+    over_paths = parse_paths(paths, select, LogRatio(network), None if candidates == 1 else search)
+    image_seed = varkern.image_seeds(seed, number + 1)[number:]
     settings = {"class": label, "seed": seed, "number": number, "m": candidates, "pick": pick, **sampling_options}
     place = f"seed {seed}" if number == 0 else f"seed {seed}, image {number}"
+    with autocasting(model, options.DTYPES.get(autocast)):
+        if over_paths is not None:
+            followed = explain_paths(model, over_paths, label, image_seed, sampling_options)
+            title = f"class {label}, {place}: paths of each scale, and their rewards where a rule asks for them"
+            settings |= {"paths": paths, "select": select}
+            save(out, draw_paths(followed, title), paths_as_json(followed, settings))
+            return
+        scales = explaining.explain(model, search, label, image_seed, sampling_options)
     title = f"class {label}, {place}: M={m.replace(',', ', ')}, pick {pick}; candidates of each scale"
     save(out, explaining.draw(scales, title), explaining.as_json(scales, settings))
 
@@ -105,6 +127,26 @@ def perturb(
         error = scale["standard_error"]
         spread = "" if error is None else f" ± {100 * error:.1f}"
         print(f"scale {scale['scale']} ({scale['side']}x{scale['side']}): {100 * scale['change']:.1f}{spread} %")
+
+
+def parse_paths(paths: str | None, select: str | None, reward: LogRatio, search: BestOfM | None) -> PathSearch | None:
+    """The search over paths of the options; None without ``--paths``.
+
+    Raises:
+        ValueError: if an option is not of its form.
+    """
+    if paths is None:
+        if select is not None:
+            raise ValueError(f"select must be given with paths, got {select!r} alone: give --paths")
+        return None
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", paths):
+        raise ValueError(f"paths must be a number, or one number per scale such as 8,8,4,2,1, got {paths!r}")
+    if select is not None and not re.fullmatch(r"\d{1,4}:\w+(,\d{1,4}:\w+)*", select):
+        raise ValueError(f"select must be scales and rules such as 2:cluster,4:top, got {select!r}")
+    numbers = [int(part) for part in paths.split(",")]
+    rules = dict(part.split(":") for part in select.split(",")) if select else {}
+    named: Any = {int(scale): rule for scale, rule in rules.items()}
+    return PathSearch(numbers[0] if len(numbers) == 1 else numbers, named, reward, search=search)
 
 
 def check_outputs(out: Path) -> None:

@@ -19,6 +19,7 @@ POINT = DPI / 72  # pixels
 FRAME = "#d55e00"  # vermilion of Okabe and Ito's palette, which colour-blind people can distinguish from black and grey
 FRAME_WIDTH = 6  # this and all sizes below are in pixels
 GAP = 8
+LINK_HEIGHT = 44
 LINE = 12 * POINT  # distance between two lines of text
 CHARACTER = 5.2 * POINT  # average width of a character at 8 points
 
@@ -57,6 +58,19 @@ class Tile(NamedTuple):
     framed: bool = False
 
 
+class Link(NamedTuple):
+    """A line from a tile to one of the next row."""
+
+    row: int
+    """The row of the upper tile."""
+    start: int
+    """The column of the upper tile."""
+    end: int
+    """The column of the lower tile."""
+    leads: bool = False
+    """Whether the line has the colour of frames."""
+
+
 class Row(NamedTuple):
     """One row of a figure: a label at its left, then tiles; None leaves a place empty."""
 
@@ -67,7 +81,12 @@ class Row(NamedTuple):
 
 
 def draw_rows(
-    rows: Sequence[Row], columns: Sequence[str] = (), title: str = "", tile: int = 144, rules: int = 0
+    rows: Sequence[Row],
+    columns: Sequence[str] = (),
+    title: str = "",
+    tile: int = 144,
+    rules: int = 0,
+    links: Sequence[Link] = (),
 ) -> Figure:
     """A figure with rows of captioned images under column headings.
 
@@ -77,6 +96,7 @@ def draw_rows(
         title: text above the whole figure.
         tile: longer side of a drawn image in pixels, at most; smaller images are enlarged by a whole number.
         rules: number of columns at the right that a vertical line separates from the others; 0: no line.
+        links: lines from tiles to tiles of the next row; the rows are then farther apart.
 
     Raises:
         ValueError: if a row has another number of tiles than there are headings, or if there is no image.
@@ -101,11 +121,12 @@ def draw_rows(
     axis = figure.add_axes((0, 0, 1, 1))  # in pixels; text outside of it makes the saved picture larger
     axis.set_axis_off()
     small = {"fontsize": 8, "linespacing": 1.4}
-    top = 0
+    top, tops = 0, []
     for row in rows:
         if row.title:
             top += round(2 * LINE)
             axis.text(0, top - LINE, row.title, fontsize=9, va="center")
+        tops.append(top)
         axis.text(-2 * GAP, top + height / 2, row.label, ha="right", va="center", **small)
         for column, entry in enumerate(row.tiles):
             if entry is None:
@@ -119,7 +140,13 @@ def draw_rows(
                 axis.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=FRAME, linewidth=half, clip_on=False))
             place = left + width / 2, top + height + edge + 2
             axis.text(*place, entry.caption, ha="center", va="top", **small)
-        top += round(height + 2 * edge + under) + GAP
+        top += round(height + 2 * edge + under) + GAP + (LINK_HEIGHT if links else 0)
+    top -= LINK_HEIGHT if links else 0  # none after the last row
+    for number, start, end, leads in links:
+        across, below = [(start + 0.5) * step, (end + 0.5) * step], tops[number] + height + edge + under + 4
+        axis.plot(
+            across, [below, tops[number + 1] - edge - 2], color=FRAME if leads else "grey", linewidth=2 if leads else 1
+        )
     count = max(len(row.tiles) for row in rows)
     for column, heading in enumerate(columns):
         axis.text((column + 0.5) * step, -GAP, heading, ha="center", va="bottom", **small)
