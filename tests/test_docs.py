@@ -71,6 +71,7 @@ class TestExamples:
             "infinity": infinity,
             "vae": case.vae,
             "prompts": ["a cat"] * 5,
+            "dino": lambda images: images.flatten(2).transpose(1, 2),
             "reward_model": lambda images, owners: images.mean((1, 2, 3)) * len(owners),
             "gen_one_img": lambda model, vae: case.call(model, 0),
         }

@@ -83,7 +83,7 @@ class TestPackage:
         assert CONFIG["tool"]["ruff"]["target-version"] == f"py3{oldest}"
 
     def test_citation(self):
-        """The keys that version 1.2.0 of the Citation File Format requires, and both papers that README names."""
+        """The keys that version 1.2.0 of the Citation File Format requires, and the papers that README names."""
         citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
         assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
         for work in (citation | {"type": "software"}, *citation["references"]):
