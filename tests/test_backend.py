@@ -133,7 +133,7 @@ def test_explanations(kind, switch, wanted, monkeypatch):
 
 
 def test_the_switch_alone_lets_a_cpu_run_the_kernels(monkeypatch):
-    """That a fresh process has the backend "auto": ``tests/test_platforms.py``."""
+    """That a fresh process has the backend "auto" and no kernels on the CPU: ``tests/test_platforms.py``."""
     with use_backend("auto"):  # the process of the tests has the switch, unless there is a GPU
         switched = os.environ.get("TRITON_INTERPRET") == "1"
         assert backend_for(torch.zeros(1)) == ("triton" if switched else "torch")

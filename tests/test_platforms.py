@@ -48,6 +48,7 @@ assert torch.equal(images, result.images)
 with varkern.searching(var, searches[1], seeds=0):
     var.autoregressive_infer_cfg(2, 3)
 trouble = "the kernels need Triton 3.6 or newer, but importing it failed: ImportError: triton does not exist on this"
+assert not varkern.ops.backend.takes_cpu_tensors()  # nor would a Triton that is there run on the CPU
 assert varkern.ops.backend.explain("cuda").startswith(f"torch ({trouble}")
 for name in ("torch", "auto"):
     varkern.use_backend(name)
