@@ -35,7 +35,23 @@ for name in "${wanted[@]}"; do
     fi
 done
 
-device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu")')
+environment=$("$PYTHON" - <<'PY'
+import importlib.metadata
+import platform
+
+import torch
+
+try:
+    triton = importlib.metadata.version("triton")
+except ImportError:
+    triton = None
+print("torch", torch.__version__, "triton", triton, "python", platform.python_version())
+print("cuda", torch.version.cuda, "hip", torch.version.hip)
+print("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+PY
+)
+device=${environment##*device }
+device=${device// /-}
 if [ "$device" = cpu ] && [ "$TINY" != 1 ]; then
     echo "no GPU found; use VARKERN_BENCH_TINY=1 to rehearse on the CPU" >&2
     exit 2
@@ -117,16 +133,7 @@ run_stage() {
     esac
 }
 
-"$PYTHON" - > "$folder/environment.txt" <<'PY'
-import platform
-import torch
-import triton
-
-print("torch", torch.__version__, "triton", triton.__version__, "python", platform.python_version())
-print("cuda", torch.version.cuda, "hip", torch.version.hip)
-print("device", torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu")
-PY
-
+echo "$environment" > "$folder/environment.txt"
 : > "$folder/stages.txt"
 for entry in "${STAGES[@]}"; do
     is_wanted "${entry%:*}" && run_stage "${entry%:*}"
