@@ -68,6 +68,14 @@ def test_generations_patched_and_unpatched(tmp_path):
     assert blocks["M"] == [1, 8 + 4 * 8, 8 + 4 * 8] and set(blocks["seconds"]) >= {"best of M", "blocks"}
 
 
+def test_without_a_gpu_it_only_rehearses(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    done = run(tmp_path / "out", PYTHON=str(python), VARKERN_BENCH_TINY="0")
+    assert done.returncode == 2 and "no GPU found" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_an_unknown_stage(tmp_path):
     done = run(tmp_path, "generation", "coffee")
     assert done.returncode == 2 and "stage must be one of compile generation" in done.stderr
