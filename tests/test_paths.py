@@ -448,12 +448,18 @@ def test_no_images(case):
 
 
 @EVERY
-def test_memory_falls_as_paths_end_and_nothing_is_copied_where_nothing_moves(case):
+def test_memory_falls_as_paths_end(case):
     model, held = case.build(), []
     attentions = case.attentions(model)
+    sizes, drawn = [[] for _ in attentions], []
+    for shape in case.shapes:
+        patch = getattr(case, "patch", 1)
+        drawn.append(shape[0] // patch**2 + (drawn[-1] if drawn else 0))
 
     def note(paths):
-        held.append([(a.cached_k.shape[0], a.cached_k.data_ptr()) for a in attentions])
+        held.append([a.cached_k.shape[0] for a in attentions])
+        for attention, filled in zip(attentions, sizes, strict=True):
+            filled.append(attention.cached_k.numel() // attention.cached_k.shape[-1])
 
     class Noting(Fixed):
         def __call__(self, paths):
@@ -462,12 +468,39 @@ def test_memory_falls_as_paths_end_and_nothing_is_copied_where_nothing_moves(cas
 
     select = {0: Noting([0, 1, 2, 3]), 1: Noting([0, 1, 2, 3]), 2: Noting([3, 1]), 3: Noting([1, 0]), 4: Noting([0])}
     trees(case, model, PathSearch((4, 4, 2, 2, 1), select, brightness))
-    assert [[rows for rows, _ in caches] for caches in held] == [
-        [n * 2 * IMAGES] * len(attentions) for n in (4, 4, 4, 2, 2)
-    ]
-    if attentions[0].__class__.__module__.startswith("varkern"):  # its cache is one buffer until a path moves
-        places = [[place for _, place in caches] for caches in held]
-        assert places[0] == places[1] == places[2] != places[3]
+    assert held == [[n * 2 * IMAGES] * len(attentions) for n in (4, 4, 4, 2, 2)]
+    for attention, filled in zip(attentions, sizes, strict=True):  # no more than what the paths have drawn
+        assert filled == [
+            n * 2 * IMAGES * attention.num_heads * length for n, length in zip((4, 4, 4, 2, 2), drawn, strict=True)
+        ]
+
+
+@EVERY
+def test_nothing_is_copied_where_nothing_moves(case):
+    model = case.build()
+    family = varkern.families.recognise(model)
+    request = family.request({**case.arguments(range(IMAGES)), "g_seed": SEEDS})
+    draws = varkern.draws.make_draws("philox", request, torch.device("cpu"), None)
+    session = family.open(model, request.labels, request, draws)
+    attentions = case.attentions(model)
+
+    def held():
+        return [session.x, *(t for a in attentions for t in (a.cached_k, a.cached_v) if t is not None)]
+
+    def places(tensors):
+        return [tensor.data_ptr() for tensor in tensors]
+
+    for scale in range(3):
+        before = held()
+        session.keep(torch.arange(IMAGES).view(IMAGES, 1))
+        assert places(held()) == places(before)
+        logits = session.logits(scale)
+        kept = session.maps(scale, draws.tokens(logits, scale, 1))[:, 0]
+        session.commit(scale, kept, logits, draws, hard=True)
+    before = held()
+    session.keep(torch.arange(IMAGES).flip(0).view(IMAGES, 1))
+    assert len(before) > 2 and not set(places(held())) & set(places(before))
+    session.close()
 
 
 # ---- What is refused -----------------------------------------------------------------------------------------------

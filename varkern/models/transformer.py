@@ -42,18 +42,23 @@ class SelfAttention(nn.Module):
 
     def kv_caching(self, enable: bool) -> None:
         """Start with an empty cache (True), or free the cache and stop caching (False)."""
+        self.growing = False
         self.caching, self.cached_k, self.cached_v, self.cached_length = enable, None, None, 0
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep these rows of the cache, ``[n]`` int64, in this order; only the filled part is copied."""
+        """Keep these rows of the cache, ``[n]`` int64, in this order.
+
+        From then on the cache grows with each call, so that rows that end early never take the memory of whole images.
+        """
+        self.growing = True
         for name in ("cached_k", "cached_v"):
             cache = getattr(self, name)
             if cache is not None:
-                kept = cache.new_empty(len(rows), *cache.shape[1:])
-                kept[:, :, : self.cached_length] = cache[:, :, : self.cached_length].index_select(0, rows)
-                setattr(self, name, kept)
+                setattr(self, name, cache[:, :, : self.cached_length].index_select(0, rows))
 
     def _append(self, cache: Tensor | None, x: Tensor, end: int) -> Tensor:
+        if self.growing:
+            return x.contiguous() if cache is None else torch.cat((cache[:, :, : self.cached_length], x), 2)
         if cache is None:
             cache = x.new_empty(x.shape[0], self.num_heads, max(self.max_length, end), self.head_dim)
         cache[:, :, self.cached_length : end] = x
