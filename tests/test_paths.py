@@ -645,3 +645,11 @@ def test_how_it_is_shown():
         "PathSearch(paths=(2, 1), select={1: Resample(strength=10.0, potential='value')}, reward=brightness, "
         "search=BestOfM(weighed, m=2, first_scale=1, last_scale=None, pick='best'))"
     )
+
+
+def test_peak_memory_of_the_published_schedule():
+    """The figure of docs/paths.md, by tokens: paths that draw a scale times all tokens up to it."""
+    sides = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+    search = PathSearch((8, 8, 6, 6, 6, 4, 2, 2, 2, 1, 1, 1, 1))
+    totals = [sum(side**2 for side in sides[: scale + 1]) for scale in range(13)]
+    assert max(search.num_paths(scale, 13) * total for scale, total in enumerate(totals)) == totals[-1]
