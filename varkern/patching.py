@@ -129,8 +129,9 @@ def patch(
         cuda_graph: capture a whole generation as one CUDA graph for each batch size and set of settings, and replay it
             with the labels, seeds and strengths of guidance of later calls: the same images without launch overhead.
             The four graphs used last are kept, each with the memory of one generation, until :func:`unpatch`. The first
-            call with new settings captures and logs this. On a CPU, for Infinity, or with a scorer that waits for the
-            GPU it warns once and generates without a graph. Labels on a GPU are still read by the host once per call.
+            call with new settings captures and logs this. On a CPU, for Infinity, with a :class:`varkern.PathSearch`
+            or with a scorer that waits for the GPU it warns once and generates without a graph. Labels on a GPU are
+            still read by the host once per call.
         loop: ``"fused"``: varkern's loop replaces the model's. ``"own"``: the model's own function runs, with all that
             it does beyond the published one, and only its draws of tokens are replaced; see :func:`varkern.searching`.
             ``"auto"``: ``"fused"`` if the model's method is known to be a published one, else ``"own"``;
@@ -143,7 +144,8 @@ def patch(
     Raises:
         UnsupportedModelError: if the model fits no family; the message lists what is missing.
         ValueError: if the search does not fit the model's sizes (scales, classes, channels), if ``sampler`` is unknown,
-            or if ``cuda_graph`` is combined with another sampler than ``"philox"``.
+            if ``cuda_graph`` is combined with another sampler than ``"philox"``, or if a :class:`varkern.PathSearch`
+            would run in the model's own loop, which it cannot follow.
 
     Example::
 

@@ -64,9 +64,7 @@ def explain(
     require_matplotlib("plots")
     options.require("number", number, 0)
     check_outputs(out)
-    scorer_file = options.find_scorer(var, scorer)
-    if scorer_file is None:
-        raise ValueError("scorer must be given, got none: without a scorer there is no search to explain")
+    scorer_file = find_needed_scorer(var, scorer)
     m = m or ("1" if paths else "8")
     where, candidates = options.pick_device(device), options.parse_m(m, scorer_file)
     model = load_var(var, vae=vae, device=where, dtype=options.DTYPES[dtype])
@@ -83,12 +81,12 @@ def explain(
         if over_paths is not None:
             followed = explain_paths(model, over_paths, label, image_seed, sampling_options)
             title = f"class {label}, {place}: paths of each scale, and their rewards where a rule asks for them"
-            settings |= {"paths": paths, "select": select}
-            save(out, draw_paths(followed, title), paths_as_json(followed, settings))
-            return
-        scales = explaining.explain(model, search, label, image_seed, sampling_options)
-    title = f"class {label}, {place}: M={m.replace(',', ', ')}, pick {pick}; candidates of each scale"
-    save(out, explaining.draw(scales, title), explaining.as_json(scales, settings))
+            found = draw_paths(followed, title), paths_as_json(followed, {**settings, "paths": paths, "select": select})
+        else:
+            scales = explaining.explain(model, search, label, image_seed, sampling_options)
+            title = f"class {label}, {place}: M={m.replace(',', ', ')}, pick {pick}; candidates of each scale"
+            found = explaining.draw(scales, title), explaining.as_json(scales, settings)
+    save(out, *found)
 
 
 def perturb(
@@ -127,6 +125,18 @@ def perturb(
         error = scale["standard_error"]
         spread = "" if error is None else f" ± {100 * error:.1f}"
         print(f"scale {scale['scale']} ({scale['side']}x{scale['side']}): {100 * scale['change']:.1f}{spread} %")
+
+
+def find_needed_scorer(var: str, scorer: str | None) -> Path:
+    """The scorer's file; see :func:`.options.find_scorer`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = options.find_scorer(var, scorer)
+    if found is None:
+        raise ValueError("scorer must be given, got none: without a scorer there is no search to explain")
+    return found
 
 
 def parse_paths(paths: str | None, select: str | None, reward: LogRatio, search: BestOfM | None) -> PathSearch | None:

@@ -90,6 +90,8 @@ class Resample:
         torch.Size([8, 3, 24, 24])
     """
 
+    strength: float
+    potential: Potential
     needs_reward, copies = True, True
 
     def __init__(self, strength: float = 10.0, potential: Potential = "value"):
@@ -121,6 +123,7 @@ class Top:
         torch.Size([8, 1])
     """
 
+    potential: Potential
     needs_reward, copies = True, False
 
     def __init__(self, potential: Potential = "value"):

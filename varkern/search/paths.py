@@ -271,9 +271,10 @@ def as_rule(scale: int, rule: Any) -> Rule:
     if isinstance(rule, str):
         check_word(f"select[{scale}]", rule, PathRule)
         return RULES[rule]()
+    found: Any = rule
     if not callable(rule) or isinstance(rule, type):
         raise TypeError(f"select[{scale}] must be a rule such as 'resample', or a callable (paths), got {rule!r}")
-    return rule
+    return found
 
 
 def describe_function(function: object) -> str:

@@ -58,7 +58,7 @@ def explain_paths(
         ValueError, TypeError: if an argument is wrong, before any work.
     """
     decoder(model)  # refuses a model of another family
-    sides = recognise(model).spec(model).sides
+    sides: Any = recognise(model).spec(model).sides
     tree = generate(model, torch.tensor([label]), search=search, seeds=seed, decode=False, **dict(options or {})).paths
     found, begun, parents = [], [], None  # begun: the maps of each path up to this scale, [n, l] each
     for scale, (tokens, survivors, kept) in enumerate(zip(tree.tokens, tree.survivors, tree.ancestors(), strict=True)):
