@@ -111,8 +111,8 @@ SEARCHES = {
     "blocks": lambda scorer: BlockResample(scorer, m=2, proposals=3, sweeps=2, maps_at_once=7),
     "best blocks": lambda scorer: BlockResample(scorer, m=1, proposals=2, first_scale=0, pick="best"),
     "paths": lambda scorer: PathSearch(
-        (4, 4, 3, 2, 1),
-        {1: "resample", 2: "cluster", 3: "top", 4: Resample(1.0, "difference")},
+        (4, 3, 1),
+        {0: "resample", 1: "cluster", 2: Resample(1.0, "difference")},
         LogRatio(scorer),
         search=BestOfM(scorer, m=2),
     ),
