@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from varkern import Scorer, ScorerConfig
-from varkern.models import PATCH_NUMS_256, VAR, VQVAE
+from varkern.models import PATCH_NUMS_256, VAR, VQVAE, var, vqvae
 
 TINY_SIDES = (1, 2, 3, 4, 6)
 NUM_CLASSES = 7
@@ -51,17 +52,33 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
+@contextlib.contextmanager
+def without_initial_weights() -> Iterator[None]:
+    """No layer gets weights when it is made: :func:`randomise` fills them all, and the others take half of the time."""
+    layers = (nn.Linear, nn.modules.conv._ConvNd, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+    with pytest.MonkeyPatch.context() as patch:
+        for layer in layers:
+            patch.setattr(layer, "reset_parameters", lambda self: None)
+        for module in (var, vqvae):
+            patch.setattr(module, "initialize", lambda made: None)
+        yield
+
+
 def small_vae(sides=TINY_SIDES, *, seed: int = 0, **config) -> VQVAE:
     """A VQ-VAE with two resolutions, V=64 and C=8 unless ``config`` says otherwise."""
     config = {"vocab_size": 64, "z_channels": 8, "ch": 8, "ch_mult": (1, 2), "norm_groups": 4} | config
-    return randomise(VQVAE(**config, v_patch_nums=sides), seed)
+    with without_initial_weights():
+        made = VQVAE(**config, v_patch_nums=sides)
+    return randomise(made, seed)
 
 
 def small_var(sides=TINY_SIDES, *, seed: int = 0, vae: VQVAE | None = None, **config) -> VAR:
     """A VAR of two blocks, width 32 and two heads, in evaluation mode and without gradients."""
     config = {"num_classes": NUM_CLASSES, "depth": 2, "embed_dim": 32, "num_heads": 2} | config
-    model = randomise(VAR(vae or small_vae(sides, seed=seed), **config, patch_nums=sides), seed + 1)
-    return model.eval().requires_grad_(False)
+    vae = vae or small_vae(sides, seed=seed)
+    with without_initial_weights():
+        model = VAR(vae, **config, patch_nums=sides)
+    return randomise(model, seed + 1).eval().requires_grad_(False)
 
 
 def ten_scale_var(**config) -> VAR:
@@ -80,7 +97,9 @@ def small_scorer(**changes) -> Scorer:
         "widths": (8, 8),
         "hidden": (16, 8),
     }
-    return randomise(Scorer(ScorerConfig(**(fitting | changes))), 0).eval().requires_grad_(False)
+    with without_initial_weights():
+        made = Scorer(ScorerConfig(**(fitting | changes)))
+    return randomise(made, 0).eval().requires_grad_(False)
 
 
 class ForkedVAR(VAR):
