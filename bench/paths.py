@@ -67,8 +67,11 @@ class Judges(NamedTuple):
     classifier: Callable[[Tensor], Tensor]
 
     def log_probability(self, labels: Tensor, images: Tensor, scale: int = 0) -> Tensor:
-        """A reward: the classifier's logarithm of the probability of each label, ``[N]``; images are in [0, 1]."""
-        return self.classifier(images * 2 - 1).log_softmax(-1).gather(1, labels.unsqueeze(1))[:, 0]
+        """A reward: the classifier's logarithm of the probability of each label, ``[N]``; images are in [0, 1].
+
+        In float64, because in float32 it is exactly 0 for so many images that the best of them would be the first.
+        """
+        return self.classifier(images * 2 - 1).double().log_softmax(-1).gather(1, labels.unsqueeze(1))[:, 0]
 
 
 def falling(n: int) -> tuple[int, ...]:

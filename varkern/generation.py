@@ -256,8 +256,8 @@ def generate(
     Args:
         model: a class-conditional model, VAR or FlexVAR, patched or not; it is not changed.
         labels: classes, ``[B]``; an int for all images (negative: no class); None: drawn at random.
-        search: the rule that keeps one candidate; in a list of searches, at each scale, the first search that asks for
-            more than one candidate is used; None: one candidate per scale.
+        search: the rule that keeps one candidate, or a :class:`varkern.PathSearch`. In a list of searches, at each
+            scale, the first search that asks for more than one candidate is used. None: one candidate per scale.
         seeds: an int, from which :func:`varkern.image_seeds` derives one seed per image; or ``[B]`` int64 image seeds;
             None: a fresh seed from PyTorch's default generator.
         batch_size: B; needed only if neither ``labels`` nor ``seeds`` gives the number of images.
