@@ -13,12 +13,12 @@ too weak below this M and too strong above it, however exact the scorer is. If t
 
 1. greedy picks get worse again in a toy with the exact ratio, beyond this M; a model that is nearer to the real
    distribution has a smaller standard deviation, so there they get worse again *earlier*;
-2. in the demo each scale has an M of its own by this rule, and searching one scale alone is best near it;
+2. in the demo, each scale has an M of its own by this rule, and searching one scale alone shows which of them does it;
 3. greedy picks with the M of the rule at every scale do not have the fault.
 
-The figures of the toy are sums over all of its maps. For the demo, this measures the shipped VAR and one that is
-trained for fewer steps (``--steps``), each with a scorer of its own. It can be killed at any time and continues where
-it stopped. It writes ``greedy.json`` and ``greedy.md``.
+The figures of the toy are sums over all of its maps. For the demo, this trains a scorer and measures the shipped VAR.
+``--steps`` gives other lengths of the VAR's training, each of which gets a VAR and a scorer of its own. It can be
+killed at any time and continues where it stopped. It writes ``greedy.json`` and ``greedy.md``.
 """
 
 from __future__ import annotations
@@ -211,7 +211,9 @@ def run(out: Path, steps: int, images: int, repeats: int, recipe: Recipe, device
 
 def markdown(report: Mapping[str, Any]) -> str:
     """A table of the toy; for each model, one of the scores' spread and one of the Fréchet distances."""
-    parts = ["The toy: total variation distance between greedy picks by the exact ratio and the real distribution."]
+    seeds = f"{report['seeds']} seeds from {report['seed']}"
+    parts = [f"`{report['command']}`: {report['images']:,} images per cell and seed, {seeds}."]
+    parts += ["The toy: total variation distance between greedy picks by the exact ratio and the real distribution."]
     head = ["nearness of the model", "standard deviation of log-ratio", "M by the rule", "best M"]
     rows = [
         [
@@ -246,7 +248,9 @@ def show(values: Sequence[float]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.greedy", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, figures and tables")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1250, 5000], help="lengths of the VAR's training")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[Recipe().var_steps], help="lengths of the VAR's training"
+    )
     parser.add_argument("--images", type=int, default=2000, help="images per cell and seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="repeats of every cell (default: %(default)s)")
     parser.add_argument("--maps", type=int, default=Recipe().generated_maps, help="generated maps of each training")
@@ -263,7 +267,11 @@ def main(arguments: list[str] | None = None) -> int:
             run(options.out, n, options.images, options.seeds, replace(recipe, var_steps=n), device)
             for n in options.steps
         ]
-        report = {"toy": toy(), "seed": EVALUATED_SEED, "images": options.images, "models": models}
+        command = "python -m bench.greedy --out DIR"
+        if options.steps != parser.get_default("steps"):
+            command += f" --steps {' '.join(map(str, options.steps))}"
+        facts = {"seed": EVALUATED_SEED, "seeds": options.seeds, "images": options.images}
+        report = {"command": command, **facts, "toy": toy(), "models": models}
         write_json(options.out / "greedy.json", report)
         write_text(options.out / "greedy.md", markdown(report))
     except (OSError, ValueError) as error:

@@ -19,23 +19,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.demo_tables", description=about.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and scorers")
     parser.add_argument("--page", type=Path, help="page to put the tables into")
+    parser.add_argument("--tables", nargs="+", default=[], metavar="NAME", help="the only tables to make; default: all")
     parser.add_argument("--images", type=int, default=2000, help="images per cell and seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="repeats of every cell (default: %(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of `varkern demo train`")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
     words = ["python -m bench.demo_tables --out DIR"]
+    if options.tables:
+        words.append(f"--tables {' '.join(options.tables)}")
     for name in ("images", "seeds", "weights", "device"):
         if (value := getattr(options, name)) != parser.get_default(name):
             words.append(f"--{name} {'WEIGHTS' if name == 'weights' else value}")
     try:
         require("images", options.images, 2)
         require("seeds", options.seeds, 1)
+        if unknown := [name for name in options.tables if name not in tables.presets()]:
+            raise ValueError(f"tables must be among {', '.join(tables.presets())}, got {unknown[0]!r}")
         require_matplotlib("digits")
         device = pick_local_device(options.device)
         if options.page:
             page.fill(options.page.read_text(), dict.fromkeys(page.list_tables(), ""))
-        written = tables.run(options.out, options.images, options.seeds, device, options.weights, " ".join(words))
+        given = (options.out, options.images, options.seeds, device, options.weights, " ".join(words))
+        written = tables.run(*given, names=options.tables)
     except (OSError, ValueError, ImportError) as error:
         print(f"demo_tables: {error}", file=sys.stderr)
         return 2
@@ -44,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     print(f"wrote {len(written)} files of figures to {options.out}")
     if options.page:
-        write_text(options.page, page.fill(options.page.read_text(), page.read_tables(options.out)))
+        write_text(options.page, page.fill(options.page.read_text(), page.read_tables(options.out), page.list_tables()))
         print(f"put the tables into {options.page}")
     return 0
 

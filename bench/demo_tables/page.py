@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from varkern.studies import report
@@ -22,14 +22,16 @@ def list_tables() -> list[str]:
     return [*tables.presets(), "references", "scorers"]
 
 
-def fill(page: str, found: Mapping[str, str]) -> str:
-    """Put every table of ``found`` between its markers in ``page``.
+def fill(page: str, found: Mapping[str, str], others: Collection[str] = ()) -> str:
+    """Put every table of ``found`` between its markers in ``page``; the tables ``others`` stay as they are.
 
     Raises:
         ValueError: if ``page`` has markers of an unknown table.
     """
 
     def block(match: re.Match) -> str:
+        if match[1] in others and match[1] not in found:
+            return match[0]
         if match[1] not in found:
             raise ValueError(f"the page's tables must be among {', '.join(found)}, got {match[1]!r}")
         return f"<!-- table {match[1]} -->\n{found[match[1]].strip()}\n<!-- end -->"
@@ -38,13 +40,14 @@ def fill(page: str, found: Mapping[str, str]) -> str:
 
 
 def read_tables(folder: Path) -> dict[str, str]:
-    """The tables of a folder of figures as Markdown, by name."""
+    """The tables of a folder of figures as Markdown, by name; those that the folder has."""
     found = {}
     for name, preset in tables.presets().items():
         if (path := folder / f"{name}.json").exists():
             found[name] = report.markdown(report.from_file(path, preset))
-    found["references"] = references(json.loads((folder / "references.json").read_text()))
-    found["scorers"] = scorers.markdown(json.loads((folder / "scorers.json").read_text()))
+    for name, as_markdown in (("references", references), ("scorers", scorers.markdown)):
+        if (path := folder / f"{name}.json").exists():
+            found[name] = as_markdown(json.loads(path.read_text()))
     return found
 
 

@@ -48,8 +48,19 @@ def own_presets() -> list[Preset]:
     apart = [hybrid, replace(hybrid, min_distance=NEAR), replace(hybrid, threshold="paper")]
     small = [Cell(n=n, strategy="small", min_distance=0.0) for n in (20, 50, 100)]
     combined = [hybrid, replace(hybrid, m=4, first_scale=2), Cell(m=4, first_scale=2)]
+    blocks = [Cell(m=m, pick="resample") for m in (16, 64, 256)]
+    blocks += [Cell(m=m, proposals=p, pick="resample") for m, p in ((4, 2), (8, 8), (64, 32))]
+    blocks += [Cell(m=8, proposals=8, sweeps=sweeps, pick="resample") for sweeps in (2, 3, 5)]
+    blocks += [Cell(m=8, proposals=8, first_scale=0, pick="resample")]
+    blocks += [Cell(m=m, proposals=p, pick="resample", temperature="fitted") for m, p in ((64, 0), (8, 8))]
+    blocks += [Cell(m=4, proposals=4)]
+    few_first = (1, 2, 8, 64, 64)  # by the figures of single scales of bench.greedy, which has other seeds
+    by_scale = [Cell(m=2), Cell(m=64), Cell(m=64, first_scale=2), Cell(m=few_first)]
+    by_scale += [Cell(m=m, pick="resample") for m in (64, few_first)]
     return [
         make_preset("best-of-m", "Best of M: greedy and resampled, by M and first searched scale", best),
+        make_preset("blocks", "Maps resampled block by block, and whole maps", blocks),
+        make_preset("greedy-by-scale", "Greedy picks with few candidates at the scales with few tokens", by_scale),
         make_preset("densities", "Density search: least dense, min_distance, threshold as printed", [*small, *apart]),
         make_preset("combined", "Density search at scale 1 and best of 4 after it", combined),
         make_preset("without-first-scale", "Greedy picks of a scorer trained with or without the first scale", first),
@@ -74,9 +85,15 @@ def presets() -> dict[str, Preset]:
 
 
 def run(
-    out: Path, images: int, repeats: int, device: torch.device, weights: Path = WEIGHTS, command: str = ""
+    out: Path,
+    images: int,
+    repeats: int,
+    device: torch.device,
+    weights: Path = WEIGHTS,
+    command: str = "",
+    names: Sequence[str] = (),
 ) -> list[Path]:
-    """Measure and time all presets, and write tables and pictures. A killed run continues where it stopped.
+    """Measure and time presets, and write tables and pictures. A killed run continues where it stopped.
 
     Args:
         out: folder for the figures; the scorers go to ``out/scorers``.
@@ -85,6 +102,7 @@ def run(
         device: the models' device.
         weights: folder of the four models.
         command: the command that makes these figures, for the tables.
+        names: names of the presets; empty: all of them.
 
     Returns:
         the files written; empty under ``torchrun``, because processes that run together cannot measure times.
@@ -92,7 +110,10 @@ def run(
     Raises:
         ValueError: if an argument is wrong, or ``out`` has figures of other settings.
     """
-    files = {"": weights / "scorer.safetensors", **scorers.run(out / "scorers", device, weights)}
+    chosen = [preset for name, preset in presets().items() if name in names or not names]
+    files = {"": weights / "scorer.safetensors"}
+    if any(cell.scorer for preset in chosen for cell in preset.cells):
+        files |= scorers.run(out / "scorers", device, weights)
     models = Models(
         {"": partial(load_var, weights / "var.safetensors", vae=weights / "vae.safetensors", device=device)},
         {name: partial(Scorer.from_pretrained, path, device=device) for name, path in files.items()},
@@ -103,17 +124,19 @@ def run(
     options = {**SAMPLING, "top_k": 0}
     settings = Settings(images, repeats, REPORTED_SEED, BATCH_SIZE, options, None, images, facts=facts)
     timing = replace(settings, images=TIMED_IMAGES, batch_size=TIMED_IMAGES, timing=True)
-    measured = [preset for preset in presets().values() if not preset.timing]
+    measured = [preset for preset in chosen if not preset.timing]
     found = {p.name: Sweep(out, p.cells, settings, models, features, reference).run() for p in measured}
     if find_rank()[1] > 1:
         return []
     written, times = [], f"one batch of {TIMED_IMAGES} per seed, taken apart from the rest"
-    for name, preset in presets().items():
+    for preset in chosen:
         entries = Sweep(out / "timing", preset.cells, timing, models).run()
         if not preset.timing:
-            entries = with_times(found[name], entries)
+            entries = with_times(found[preset.name], entries)
         made_with = {**(timing if preset.timing else settings).as_json(), "features": features.name}
         written += report.write(report.Found(preset, entries, made_with, command, times), out)
+    if names:
+        return written
     kept = {
         "references.json": references(models.model("").vae_proxy[0], settings, features, reference),
         "scorers.json": json.loads((out / "scorers" / "scorers.json").read_text()),

@@ -82,6 +82,27 @@ class TestCommand:
         references = json.loads((out / "references.json").read_text())
         assert [len(rows) for rows in references.values()] == [2, 2]
 
+    def test_only_some_of_the_tables(self, finished, tmp_path, monkeypatch, capsys):
+        """The figures are the same, the other tables of the page stay, and no scorer is trained that is not needed."""
+        shutil.copytree(finished / "out" / "results", tmp_path / "out" / "results")
+        (tmp_path / "page.md").write_text(
+            "<!-- table few -->\nold\n<!-- end -->\n<!-- table lsrs-fig6 -->\nold\n<!-- end -->\n"
+        )
+        plain = [Cell(), Cell(m=2)]
+        presets = {name: tables.make_preset(name, "Few", plain) for name in ("few", "lsrs-fig6")}
+        monkeypatch.setattr(tables, "presets", lambda: presets)
+        monkeypatch.setattr(scorers, "run", lambda *given: pytest.fail("a scorer was trained"))
+        given = arguments(finished, out=tmp_path / "out", page=tmp_path / "page.md")
+        assert main([*given, "--tables", "few"]) == 0
+        text = (tmp_path / "page.md").read_text()
+        assert text.startswith("<!-- table few -->\n| m |") and text.count("old") == 1
+        assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"few.json", "settings.json"}
+        assert "--out DIR --tables few --images 70" in (tmp_path / "out" / "few.md").read_text()
+        whole = json.loads((finished / "out" / "few.json").read_text())["cells"]
+        for cell in json.loads((tmp_path / "out" / "few.json").read_text())["cells"]:
+            (same,) = (other for other in whole if other["settings"] == cell["settings"])
+            assert [r["fid"] for r in cell["repeats"]] == [r["fid"] for r in same["repeats"]]
+
     def test_a_second_run_makes_nothing_again(self, finished, monkeypatch, capsys):
         before = {path: path.read_bytes() for path in (finished / "out").rglob("*") if path.suffix in (".json", ".md")}
         monkeypatch.setattr(sweep, "generate", lambda *given, **named: pytest.fail("an image was made"))
@@ -110,6 +131,7 @@ class TestCommand:
             ({"page": "other.md"}, "must be among few, "),
             ({"images": 1}, "images must be >= 2, got 1"),
             ({"seeds": 0}, "seeds must be >= 1, got 0"),
+            ({"tables": "many"}, "tables must be among few, lsrs-fig6, got 'many'"),
             ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ],
     )

@@ -3,6 +3,7 @@
 import json
 from itertools import product
 from math import pi, prod, sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from varkern.demo import measuring
 from varkern.demo.train import SAMPLING
 from varkern.ops.backend import use_backend
 from varkern.studies.cells import Cell
+
+FIGURES = Path(__file__).parent.parent.parent / "bench" / "results" / "demo"
 
 
 class TestExactForms:
@@ -132,7 +135,20 @@ def test_tables_by_hand():
     }
     model = {"steps": 1250, "deviations": [0.25, 0.75], "rule": [1, 3], "rows": rows}
     toy = {"nearness": 0.5, "deviation": 0.53, "rule": 2, "best": 2, "distance": [0.5] * len(greedy.TOY_CANDIDATES)}
-    text = greedy.markdown({"toy": [toy], "models": [model]})
+    facts = {"command": "python -m bench.greedy --out DIR", "images": 2000, "seeds": 2, "seed": 7}
+    text = greedy.markdown({**facts, "toy": [toy], "models": [model]})
+    assert text.startswith("`python -m bench.greedy --out DIR`: 2,000 images per cell and seed, 2 seeds from 7.")
     assert "| 0.5 | 0.53 | 2 | 2 | 0.500 |" in text and "VAR trained for 1,250 steps" in text
     assert "| 1 | 0.75 | 3 |" in text and "| scale 1 alone | 26.0 ± 1.0 | 20.2 ± 0.2 |" in text
     assert "| greedy, M by the rule: 12.5 ± 0.5 |  |  |" in text
+
+
+def test_the_committed_figures():
+    """The page shows the stored figures; those of the toy are what the exact forms give now."""
+    report = json.loads((FIGURES / "greedy.json").read_text())
+    assert (FIGURES / "greedy.md").read_text() == greedy.markdown(report)
+    for stored, found in zip(report["toy"], greedy.toy(), strict=True):
+        assert stored.pop("distance") == pytest.approx(found.pop("distance"), rel=1e-9)
+        assert stored == pytest.approx(found, rel=1e-9)
+    (model,) = report["models"]
+    assert model["rule"] == [greedy.rule(deviation) for deviation in model["deviations"]]
