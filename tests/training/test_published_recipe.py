@@ -100,9 +100,11 @@ class TestPairs:
         assert len(part) < 3 or first != second
 
     def test_every_pair_is_in_the_share_equally_often(self, uneven):
-        times = Counter()
+        times, part = Counter(), make_pairs(*uneven, 0.0, 0, pair_share=0.25).training
+        places = np.arange(len(part))
         for seed in range(200):
-            times.update(drawn(make_pairs(*uneven, 0.0, seed, pair_share=0.25).training, 0))
+            part.seed = seed
+            times.update(zip(*(side.tolist() for side in part.find_pairs(places)), strict=True))
         # Binomial(200, 8/31): 6.5 standard deviations are 40; over 31 pairs a false alarm has probability below 1e-8.
         assert set(times) == all_pairs(*uneven) and all(abs(n - 200 * 8 / 31) < 40 for n in times.values())
 
