@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import varkern
-from tests.standins.cases import CASES, SEEDS
+from tests.standins.cases import SEEDS, SHAPES
 from varkern import patched
 from varkern.ops import philox
 from varkern.search import Choice
 
-EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+EVERY = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 SAMPLERS = pytest.mark.parametrize("sampler", ["philox", "multinomial"])
 LABELS = torch.tensor([3, 0, 5, 1])
 IMAGES = len(SEEDS)

@@ -15,7 +15,7 @@ from tests.path_helpers import (
     trees,
     weighed,
 )
-from tests.standins.cases import SEEDS, caches_closed, same, seeds_at
+from tests.standins.cases import SEEDS, SHAPES, caches_closed, same, seeds_at
 from varkern import BestOfM, BlockResample, PathSearch, patched
 from varkern.ops import philox
 from varkern.search import Resample
@@ -61,12 +61,16 @@ TABLES = {
     "reordered": [[2, 0, 1], [1, 2, 0], [0, 2, 1], [2, 1, 0]],
     "dropped": [[0, 2], [1], [0], [0]],
     "copied": [[1, 1, 0], [2, 2, 2, 0], [3, 1], [0, 0, 1, 1]],
-    "the same": [[0, 1, 2]] * 4,
 }
+FOLLOWED = [  # every table for each family; for another shape of maps one that has copies and drops
+    pytest.param(case, table, id=f"{name}, {what}")
+    for name, case in SHAPES.items()
+    for what, table in TABLES.items()
+    if what == "copied" or name != "Infinity, patchify"
+]
 
 
-@EVERY
-@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("case, table", FOLLOWED)
 def test_everything_follows_a_path(case, table):
     """Each path of each scale is what a generation of one image draws there after the path's earlier maps, with the
     seed of the path. A path that goes on keeps its seed, and its copies get others."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tests.helpers import TINY_SIDES, caches_closed, idle, relative_error, small_scorer, small_var
 from tests.references import vqvae
-from tests.standins.cases import CASES, SEEDS, same, seeds_at
+from tests.standins.cases import CASES, SEEDS, SHAPES, same, seeds_at
 from tests.test_chunks import assert_equal, counted
 from tests.test_graphs import capture  # noqa: F401
 from tests.test_waiting import arguments, far, no_waiting
@@ -21,7 +21,7 @@ from varkern.ops import use_backend
 from varkern.ops.philox import STEPS, uniforms
 from varkern.search.block_resample import block_numbers, usual_block
 
-EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+EVERY = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 LABELS = torch.tensor([3, 0, 5])
 METHOD = "autoregressive_infer_cfg"
 
@@ -337,7 +337,7 @@ def test_no_images_and_exceptions(case):
 
 @pytest.mark.parametrize(
     "m, proposals, sweeps, pick",
-    [(1, 1, 1, "resample"), (3, 4, 2, "resample"), (1, 2, 2, "best"), (1, 7, 1, "best")],
+    [(1, 1, 1, "resample"), (3, 4, 2, "resample"), (1, 4, 1, "best")],
     ids=str,
 )
 def test_chunks_and_graphs_change_nothing(m, proposals, sweeps, pick, device, quick_backend, capture):  # noqa: F811
@@ -391,7 +391,7 @@ def test_the_kernels_compose_the_same_maps(device):
     """Triton's kernels, on a GPU, interpreted or compiled, against the plain PyTorch forms on the CPU."""
     told = []
     for backend, where in (("torch", torch.device("cpu")), ("triton", device)):
-        model = small_var((1, 2, 3)).to(where)
+        model = small_var((1, 3)).to(where)
         model.vae_proxy[0].to(where)
         model.rng = torch.Generator(where)
         search = BlockResample(weighed, 2, 2, first_scale=0)

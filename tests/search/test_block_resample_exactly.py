@@ -230,8 +230,8 @@ def test_the_kernel_with_edges_that_move():
     ids=str,
 )
 def test_the_distribution_after_every_number_of_sweeps(m, proposals, blocks, partitions, temperature):
-    """20,000 images against the enumerated distribution; chance fails one of these tests in 10 million runs."""
-    toy, count = Toy(3 if partitions == [WHOLE] else 4), 20_000
+    """8,000 images against the enumerated distribution; chance fails one of these tests in 10 million runs."""
+    toy, count = Toy(3 if partitions == [WHOLE] else 4), 8_000
     weights, target = toy.weights(temperature), toy.target(temperature)
     matrix = reference.sweep(toy.marginals, weights, partitions, proposals)
     wanted, distances = reference.chosen_of(toy.marginals, weights, m), []
@@ -249,7 +249,7 @@ def test_the_distribution_after_every_number_of_sweeps(m, proposals, blocks, par
 @pytest.mark.parametrize("wrong", [False, True], ids=["exact scorer", "wrong scorer"])
 def test_it_tends_to_real_maps_as_far_as_the_scorer_knows_them(wrong):
     """With the exact ratio to the distribution of real maps; a wrong scorer gives p_model * exp(S) instead."""
-    toy, count = Toy(seed=3), 30_000
+    toy, count = Toy(seed=3), 12_000
     real = toy.model * np.exp(np.random.default_rng(4).normal(0, 0.7, toy.maps))
     real /= real.sum()
     toy.scores = np.log(real / toy.model) + 7.0  # a constant has no effect
