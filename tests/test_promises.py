@@ -14,7 +14,7 @@ import threading
 import pytest
 import torch
 
-from tests.standins.cases import CASES, SEEDS, caches_closed, image_seeds_of, placed, same, seeds_at
+from tests.standins.cases import CASES, SEEDS, SHAPES, caches_closed, image_seeds_of, placed, same, seeds_at
 from tests.standins.waits import Waits
 from tests.standins.wrappers import Adapted, AdaptedTwice
 from varkern import BestOfM, DensitySearch, patch, patched, unpatch
@@ -23,7 +23,7 @@ from varkern.ops import use_backend
 from varkern.search import Choice
 
 MULTINOMIAL = {"sampler": "multinomial"}
-EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+EVERY = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 OPTIONS = [
     (f"{name}: {what}", case, options) for name, case in CASES.items() for what, options in case.published.items()
 ]
@@ -132,7 +132,7 @@ def test_patching_leaves_no_trace(case):
 BUILDS = {"plain": lambda model: model, "wrapped": Adapted, "twice": AdaptedTwice}
 COPIES = [  # all of them for VAR; for another family each kind of copy and each kind of wrapper once
     pytest.param(case, build, duplicate, id=f"{name}, {what}, {how}")
-    for place, (name, case) in enumerate(CASES.items())
+    for place, (name, case) in enumerate(SHAPES.items())
     for i, (what, build) in enumerate(BUILDS.items())
     for j, (how, duplicate) in enumerate(DUPLICATES.items())
     if name == "VAR" or (i + j + place) % 3 == 0
