@@ -92,7 +92,8 @@ class Resample:
 
     strength: float
     potential: Potential
-    needs_reward, copies = True, True
+    needs_reward: bool = True
+    copies: bool = True
 
     def __init__(self, strength: float = 10.0, potential: Potential = "value"):
         if not is_number(strength) or not math.isfinite(strength):
@@ -124,7 +125,8 @@ class Top:
     """
 
     potential: Potential
-    needs_reward, copies = True, False
+    needs_reward: bool = True
+    copies: bool = False
 
     def __init__(self, potential: Potential = "value"):
         check_word("potential", potential, Potential)
@@ -161,7 +163,8 @@ class Cluster:
         torch.Size([8, 3])
     """
 
-    needs_reward, copies = False, False
+    needs_reward: bool = False
+    copies: bool = False
 
     def __init__(self, iterations: int = 20):
         if not is_int(iterations) or iterations < 1:
