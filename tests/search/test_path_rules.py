@@ -136,7 +136,7 @@ def clustered(points, kept):
     return Cluster()(offered(torch.zeros(points.shape[:2]), kept, features=points)).tolist()
 
 
-@pytest.mark.parametrize("num_paths, kept", [(2, 1), (3, 2), (5, 2), (6, 3), (6, 4), (8, 6), (4, 4), (1, 1)])
+@pytest.mark.parametrize("num_paths, kept", [(2, 1), (3, 2), (5, 2), (6, 3), (6, 4), (8, 6), (4, 4), (1, 1), (14, 3)])
 @pytest.mark.parametrize("width", [1, 2, 7])
 def test_clusters_are_those_of_the_plain_form(num_paths, kept, width):
     points = np.random.default_rng(num_paths * 10 + kept).normal(size=(20, num_paths, width))
