@@ -47,7 +47,7 @@ from varkern.search import Resample, Search
 from varkern.tables import markdown_table
 
 EVALUATED_SEED = 7_000_000  # no training and no other table uses these seeds
-BATCH = 100
+BATCH, IMAGES = 100, 2000
 ALONE, MARKS = "the model alone", "best of N by the scorer"
 FIGURES = {
     "fid": ("Fréchet distance", 2),
@@ -239,7 +239,10 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as two tables."""
     by_rung = {(row["method"], row["size"]): row for row in report["rows"]}
     titles = [title for title, _ in FIGURES.values()]
-    parts = [f"Mean ± standard error over {report['seeds']} image seeds of {report['images']} images each."]
+    command = "python -m bench.paths --out DIR" + f" --images {report['images']}" * (report["images"] != IMAGES)
+    parts = [
+        f"`{command}`: mean ± standard error over {report['seeds']} image seeds of {report['images']:,} images each."
+    ]
     rows = [[row["method"], row["size"], *show(row)] for row in report["rows"]]
     parts.append(markdown_table(["search", "size", *titles], rows))
     for mark in dict.fromkeys(entry["mark"] for entry in report["equal_time"]):
@@ -265,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.paths", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and tables")
     parser.add_argument("--seeds", type=int, default=3, help="number of image seeds (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=2000, help="images per rung and seed (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images per rung and seed (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

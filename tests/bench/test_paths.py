@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ FEW = (bench.ALONE, bench.MARKS, "paths, by the classifier")
 def command(folder, **changed):
     options = {"out": folder, "seeds": 1, "images": FEWEST, **changed}
     return bench.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+
+
+LADDERS = bench.LADDERS
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """All ladders, also after a test that made few of them."""
+    monkeypatch.setattr(bench, "LADDERS", LADDERS)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +112,7 @@ def test_bytes_of_caches():
     assert peak == 132 < 8 * lengths[-1] == 528
 
 
-def test_equal_time_is_the_nearest_ratio():
+def test_equal_time_is_the_nearest_ratio(whole):
     def row(method, size, seconds):
         return {"method": method, "size": size, "seconds": {"mean": seconds}}
 
@@ -115,7 +125,7 @@ def test_equal_time_is_the_nearest_ratio():
     assert found[4, bench.MARKS] == (4, 1.0) and (2, bench.ALONE) not in found
 
 
-def test_every_ladder_fits_the_demo():
+def test_every_ladder_fits_the_demo(whole):
     model, scorer = load_demo()
     judges = bench.Judges(scorer, bench.load_classifier(bench.WEIGHTS))
     for name, (sizes, build) in bench.LADDERS.items():
@@ -129,3 +139,15 @@ def test_every_ladder_fits_the_demo():
 def test_wrong_input(tmp_path, capsys, options, message):
     assert command(tmp_path, **options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_committed_figures(whole):
+    """The page shows the stored figures of every rung, of three image seeds; equal times follow from them."""
+    folder = Path(__file__).parent.parent.parent / "bench" / "results" / "demo"
+    report = json.loads((folder / "paths.json").read_text())
+    text = (folder / "paths.md").read_text()
+    assert text == bench.markdown(report)
+    assert text.startswith(f"`python -m bench.paths --out DIR --images {report['images']}`: mean")
+    assert [(row["method"], row["size"]) for row in report["rows"]] == list(bench.rungs())
+    assert all(len(row[name]["values"]) == report["seeds"] == 3 for row in report["rows"] for name in bench.FIGURES)
+    assert report["equal_time"] == bench.equal_time(report["rows"])
