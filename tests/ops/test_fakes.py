@@ -170,9 +170,11 @@ def launched(monkeypatch) -> list:
     found = []
     if not interpreting() or triton_trouble():
         return found
-    for module in pkgutil.iter_modules(kernels.__path__, "varkern.kernels."):
-        if hasattr(import_module(module.name), "launch"):
-            monkeypatch.setattr(f"{module.name}.launch", lambda kernel, *given, **named: found.append(kernel))
+    # All are imported before any is changed: one that is imported later would keep the changed function for ever.
+    modules = [import_module(module.name) for module in pkgutil.iter_modules(kernels.__path__, "varkern.kernels.")]
+    for module in modules:
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", lambda kernel, *given, **named: found.append(kernel))
     return found
 
 
