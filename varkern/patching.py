@@ -120,10 +120,10 @@ def patch(
         model: a VAR, FlexVAR or Infinity model: the published class, a fork of it, or :class:`varkern.models.VAR`.
             The VAE and the schedule that FlexVAR and Infinity get with each call are checked in that call, before any
             work. A scorer for Infinity gets the method's text condition in place of labels.
-        search: the rule that keeps one candidate, such as :class:`varkern.BestOfM`, or one that keeps one of several
-            whole images, :class:`varkern.PathSearch`. In a list of searches, at each
-            scale, the first search that asks for more than one candidate is used. None: one candidate per scale, drawn
-            by the fused ops: the model's own distribution.
+        search: the rule that keeps one candidate, such as :class:`varkern.BestOfM`, or a :class:`varkern.PathSearch`,
+            which keeps one of several whole images. In a list of searches, the first one that asks for more than one
+            candidate at a scale is used there. None: one candidate per scale, drawn by the fused ops: the model's own
+            distribution.
         sampler: ``"philox"``: an image depends only on its own seed, in any batch and on any backend. The method's
             ``g_seed`` may also be a tensor of B image seeds. ``"multinomial"``: ``torch.multinomial`` with the model's
             own generator; with one candidate per scale it gives the unpatched model's images bit for bit.

@@ -73,6 +73,10 @@ def test_printed_and_read_again(file, text):
         ("[[grid]]\nm = 2\nscale = [1, 2]", r"grid 1: scale must not be given without n, got \[1, 2\]"),
         ("[[grid]]\nm = []", "grid 1: m must have at least one value, got none"),
         ("[[grid]]\nm = [[1, 'x']]", "grid 1: m must be an integer, got 'x'"),
+        (
+            "[[grid]]\nm = 2\ntemperature = ['fitted', 'hot']",
+            "grid 1: temperature must be a number or fitted, got 'hot'",
+        ),
         ("[[grid]]\nn = 2\nalpha = ['median', 'much']", "grid 1: alpha must be a number or median, got 'much'"),
         ("[[grid]]\nm = 2\npick = [[1]]", r"grid 1: pick must be a text or a number, got \[1\]"),
     ],

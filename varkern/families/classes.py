@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ class ClassFamily:
         return seeded(model, seed, self.device(model))
 
 
-class ClassSession:
+class ClassSession(ABC):
     """Runs the transformer in one generation; the families fuse and decode its tokens. See :class:`.base.Session`.
 
     Args:
@@ -122,9 +123,9 @@ class ClassSession:
                 self.cfg = self.cfg.index_select(0, rows)
         self.batch = len(rows)
 
+    @abstractmethod
     def keep_maps(self, rows: Tensor) -> None:
         """Keep these rows of what the family made of the kept maps."""
-        raise NotImplementedError
 
     def close(self) -> None:
         for block in self.model.blocks:

@@ -12,6 +12,7 @@ from torch import Tensor
 from varkern.runs import atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 150
@@ -102,7 +103,6 @@ def draw_rows(
         ValueError: if a row has another number of tiles than there are headings, or if there is no image.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     for row in rows:
         if columns and len(row.tiles) != len(columns):
@@ -132,21 +132,15 @@ def draw_rows(
             if entry is None:
                 continue
             left = column * step + (step - width) // 2
-            extent = left, left + width, top + height, top
-            axis.imshow(pixels_of(entry), interpolation=smooth, extent=extent, aspect="auto")
-            if entry.framed:
-                corner, half = (left - FRAME_WIDTH / 2, top - FRAME_WIDTH / 2), FRAME_WIDTH / POINT
-                sides = width + FRAME_WIDTH, height + FRAME_WIDTH
-                axis.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=FRAME, linewidth=half, clip_on=False))
+            draw_tile(axis, entry, (left, top, width, height), smooth)
             place = left + width / 2, top + height + edge + 2
             axis.text(*place, entry.caption, ha="center", va="top", **small)
         top += round(height + 2 * edge + under) + GAP + (LINK_HEIGHT if links else 0)
     top -= LINK_HEIGHT if links else 0  # none after the last row
     for number, start, end, leads in links:
-        across, below = [(start + 0.5) * step, (end + 0.5) * step], tops[number] + height + edge + under + 4
-        axis.plot(
-            across, [below, tops[number + 1] - edge - 2], color=FRAME if leads else "grey", linewidth=2 if leads else 1
-        )
+        below, above = tops[number] + height + edge + under + 4, tops[number + 1] - edge - 2
+        style = {"color": FRAME, "linewidth": 2} if leads else {"color": "grey", "linewidth": 1}
+        axis.plot([(start + 0.5) * step, (end + 0.5) * step], [below, above], **style)
     count = max(len(row.tiles) for row in rows)
     for column, heading in enumerate(columns):
         axis.text((column + 0.5) * step, -GAP, heading, ha="center", va="bottom", **small)
@@ -157,6 +151,19 @@ def draw_rows(
     axis.set_ylim(top, 0)
     figure.set_size_inches(count * step / DPI, top / DPI)
     return figure
+
+
+def draw_tile(axis: Axes, tile: Tile, place: tuple[int, int, int, int], interpolation: str) -> None:
+    """Draw the image of a tile and its frame; ``place``: left, top, width and height of the image in pixels."""
+    from matplotlib.patches import Rectangle
+
+    left, top, width, height = place
+    extent = left, left + width, top + height, top
+    axis.imshow(pixels_of(tile), interpolation=interpolation, extent=extent, aspect="auto")
+    if tile.framed:
+        corner, line = (left - FRAME_WIDTH / 2, top - FRAME_WIDTH / 2), FRAME_WIDTH / POINT
+        sides = width + FRAME_WIDTH, height + FRAME_WIDTH
+        axis.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=FRAME, linewidth=line, clip_on=False))
 
 
 def pixels_of(tile: Tile) -> np.ndarray:

@@ -28,6 +28,7 @@ from .presets import Preset, tomllib
 
 NUMBER, TEXT, TEXT_OR_NUMBER = (int, float), (str,), (str, int, float)
 KINDS = {(int,): "an integer", NUMBER: "a number", TEXT: "a text", TEXT_OR_NUMBER: "a text or a number"}
+WORDS = {"alpha": MEDIAN, "temperature": "fitted"}  # the only text that a setting takes in place of a number
 GRID = {
     **dict.fromkeys(("proposals", "sweeps", "first_scale", "last_scale", "n", "scale", "representatives"), (int,)),
     **dict.fromkeys(("min_distance", "cfg"), NUMBER),
@@ -165,8 +166,9 @@ def check_names(where: object, values: Mapping[str, Any], known: list[str]) -> N
 
 
 def check_kind(where: str, value: Any, kinds: tuple[type, ...]) -> None:
-    if where.endswith("alpha") and isinstance(value, str) and value != MEDIAN:
-        raise ValueError(f"{where} must be a number or {MEDIAN}, got {value!r}")
+    word = WORDS.get(where.rpartition(" ")[2])
+    if word is not None and isinstance(value, str) and value != word:
+        raise ValueError(f"{where} must be a number or {word}, got {value!r}")
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"{where} must be {KINDS[kinds]}, got {value!r}")
 
