@@ -15,6 +15,7 @@ from varkern import runs
 from varkern.runs import atomically
 
 from .data.helpers import contents, ended, fork, kill_before_changes
+from .training.small import free_port, start_child, wait_for
 
 FORMER = {"seed": 1, "var": {"path": "a", "bytes": 3}, "classes": [1, 2], "cfg": 1.5}
 
@@ -304,6 +305,19 @@ class TestRanks:
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match="WORLD_SIZE must be 1 with a PyTorch built without"):
             runs.join_ranks(torch.device("cpu")).__enter__()
+
+    @pytest.mark.parametrize("time", range(5))
+    def test_two_processes_end(self, time):
+        """After sums of tensors that are gone: gloo's thread ends the last one, for which it needs Python's lock."""
+        port = free_port()
+
+        def rank(number):
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(number), WORLD_SIZE="2")
+            with runs.join_ranks(torch.device("cpu")) as ranks:
+                assert [float(ranks.sum(torch.ones(50))[0]) for _ in range(20)] == [2.0] * 20
+
+        children = [start_child(lambda number=number: rank(number)) for number in range(2)]
+        assert [wait_for(child, seconds=60) for child in children] == [0, 0]
 
     def test_one_process_alone(self):
         with runs.join_ranks(torch.device("cpu")) as ranks:
