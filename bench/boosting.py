@@ -160,7 +160,8 @@ def markdown(report: dict[str, Any]) -> str:
     titles = [title for title, _ in FIGURES.values()]
     rows = [["the model alone", "", *show(report["alone"])]]
     rows += [[row["search"], SCORERS[row["scorer"]], *show(row)] for row in report["figures"]]
-    parts = [f"Mean ± standard error over {len(report['training_seeds'])} training seeds."]
+    seeds = f"mean ± standard error over {len(report['training_seeds'])} training seeds"
+    parts = [f"`{report['command']}`: {seeds} of {report['images']:,} images each."]
     parts.append(markdown_table(["search", "scorer", *titles], rows))
     rows = [[row["search"], " − ".join(row["of"]), *show(row, "+")] for row in report["differences"]]
     parts += ["Differences within a training seed:", markdown_table(["search", "difference", *titles], rows)]
@@ -188,6 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--m", type=int, default=16, help="candidates of the search that draws the second's maps")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
+    words = ["python -m bench.boosting --out DIR"]
+    for name in ("seeds", "images", "maps", "epochs", "m", "device"):
+        if (value := getattr(options, name)) != parser.get_default(name):
+            words.append(f"--{name} {value}")
     recipe = replace(usual, scorer_epochs=options.epochs, generated_maps=options.maps, real_maps=2 * options.maps)
     try:
         for name, least in (("seeds", 1), ("images", LEAST_IMAGES), ("maps", 100), ("m", 2)):
@@ -198,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         for number in range(options.seeds) if options.only is None else [options.only]:
             run(options.out, number, recipe, options.images, options.m, device)
             paths = [options.out / f"seed-{seed}" / "figures.json" for seed in range(options.seeds)]
-            report = compare([json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()])
+            seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+            report = {"command": " ".join(words), "images": options.images, **compare(seeds)}
             write_json(options.out / "boosting.json", report)
             write_text(options.out / "boosting.md", markdown(report))
     except (OSError, ValueError) as error:

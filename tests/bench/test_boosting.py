@@ -90,6 +90,11 @@ class TestRun:
         assert error.startswith("boosting: ") and "m was 2, now 3" in error
         assert (finished / "boosting.json").read_text() == before
 
+    def test_the_command_is_in_the_figures(self, finished):
+        words = f"python -m bench.boosting --out DIR --seeds 1 --images {FEWEST} --maps 100 --epochs 0.7 --m 2"
+        assert json.loads((finished / "boosting.json").read_text())["command"] == words
+        assert (finished / "boosting.md").read_text().startswith(f"`{words}`: mean ± standard error over 1 training")
+
     def test_one_seed_of_several(self, finished, tmp_path, capsys):
         """Processes share the seeds, and each writes the table of what is finished."""
         shutil.copytree(finished, tmp_path / "out")
@@ -126,11 +131,11 @@ def test_figures_by_hand():
     difference = next(row for row in report["differences"] if row["of"] == ["boosted", "mean"])
     assert difference["fid"]["values"] == [-1.0, -4.0] and difference["fid"]["mean"] == -2.5
     assert difference["fid"]["standard_error"] == pytest.approx(1.5)
-    table = boosting.markdown(report)
+    table = boosting.markdown({"command": "the command", "images": 2000, **report})
+    assert table.startswith("`the command`: mean ± standard error over 2 training seeds of 2,000 images each.\n\n|")
     assert "| resample, M=16 | sum of the first and one on top | 13.00 ± 1.00 | 0.600 ± 0.000 |" in table
     assert "| resample, M=64 | boosted − mean | -2.50 ± 1.50 | +0.000 ± 0.000 | +0.000 ± 0.000 |" in table
-    assert "over 2 training seeds" in table
-    one = boosting.markdown(boosting.compare(seeds[:1]))
+    one = boosting.markdown({"command": "the command", "images": 2000, **boosting.compare(seeds[:1])})
     assert "| the model alone |  | 25.00 | 0.500 | 0.250 |" in one and "±" not in one.split("\n", 1)[1]
 
 
