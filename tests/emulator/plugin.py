@@ -11,6 +11,11 @@ import pytest
 from . import driver, machine, report
 
 
+def runs_plain(params: dict) -> bool:
+    """Whether a case is of the PyTorch form, which launches no kernel."""
+    return "torch" in (params.get("backend"), params.get("form"))
+
+
 class CompiledKernels:
     """The plugin of a run with ``--compiled``: from its start on, kernels compile and CPU tensors go to them."""
 
@@ -28,6 +33,12 @@ class CompiledKernels:
         for module in pkgutil.iter_modules(kernels.__path__):
             importlib.import_module(f"varkern.kernels.{module.name}")
         importlib.import_module("varkern.ops.backend").takes_cpu_tensors = lambda: True
+
+    def pytest_collection_modifyitems(self, config, items):
+        """Leave out what runs the same without ``--compiled``."""
+        plain = [item for item in items if getattr(item, "callspec", None) and runs_plain(item.callspec.params)]
+        items[:] = [item for item in items if item not in set(plain)]
+        config.hook.pytest_deselected(items=plain)
 
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workeroutput"):
