@@ -63,6 +63,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_against_float64(device, backend, metric, shape):

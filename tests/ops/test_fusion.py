@@ -23,6 +23,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(fusion, "_empty_features", lambda *given: empty(*given).fill_(torch.nan))
 
 
+@pytest.mark.thinned(side=(1, 6, 16))
 @pytest.mark.parametrize("side", SIDES_256)
 def test_every_scale_in_float32(device, backend, poisoned, side):
     tokens, codebook, f_hat, phi = case(device, side, 16, B=1)

@@ -27,14 +27,14 @@ def test_f_hat_of_every_scale(device, monkeypatch):
     monkeypatch.setattr(family, "commit_tokens", recorded_commit)
     monkeypatch.setattr(family, "resize_features", recorded_resize)
     varkern.patch(model)
-    images = model.autoregressive_infer_cfg(B=2, label_B=torch.tensor([1, 4], device=device), g_seed=3, top_k=90)
+    images = model.autoregressive_infer_cfg(B=1, label_B=torch.tensor([4], device=device), g_seed=3, top_k=90)
     assert images.isfinite().all() and len(commits) == len(inputs) + 1 == 10
 
     quantizer = model.vae_quant_proxy[0]
     f_hat = torch.zeros_like(commits[0][1])
     for scale, (tokens, found) in enumerate(commits):
         side = model.patch_nums[scale]
-        codes = quantizer.embedding(tokens).transpose(1, 2).reshape(2, -1, side, side)
+        codes = quantizer.embedding(tokens).transpose(1, 2).reshape(1, -1, side, side)
         f_hat, wanted = quantizer.get_next_autoregressive_input(scale, 10, f_hat, codes)
         assert relative_error(found, f_hat) < 1e-5
         if scale < 9:

@@ -109,6 +109,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(every=2)
 @pytest.mark.parametrize("shape, options", CASES)
 def test_values_and_gradients(form, device, poisoned, shape, options):
     slope = options["slope"]

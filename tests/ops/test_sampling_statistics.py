@@ -51,6 +51,7 @@ def test_draws_follow_the_filtered_distribution(vocab, top_k, positions, backend
     assert surprise(counts[order[:kept]].double(), probs * DRAWS, kept - 1) > FALSE_ALARM
 
 
+@pytest.mark.thinned(vocab=(8,))
 @pytest.mark.parametrize("vocab, positions, candidates", [(8, 50, 25), (40, 4, 3125)], ids=["all pairs", "shortlist"])
 def test_candidates_positions_images_and_scales_are_independent(vocab, positions, candidates, backend, place):
     # Tables of pairs of draws over 8 kept tokens, 12 per case; the false-alarm rate of a case is at most 1.2e-6.

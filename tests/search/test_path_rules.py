@@ -137,10 +137,10 @@ def clustered(points, kept):
 
 
 @pytest.mark.parametrize("num_paths, kept", [(2, 1), (3, 2), (5, 2), (6, 3), (6, 4), (8, 6), (4, 4), (1, 1), (14, 3)])
-@pytest.mark.parametrize("width", [1, 2, 7])
+@pytest.mark.parametrize("width", [1, 7])
 def test_clusters_are_those_of_the_plain_form(num_paths, kept, width):
-    points = np.random.default_rng(num_paths * 10 + kept).normal(size=(20, num_paths, width))
-    points[::5, -1] = points[::5, 0]  # some paths are equal
+    points = np.random.default_rng(num_paths * 10 + kept).normal(size=(12, num_paths, width))
+    points[::4, -1] = points[::5, 0]  # some paths are equal
     found = clustered(points, kept)
     assert found == [reference.cluster(row, kept) for row in points]
     assert all(len(set(row)) == kept and row == sorted(row) for row in found)
