@@ -68,7 +68,7 @@ class TestEqualDraws:
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
     def test_images_are_the_methods_own(self, options, network):
         model = small_lsrs()
-        for seed in (0, 7, None):
+        for seed in (7, None):
             wanted, left = call(model, network, seed, **options)
             with patched(model, **MULTINOMIAL):
                 got, ours = call(model, network, seed, **options)

@@ -180,15 +180,11 @@ def amid_training(monkeypatch):
 
 
 class TestResuming:
-    @pytest.mark.parametrize(
-        ("at", "left"), [("second training", 2), ("before the third training", 1), ("third scorer judged", 0)]
-    )
+    @pytest.mark.parametrize(("at", "left"), [("second training", 2), ("third scorer judged", 0)])
     def test_a_killed_comparison_ends_the_same(self, unbroken, tmp_path, monkeypatch, at, left):
         with monkeypatch.context() as patch:
             if at == "second training":
                 killed(patch, scorer_training, "fit", 2, amid_training(patch))
-            elif at == "before the third training":
-                killed(patch, scorer_training, "fit", 3, at_once)
             else:
                 killed(patch, scores, "score_pairs", 3, at_once)
             with pytest.raises(KeyboardInterrupt):
