@@ -26,8 +26,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from varkern import BestOfM, MeanOfScorers, Scorer, SumOfScorers, load_vae, load_var
+from varkern import BestOfM, Scorer, SumOfScorers, load_vae, load_var
 from varkern.cli.options import pick_local_device, require
 from varkern.data import file_sha256
 from varkern.demo.measuring import extractor, fingerprint, measure_digits
@@ -54,6 +55,13 @@ SCORERS = {
     "boosted": "sum of the first and one on top",
 }
 FIGURES = {"fid": ("Fréchet distance", 2), "precision": ("precision", 3), "recall": ("recall", 3)}
+
+
+class Mean(SumOfScorers):
+    """The mean of the scores of several scorers, for scorers that were each trained without the others."""
+
+    def forward(self, labels: Tensor, features: Tensor, scale: int) -> Tensor:
+        return super().forward(labels, features, scale) / len(self.scorers)
 
 
 def train(folder: Path, number: int, recipe: Recipe, m: int, device: torch.device) -> dict[str, Path]:
@@ -88,7 +96,7 @@ def train(folder: Path, number: int, recipe: Recipe, m: int, device: torch.devic
 def measure(folder: Path, number: int, files: dict[str, Path], images: int, device: torch.device) -> list[Entry]:
     """Generate and measure the images of every search with every scorer, and of the model alone."""
     pairs = {"first": ("first",), "mean": ("first", "other"), "boosted": ("first", "second")}
-    joined = {"first": MeanOfScorers, "mean": MeanOfScorers, "boosted": SumOfScorers}
+    joined = {"first": Mean, "mean": Mean, "boosted": SumOfScorers}
 
     def load(name: str) -> Any:
         return joined[name](*(Scorer.from_pretrained(files[part], device=device) for part in pairs[name]))

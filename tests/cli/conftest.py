@@ -1,5 +1,6 @@
 """What the command's tests share: a small model on disk, and ``varkern sample`` on it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,16 @@ def second_scorer(tmp_path) -> Path:
     torch.manual_seed(1)
     Scorer(ScorerConfig(**SCORER, hidden=(8,))).save_pretrained(tmp_path / "second.safetensors")
     return tmp_path / "second.safetensors"
+
+
+@pytest.fixture
+def scorer_on_top(second_scorer) -> Path:
+    """The same, as if it were trained on maps that the scorer of ``weights`` resampled."""
+    generated = {"pick": "resample", "scorers": [{"file": "scorer.safetensors", "sha256": "ab"}]}
+    metadata = {"training": json.dumps({"data": {"generated": generated}})}
+    path = second_scorer.with_name("on-top.safetensors")
+    Scorer.from_pretrained(second_scorer).save_pretrained(path, metadata)
+    return path
 
 
 @pytest.fixture

@@ -91,22 +91,19 @@ class TestSample:
         assert command(**options) == 2 and named in one_line()
         assert not list((tmp_path / "out").glob("*"))
 
-    @pytest.mark.parametrize("combine, joined", [("sum", varkern.SumOfScorers), ("mean", varkern.MeanOfScorers)])
-    def test_two_scorers(self, command, weights, second_scorer, tmp_path, combine, joined):
-        scorers = [weights / "scorer.safetensors", second_scorer]
+    def test_two_scorers(self, command, weights, scorer_on_top, tmp_path):
+        scorers = [weights / "scorer.safetensors", scorer_on_top]
         options = {"pick": "resample", "temperature": 0.01}
-        assert command(scorer=scorers, combine=combine, **options) == 0
+        assert command(scorer=scorers, **options) == 0
         model = varkern.load_var(weights / "var.safetensors", vae=weights / "vae.safetensors")
-        search = varkern.BestOfM(joined(*map(Scorer.from_pretrained, scorers)), 3, **options)
+        search = varkern.BestOfM(varkern.SumOfScorers(*map(Scorer.from_pretrained, scorers)), 3, **options)
         sampling = {"seeds": varkern.image_seeds(5, 6), "cfg": 1.5, "top_k": 900, "top_p": 0.96}
         wanted = varkern.generate(model, torch.tensor([3, 3, 3, 7, 7, 7]), search=search, **sampling).images
         wanted = (wanted.double() * 255).permute(0, 2, 3, 1).numpy()
         assert np.abs(np.stack(list(pixels(tmp_path / "out").values())) - wanted).max() <= 0.51
         settings = json.loads((tmp_path / "out" / "settings.json").read_text())["scorer"]
-        assert settings["combine"] == combine and len(settings["scorers"]) == 2
-        other = {"sum": "mean", "mean": "sum"}[combine]
-        assert command(scorer=scorers, combine=other, **options) == 2
-        assert command(scorer=scorers[::-1], combine=combine, **options) == 2
+        assert [Path(scorer["path"]).name for scorer in settings] == ["scorer.safetensors", "on-top.safetensors"]
+        assert command(scorer=scorers[:1], **options) == 2
 
     def test_fitted_temperatures(self, command, second_scorer, tmp_path, one_line):
         options = {"scorer": second_scorer, "pick": "resample"}
@@ -120,18 +117,9 @@ class TestSample:
         assert command(tmp_path / "c", **options, temperature="warm") == 2
         assert one_line() == "varkern: temperature must be a finite number > 0, got 'warm'"
 
-    @pytest.mark.parametrize(
-        "count, combine, message",
-        [
-            (2, None, "combine must be mean or sum for 2 scorers, got none"),
-            (1, "sum", "combine needs at least two scorers, got 1"),
-            (0, "mean", "combine needs at least two scorers, got 0"),
-        ],
-    )
-    def test_combine_must_fit(self, command, weights, tmp_path, one_line, count, combine, message):
-        scorers = [weights / "scorer.safetensors"] * count
-        assert command(scorer=scorers or None, m=1, combine=combine) == 2
-        assert one_line() == f"varkern: {message}"
+    def test_a_further_scorer_must_be_trained_on_top(self, command, scorer_on_top, second_scorer, tmp_path, one_line):
+        assert command(scorer=[scorer_on_top, second_scorer], m=2) == 2
+        assert "each must be trained on top of those before it, but second.safetensors was trained by" in one_line()
         assert not (tmp_path / "out").exists()
 
     def test_no_image_twice(self, command, tmp_path):

@@ -90,13 +90,14 @@ class TestGenerate:
             ({}, lambda a, b: varkern.BestOfM(a, m=16, pick="resample")),
             ({"m": 3, "first_scale": 0, "pick": "best"}, lambda a, b: varkern.BestOfM(a, m=3, first_scale=0)),
             ({"m": 2, "proposals": 3, "sweeps": 2}, lambda a, b: varkern.BlockResample(a, 2, 3, sweeps=2)),
-            ({"combine": "sum"}, lambda a, b: varkern.BestOfM(varkern.SumOfScorers(a, b), m=16, pick="resample")),
+            ({"scorers": 2}, lambda a, b: varkern.BestOfM(varkern.SumOfScorers(a, b), m=16, pick="resample")),
         ],
         ids=["default", "best", "blocks", "sum"],
     )
-    def test_a_search(self, generate, weights, second_scorer, tmp_path, capsys, options, build):
-        scorers = [weights / "scorer.safetensors", second_scorer]
-        given = scorers if "combine" in options else scorers[0]
+    def test_a_search(self, generate, weights, scorer_on_top, second_scorer, tmp_path, capsys, options, build):
+        scorers, options = [weights / "scorer.safetensors", scorer_on_top], dict(options)
+        count = options.pop("scorers", 1)
+        given = scorers[:count]
         assert generate(scorer=given, classes="3,5,0", **options) == 0
         maps = TokenMaps.open(tmp_path / "out", verify=True)
         model = varkern.load_var(weights / "var.safetensors", vae=weights / "vae.safetensors")
@@ -107,13 +108,12 @@ class TestGenerate:
         source = maps.manifest.source
         assert source["search"] == repr(search) and source["pick"] == options.get("pick", "resample")
         facts = [{"file": path.name, "sha256": file_sha256(path)} for path in scorers]
-        assert source["scorers"] == facts[: len(source["scorers"])]
-        assert (len(source["scorers"]), source["combine"]) == ((2, "sum") if "combine" in options else (1, None))
+        assert source["scorers"] == facts[:count]
         assert generate(scorer=given, classes="3,5,0", **options) == 0  # a finished dataset is left as it is
-        for other in ({"m": 5}, {"scorer": second_scorer, "combine": None}, {"scorer": None, "m": None}):
+        for other in ({"m": 5}, {"scorer": second_scorer}, {"scorer": None, "m": None}):
             changed = {"scorer": given, "classes": "3,5,0", **options, **other}
             if other.get("scorer", given) is None:
-                changed |= {"proposals": None, "combine": None}
+                changed |= {"proposals": None}
             capsys.readouterr()
             assert generate(**changed) == 2
             assert "other settings" in capsys.readouterr().err
@@ -127,7 +127,6 @@ class TestGenerate:
             ({"scorer": "scorer", "pick": "worst"}, "pick must be 'best', 'resample' or an int >= 1, got 'worst'"),
             ({"scorer": "scorer", "first_scale": 3}, "first_scale must be < 3, the model's scales, got 3"),
             ({"scorer": "other_scorer"}, "scorer was made for channels=4, but the model has channels=8"),
-            ({"scorer": "scorer", "combine": "mean"}, "combine needs at least two scorers, got 1"),
         ],
         ids=str,
     )

@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import small_scorer, small_var
 from tests.search.test_best_of_m import mean_feature
-from varkern import BestOfM, BlockResample, DensitySearch, MeanOfScorers, generate
+from varkern import BestOfM, BlockResample, DensitySearch, SumOfScorers, generate
 from varkern.search import effective_sample_size
 
 LABELS = torch.tensor([3, 0, 5])
@@ -146,7 +146,7 @@ class TestFittedTemperatures:
         for scorer, name in (
             (self.scorer(None), "Scorer"),
             (mean_feature, "mean_feature"),
-            (MeanOfScorers(self.scorer()), r"MeanOfScorers\(Scorer\)"),
+            (SumOfScorers(self.scorer()), r"SumOfScorers\(Scorer\)"),
         ):
             with pytest.raises(ValueError, match=message.format(name)):
                 kind(scorer, temperature="fitted")

@@ -1,4 +1,4 @@
-"""Sums and means of scorers: scores added by hand, the features that each part gets, and what is refused."""
+"""Sums of scorers: scores added by hand, the features that each part gets, and what is refused."""
 
 import copy
 import json
@@ -11,12 +11,11 @@ from torch import nn
 
 from tests.helpers import NUM_CLASSES, TINY_SIDES, idle, randomise, small_scorer, small_var
 from tests.search.test_best_of_m import Reading, mean_feature
-from varkern import BestOfM, BlockResample, MeanOfScorers, PublishedScorer, SumOfScorers, generate, patch
+from varkern import BestOfM, BlockResample, PublishedScorer, SumOfScorers, generate, patch
 from varkern.spec import ModelSpec
 
 LABELS = torch.tensor([3, 0, 5])
 SPEC = ModelSpec(NUM_CLASSES, TINY_SIDES, (6, 6), 8, 64)
-JOINED = [SumOfScorers, MeanOfScorers]
 
 
 def two_scorers():
@@ -36,8 +35,6 @@ def test_scores_are_added_by_hand(batch, count):
         total = SumOfScorers(first, second)(labels, features, scale)
         assert total.shape == (batch, count) and total.dtype == torch.float32
         assert torch.allclose(total.double(), by_hand, rtol=0, atol=1e-5)
-        mean = MeanOfScorers(first, second)(labels, features, scale)
-        assert torch.allclose(mean.double(), by_hand / 2, rtol=0, atol=1e-5)
 
 
 def test_one_or_three_or_nested():
@@ -46,15 +43,15 @@ def test_one_or_three_or_nested():
     a, b, c = (f(LABELS, features, 2) for f in (first, second, mean_feature))
     assert torch.equal(SumOfScorers(first)(LABELS, features, 2), a)
     assert torch.allclose(SumOfScorers(first, second, mean_feature)(LABELS, features, 2), a + b + c, atol=1e-5)
-    assert torch.allclose(MeanOfScorers(first, second, mean_feature)(LABELS, features, 2), (a + b + c) / 3, atol=1e-5)
-    nested = SumOfScorers(MeanOfScorers(first, second), mean_feature)
-    assert torch.allclose(nested(LABELS, features, 2), (a + b) / 2 + c, atol=1e-5)
+    nested = SumOfScorers(SumOfScorers(first, second), mean_feature)
+    assert torch.allclose(nested(LABELS, features, 2), a + b + c, atol=1e-5)
     assert torch.allclose(SumOfScorers(first, first)(LABELS, features, 2), 2 * a, atol=1e-6)
 
 
 @pytest.mark.parametrize("search", [BestOfM, BlockResample], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("joined, share", [(SumOfScorers, 1.0), (MeanOfScorers, 0.5)])
-def test_images_are_those_of_a_sum_written_by_hand(search, joined, share):
+@pytest.mark.parametrize("share", [1.0, 0.5], ids=["sum", "mean"])
+def test_images_are_those_of_a_sum_written_by_hand(search, share):
+    """And the mean of two is their sum at twice the temperature."""
     first, second = two_scorers()
 
     def by_hand(labels, features, scale):
@@ -62,7 +59,8 @@ def test_images_are_those_of_a_sum_written_by_hand(search, joined, share):
 
     options = {"m": 6, "pick": "resample", "temperature": 0.02}
     wanted = generate(small_var(), LABELS, search=search(by_hand, **options), seeds=4)
-    got = generate(small_var(), LABELS, search=search(joined(first, second), **options), seeds=4)
+    options["temperature"] /= share
+    got = generate(small_var(), LABELS, search=search(SumOfScorers(first, second), **options), seeds=4)
     alone = generate(small_var(), LABELS, search=search(first, **options), seeds=4)
     assert torch.equal(got.images, wanted.images)
     assert not torch.equal(got.images, alone.images)
@@ -117,7 +115,7 @@ def test_nan_of_one_is_never_kept():
 
 def test_every_part_moves_to_the_device():
     first, second = two_scorers()
-    joined = SumOfScorers(first, mean_feature, MeanOfScorers(second))
+    joined = SumOfScorers(first, mean_feature, SumOfScorers(second))
     assert len(list(joined.parameters())) == len(list(first.parameters())) + len(list(second.parameters()))
     joined.double()
     assert first.dtype == second.dtype == torch.float64
@@ -132,42 +130,39 @@ def test_repr_copy_and_pickle():
     wanted = "SumOfScorers(Scorer, PublishedScorer(Identity), mean_feature)"
     assert repr(BestOfM(joined, m=2)).startswith(f"BestOfM({wanted}, m=2")
     assert repr(BlockResample(joined)).startswith(f"BlockResample({wanted}, m=8")
-    both = MeanOfScorers(*two_scorers())
+    both = SumOfScorers(*two_scorers())
     features = features_of()
     for other in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
         assert torch.equal(other(LABELS, features, 1), both(LABELS, features, 1))
         assert other.scorers[0] is other.networks[0] and other.scorers[0] is not both.scorers[0]
 
 
-@pytest.mark.parametrize("joined", JOINED)
-def test_bad_scorers(joined):
-    name = joined.__name__
-    with pytest.raises(ValueError, match=f"^scorers must be at least one for {name}, got none$"):
-        joined()
+def test_bad_scorers():
+    with pytest.raises(ValueError, match=r"^scorers must be at least one for SumOfScorers, got none$"):
+        SumOfScorers()
     with pytest.raises(TypeError, match=r"^scorer must be callable, got int$"):
-        joined(mean_feature, 3)
+        SumOfScorers(mean_feature, 3)
     with pytest.raises(TypeError, match=r"^scorer must be callable, got the class Scorer$"):
-        joined(type(small_scorer()))
+        SumOfScorers(type(small_scorer()))
     with pytest.raises(TypeError, match=r"wrap it by varkern.PublishedScorer"):
-        joined(lambda x, class_labels, stage_label: x)
+        SumOfScorers(lambda x, class_labels, stage_label: x)
 
 
 @pytest.mark.parametrize("search", [BestOfM, BlockResample], ids=lambda kind: kind.__name__)
 def test_a_list_is_refused(search):
-    wanted = r"^scorer must be one scorer, got a list: join several by varkern.SumOfScorers\(...\) or varkern.MeanOf"
+    wanted = r"^scorer must be one scorer, got a list: add several by varkern.SumOfScorers\(...\)$"
     with pytest.raises(TypeError, match=wanted):
         search([mean_feature, mean_feature])
 
 
-@pytest.mark.parametrize("joined", JOINED)
-def test_every_part_must_fit_the_model(joined):
+def test_every_part_must_fit_the_model():
     fits, other = small_scorer(), small_scorer(channels=4)
     for scorers in ((fits, other), (other, fits), (fits, SumOfScorers(other))):
         with pytest.raises(ValueError, match=r"^scorer was made for channels=4, but the model has channels=8$"):
-            BestOfM(joined(*scorers)).check(SPEC)
-    BestOfM(joined(fits, mean_feature)).check(SPEC)
+            BestOfM(SumOfScorers(*scorers)).check(SPEC)
+    BestOfM(SumOfScorers(fits, mean_feature)).check(SPEC)
     model = small_var()
-    patch(model, BestOfM(joined(mean_feature, fits)))
+    patch(model, BestOfM(SumOfScorers(mean_feature, fits)))
     with idle(model), pytest.raises(ValueError, match=r"label .* must be in 0..6, the scorer's classes, got 7"):
         model.autoregressive_infer_cfg(2, -1)
 
@@ -185,12 +180,11 @@ def test_a_part_that_returns_another_shape():
         SumOfScorers(mean_feature, number)(LABELS, features_of(), 0)
 
 
-@pytest.mark.parametrize("joined", JOINED)
-def test_a_changed_weight_needs_another_graph(joined):
+def test_a_changed_weight_needs_another_graph():
     from varkern.graphs import weights_of
 
     first, second = two_scorers()
-    search = BestOfM(joined(first, second))
+    search = BestOfM(SumOfScorers(first, second))
     before = list(weights_of(search))
     assert list(weights_of(search)) == before
     with torch.no_grad():
@@ -198,9 +192,7 @@ def test_a_changed_weight_needs_another_graph(joined):
     assert list(weights_of(search)) != before
 
 
-@pytest.mark.parametrize(
-    "search", [BestOfM, BlockResample, MeanOfScorers, SumOfScorers], ids=lambda kind: kind.__name__
-)
+@pytest.mark.parametrize("search", [BestOfM, BlockResample, SumOfScorers], ids=lambda kind: kind.__name__)
 def test_a_scorer_on_top_of_another_is_not_used_alone(search):
     first, second = two_scorers()
     made_of = {"pick": "resample", "scorers": [{"file": "first.safetensors", "sha256": "ab"}]}
@@ -215,6 +207,3 @@ def test_a_scorer_on_top_of_another_is_not_used_alone(search):
         search(SumOfScorers(first, second))
         second.metadata = {"training": "no JSON"}
         search(second)
-    second.metadata = {"training": json.dumps({"data": {"generated": made_of}})}
-    with pytest.warns(UserWarning, match=message):
-        MeanOfScorers(first, second)

@@ -63,7 +63,7 @@ def searches() -> list[Search]:
         varkern.BestOfM(scorer, pick="resample", temperature="fitted"),
         varkern.BestOfM(smoothness, first_scale=1, last_scale=3, pick="best"),
         varkern.BestOfM(varkern.PublishedScorer(network)),
-        varkern.BestOfM(varkern.SumOfScorers(scorer, smoothness, varkern.MeanOfScorers(scorer, scorer))),
+        varkern.BestOfM(varkern.SumOfScorers(scorer, smoothness, varkern.SumOfScorers(scorer, scorer))),
         varkern.DensitySearch(50, 10, alpha, (1, 2), "rank", "cosine", "map", "batch", 0.0, threshold="paper"),
         varkern.DensitySearch(scales=1, strategy="small", per="position", bandwidth=0.3, compat="released"),
         varkern.BlockResample(scorer, 4, 4, blocks={3: 1, 4: 2}, pick="best"),

@@ -16,7 +16,7 @@ from varkern.demo.run import WEIGHTS
 from varkern.hub import locate
 from varkern.runs import describe_file
 from varkern.scorer import Scorer
-from varkern.search import BestOfM, BlockResample, MeanOfScorers, SumOfScorers
+from varkern.search import BestOfM, BlockResample, SumOfScorers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -36,14 +36,7 @@ ScorerFiles = Annotated[
     list[str] | None,
     typer.Option(
         help="Scorer: a file, a folder, or a repository on the hub as user/repo or user/repo@revision; may be given "
-        "several times, with --combine; default: that of the demo, else none"
-    ),
-]
-Combine = Annotated[
-    Literal["mean", "sum"] | None,
-    typer.Option(
-        help="How the scores of several scorers are combined: mean, if each was trained by itself; sum, if each was "
-        "trained on maps of a search with those before it"
+        "several times, each trained on top of those before it; default: that of the demo, else none"
     ),
 ]
 Classes = Annotated[str, typer.Option("--classes", "--class", help="Classes of the images, such as 207,88 or 0-9")]
@@ -188,31 +181,36 @@ def describe_scorer(scorer: str | None, file: Path | None) -> dict[str, Any] | s
     return {"repository": scorer, "sha256": file_sha256(file)}
 
 
-def find_scorers(var: str, scorers: Sequence[str] | None, combine: str | None) -> list[Path]:
+def find_scorers(var: str, scorers: Sequence[str] | None) -> list[Path]:
     """Return the files of ``--scorer``, which may be given several times; empty if there is none.
 
     Raises:
-        OSError, ValueError, ImportError: see :func:`varkern.hub.locate`; also if ``--combine`` does not fit.
+        OSError, ValueError, ImportError: see :func:`varkern.hub.locate`.
     """
     found = [find_scorer(var, scorer) for scorer in scorers or [None]]
-    files = [path for path in found if path is not None]
-    if len(files) > 1 and combine is None:
-        raise ValueError(f"combine must be mean or sum for {len(files)} scorers, got none")
-    if len(files) < 2 and combine is not None:
-        raise ValueError(f"combine needs at least two scorers, got {len(files)}")
-    return files
+    return [path for path in found if path is not None]
 
 
-def load_scorers(files: Sequence[Path], combine: str | None, device: torch.device) -> Any:
-    """Load one scorer, or the mean or sum of several; None if there is none."""
+def load_scorers(files: Sequence[Path], device: torch.device) -> Any:
+    """Load one scorer, or the sum of several; None if there is none.
+
+    Raises:
+        OSError, ValueError: if a file is no scorer, or a further one was trained by itself.
+    """
     networks = [Scorer.from_pretrained(path, device=device) for path in files]
+    for path, network in zip(files[1:], networks[1:], strict=True):
+        if not network.on_top_of:
+            raise ValueError(
+                f"scorer: the scores of several are added, so each must be trained on top of those before it, but "
+                f"{path.name} was trained by itself, as far as its file tells"
+            )
     if len(networks) < 2:
         return networks[0] if networks else None
-    return SumOfScorers(*networks) if combine == "sum" else MeanOfScorers(*networks)
+    return SumOfScorers(*networks)
 
 
-def describe_scorers(scorers: Sequence[str] | None, files: Sequence[Path], combine: str | None) -> Any:
+def describe_scorers(scorers: Sequence[str] | None, files: Sequence[Path]) -> Any:
     """Describe what :func:`load_scorers` loads, for settings; one scorer as :func:`describe_scorer` does."""
     if len(files) < 2:
         return describe_scorer(scorers[0] if scorers else None, files[0] if files else None)
-    return {"combine": combine, "scorers": list(map(describe_scorer, scorers or [], files))}
+    return list(map(describe_scorer, scorers or [], files))

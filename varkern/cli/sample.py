@@ -35,7 +35,6 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for the images")],
     vae: options.Vae = None,
     scorer: options.ScorerFiles = None,
-    combine: options.Combine = None,
     m: Candidates = None,
     proposals: options.Proposals = 0,
     sweeps: options.Sweeps = 1,
@@ -61,7 +60,7 @@ def sample(
     sampling_options = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     labels = [label for label in wanted for _ in range(num_per_class)]
     order = sampling.Order(labels, seed, sampler, sampling_options, options.DTYPES.get(autocast))
-    scorer_files = options.find_scorers(var, scorer, combine)
+    scorer_files = options.find_scorers(var, scorer)
     search_settings = {
         "m": options.parse_m(m, scorer_files),
         "first_scale": first_scale,
@@ -73,17 +72,17 @@ def sample(
         raise ValueError(f"proposals must be 0 without a scorer, got {proposals}: give --scorer")
     require_matplotlib("plots")
     check_file("npz", npz, ".npz")
+    network = options.load_scorers(scorer_files, where) or no_scorer
     open_folder(out)
     model = load_var(var, vae=vae, device=where, dtype=options.DTYPES[dtype])
     # With one candidate too, a search is made, because it checks the pick and the scales.
-    network = options.load_scorers(scorer_files, combine, where) or no_scorer
     search = options.build_search(network, search_settings, proposals, sweeps)
     sampling.check_order(model, search, order, batch_size)
     settings = {
         "varkern": varkern.__version__,
         "var": describe_file(var),
         "vae": describe_file(vae),
-        "scorer": options.describe_scorers(scorer, scorer_files, combine),
+        "scorer": options.describe_scorers(scorer, scorer_files),
         "classes": wanted,
         "num_per_class": num_per_class,
         "seed": seed,

@@ -30,7 +30,7 @@ Scorers = Annotated[
     typer.Option(
         "--scorer",
         help="Scorer of a search: a file, a folder, or a repository on the hub as user/repo or user/repo@revision; may "
-        "be given several times, with --combine; default: no search",
+        "be given several times, each trained on top of those before it; default: no search",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Number of images per batch; it slightly changes the tokens")]
@@ -46,7 +46,6 @@ def generate(
     per_class: options.NumPerClass = 1000,
     classes: Annotated[str | None, typer.Option(help="Classes, such as 207,88 or 0-9; default: all")] = None,
     scorer: Scorers = None,
-    combine: options.Combine = None,
     m: Annotated[int | None, typer.Option(help="Number of candidates; default: 16 with --scorer, else 1")] = None,
     proposals: options.Proposals = 0,
     sweeps: options.Sweeps = 1,
@@ -73,7 +72,7 @@ def generate(
     options.require("per_class", per_class, 1)
     wanted = None if classes is None else options.parse_classes(classes)
     where = options.pick_local_device(device)
-    search, search_facts = make_search(scorer, combine, where, m, proposals, sweeps, first_scale, pick)
+    search, search_facts = make_search(scorer, where, m, proposals, sweeps, first_scale, pick)
     var_file, vae_file = find_files(var, vae)
     model = load_var(var_file, vae=vae_file, device=where, dtype=options.DTYPES[dtype])
     manifest = data.generate_token_maps(
@@ -202,7 +201,6 @@ def info(folder: Annotated[Path, typer.Argument(help="Folder of the dataset")]) 
 
 def make_search(
     scorers: Sequence[str] | None,
-    combine: str | None,
     device: torch.device,
     m: int | None,
     proposals: int,
@@ -215,19 +213,19 @@ def make_search(
     Raises:
         OSError, ValueError, TypeError, ImportError: if an option is out of its range, or a scorer is not found.
     """
-    files = options.find_scorers("", scorers, combine)
+    files = options.find_scorers("", scorers)
     for name, value, usual in (("m", m, 1), ("proposals", proposals, 0)):
         if not files and value not in (None, usual):
             raise ValueError(f"{name} must be {usual} without a scorer, got {value}: give --scorer")
     if not files:
         return None, {}
     settings = {"m": 16 if m is None else m, "first_scale": first_scale, "pick": options.parse_pick(pick)}
-    search = options.build_search(options.load_scorers(files, combine, device), settings, proposals, sweeps)
+    search = options.build_search(options.load_scorers(files, device), settings, proposals, sweeps)
     facts = []
     for given, path in zip(scorers or [], files, strict=True):
         name = {"file": path.name} if Path(given).exists() else {"repository": given}
         facts.append({**name, "sha256": data.file_sha256(path)})
-    return search, {"scorers": facts, "combine": combine, "pick": search.pick}
+    return search, {"scorers": facts, "pick": search.pick}
 
 
 def find_files(var: str, vae: Path | None) -> tuple[Path, Path | None]:

@@ -9,7 +9,7 @@ from .diagnostics import Steps, effective_sample_size
 from .path_rules import Cluster, Paths, Resample, Top
 from .paths import LogRatio, PathSearch
 from .published_scorer import PublishedScorer
-from .scorers import MeanOfScorers, SumOfScorers
+from .scorers import SumOfScorers
 
 __all__ = [
     "BestOfM",
@@ -20,7 +20,6 @@ __all__ = [
     "Combined",
     "DensitySearch",
     "LogRatio",
-    "MeanOfScorers",
     "PathSearch",
     "Paths",
     "PublishedScorer",

@@ -1,10 +1,10 @@
-"""What a scorer is to a search: any callable of the right arguments, one network, or the sum or mean of several."""
+"""What a scorer is to a search: any callable of the right arguments, one network, or the sum of several."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ class SumOfScorers(nn.Module):
     maps have the distribution ``p_model * exp(S1)``, from which the second scorer tells real maps. Therefore it tends
     to ``S2 = log p_real - log p_model - S1``, and the sum of both tends to the score that an exact ``S1`` would have.
     ``varkern tokens generate --scorer S1 --pick resample`` draws such maps.
+
+    For the mean of ``n`` scorers that were each trained by itself, use the sum with ``n`` times the temperature. On the
+    demo model it is no better than one of them (``bench/results/demo/boosting.md``).
 
     Each scorer gets the features in the dtype and memory format that it asks for, and is checked against the model and
     moved to its device as if it were the only one.
@@ -40,14 +43,13 @@ class SumOfScorers(nn.Module):
 
     scorers: tuple[Scorer, ...]
     networks: nn.ModuleList
-    adds: ClassVar[bool] = True
 
     def __init__(self, *scorers: Scorer):
         super().__init__()
         if not scorers:
-            raise ValueError(f"scorers must be at least one for {type(self).__name__}, got none")
+            raise ValueError("scorers must be at least one for SumOfScorers, got none")
         for scorer in scorers:
-            check_scorer(scorer, added=self.adds and len(scorers) > 1)
+            check_scorer(scorer, added=len(scorers) > 1)
         self.scorers = scorers
         # Registered too, so that a change of device reaches them. The tuple keeps functions, and the order.
         self.networks = nn.ModuleList([scorer for scorer in scorers if isinstance(scorer, nn.Module)])
@@ -76,32 +78,6 @@ class SumOfScorers(nn.Module):
         return total
 
 
-class MeanOfScorers(SumOfScorers):
-    """The mean of the scores of several scorers, for scorers that were each trained without the others.
-
-    Their errors partly cancel. For ``pick="best"`` sum and mean are the same.
-
-    Args:
-        scorers: as for :class:`SumOfScorers`.
-
-    Raises:
-        ValueError, TypeError: as :class:`SumOfScorers`.
-
-    Example::
-
-        >>> features = torch.randn(8, 4, 16, 6, 6)
-        >>> both = varkern.MeanOfScorers(scorer, scorer)
-        >>> torch.equal(both(labels, features, 2), scorer(labels, features, 2))
-        True
-    """
-
-    adds = False
-
-    def forward(self, labels: Tensor, features: Tensor, scale: int) -> Tensor:
-        """The mean of all scores, ``[B, M]``; see :meth:`SumOfScorers.forward`."""
-        return super().forward(labels, features, scale) / len(self.scorers)
-
-
 def check_scorer(scorer: object, added: bool = False) -> None:
     """Raise ``TypeError`` if ``scorer`` is not a scorer, or must be wrapped to be one.
 
@@ -109,8 +85,7 @@ def check_scorer(scorer: object, added: bool = False) -> None:
     """
     if isinstance(scorer, list | tuple):
         raise TypeError(
-            f"scorer must be one scorer, got a {type(scorer).__name__}: join several by varkern.SumOfScorers(...) or "
-            "varkern.MeanOfScorers(...)"
+            f"scorer must be one scorer, got a {type(scorer).__name__}: add several by varkern.SumOfScorers(...)"
         )
     if not callable(scorer) or isinstance(scorer, type):
         what = f"the class {scorer.__name__}" if isinstance(scorer, type) else type(scorer).__name__
@@ -129,7 +104,7 @@ def check_scorer(scorer: object, added: bool = False) -> None:
 
 
 def parts_of(scorer: Scorer) -> Iterator[Scorer]:
-    """The scorers that a sum or mean is made of, however nested; another scorer is its only part."""
+    """The scorers that a sum is made of, however nested; another scorer is its only part."""
     if isinstance(scorer, SumOfScorers):
         for part in scorer.scorers:
             yield from parts_of(part)
