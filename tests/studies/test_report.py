@@ -47,7 +47,7 @@ def test_markdown():
     assert table[0] == ["m", "first_scale", "pick", "Fréchet distance", "recall", "ms per image", "paper: FID"]
     assert table[2] == ["1", "", "", "0.50 ± 0.50", "0.500 ± 0.000", "4.00", "1.95"]
     assert table[3] == ["4", "1", "resample", "10.50 ± 0.50", "0.500 ± 0.000", "4.00", ""]
-    assert table[4] == ["8", "0", "greedy", "20.50 ± 0.50", "0.500 ± 0.000", "4.00", ""]
+    assert table[4] == ["8", "0", "best", "20.50 ± 0.50", "0.500 ± 0.000", "4.00", ""]
 
 
 def test_inception_is_named_where_it_is():
@@ -153,9 +153,9 @@ def test_lines_are_told_apart_by_what_the_axis_does_not_show():
     given = found([Cell(), Cell(m=2), Cell(m=4), Cell(m=4, pick="resample"), Cell(m=4, first_scale=0)])
     axis = next(axis for axis in sweep_report.axes_of(given) if axis.name == "m")
     labels = [sweep_report.line_of(given, cell, "m") for cell in given.preset.cells[1:]]
-    assert labels == ["first_scale=1, pick=greedy"] * 2 + ["first_scale=1, pick=resample", "first_scale=0, pick=greedy"]
+    assert labels == ["first_scale=1, pick=best"] * 2 + ["first_scale=1, pick=resample", "first_scale=0, pick=best"]
     assert [axis.value(entry) for entry in given.entries] == [None, 2.0, 4.0, 4.0, 4.0]
-    assert sweep_report.line_of(given, Cell(m=4), "first_scale") == "m=4, pick=greedy"
+    assert sweep_report.line_of(given, Cell(m=4), "first_scale") == "m=4, pick=best"
 
 
 def test_searches_of_different_kinds_share_no_line():
@@ -239,6 +239,6 @@ def test_blocks_are_drawn_over_the_number_of_scored_maps():
     assert [sweep_report.line_of(given, cell, "scored") for cell in cells[1:]] == [
         "blocks, pick=resample",
         "blocks, pick=resample",
-        "best of M, pick=greedy",
+        "best of M, pick=best",
     ]
     assert [row[4] for row in lines(markdown(given))] == ["scored maps per scale", "---", "", "55.5", "150.0", "16.0"]

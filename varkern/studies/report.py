@@ -120,7 +120,7 @@ def format_setting(cell: Cell, name: str) -> str:
         return ""
     if (name == "m" and cell.n != 1 and value == 1) or (name == "n" and value == 1):
         return ""
-    return "greedy" if value == "best" else format_value(value)
+    return format_value(value)
 
 
 def markdown(found: Found) -> str:
