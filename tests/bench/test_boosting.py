@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +138,21 @@ def test_figures_by_hand():
     assert "| resample, M=64 | boosted − mean | -2.50 ± 1.50 | +0.000 ± 0.000 | +0.000 ± 0.000 |" in table
     one = boosting.markdown({"command": "the command", "images": 2000, **boosting.compare(seeds[:1])})
     assert "| the model alone |  | 25.00 | 0.500 | 0.250 |" in one and "±" not in one.split("\n", 1)[1]
+
+
+def test_the_committed_figures():
+    """The page shows the stored figures of five training seeds, and the differences follow from them."""
+    folder = Path(__file__).parent.parent.parent / "bench" / "results" / "demo"
+    report = json.loads((folder / "boosting.json").read_text(encoding="utf-8"))
+    assert (folder / "boosting.md").read_text(encoding="utf-8") == boosting.markdown(report)
+    assert report["training_seeds"] == [0, 1, 2, 3, 4] and report["command"].startswith("python -m bench.boosting ")
+    values = {}
+    for row in report["figures"]:
+        values[row["search"], row["scorer"]] = np.array(row["fid"]["values"])
+    for row in report["differences"]:
+        first, second = (values[row["search"], name] for name in row["of"])
+        assert row["fid"]["mean"] == pytest.approx((first - second).mean())
+    assert len(report["differences"]) == 9 and all(len(of_seeds) == 5 for of_seeds in values.values())
 
 
 def test_the_defaults_are_the_demos():
