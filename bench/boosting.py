@@ -28,12 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkern import BestOfM, Scorer, SumOfScorers, load_vae, load_var
+from varkern import Scorer, SumOfScorers, load_vae, load_var
 from varkern.cli.options import pick_local_device, require
 from varkern.data import file_sha256
 from varkern.demo.measuring import extractor, fingerprint, measure_digits
 from varkern.demo.run import WEIGHTS
-from varkern.demo.train import SAMPLING, SCORER_SIZES, Recipe, write_generated_tokens, write_real_tokens
+from varkern.demo.train import (
+    RESAMPLED_M,
+    SAMPLING,
+    SCORER_SIZES,
+    Recipe,
+    resample_with,
+    write_generated_tokens,
+    write_real_tokens,
+)
 from varkern.runs import claim, open_folder, write_json, write_text
 from varkern.studies.cells import Cell
 from varkern.studies.models import Models
@@ -82,13 +90,9 @@ def train(folder: Path, number: int, recipe: Recipe, m: int, device: torch.devic
     maker = FeatureMaker.of_quantizer(load_vae(WEIGHTS / "vae.safetensors").quantize)
     real = write_real_tokens(first, WEIGHTS, device, folder / "tokens" / "real")
     for name, path in files.items():
-        how, search, facts = first if name == "first" else again, None, {}
-        if name == "second":
-            search = BestOfM(Scorer.from_pretrained(files["first"], device=device), m=m, pick="resample")
-            made_by = {"file": files["first"].name, "sha256": file_sha256(files["first"])}
-            facts = {"scorers": [made_by], "pick": "resample"}
-        maps = folder / "tokens" / name
-        generated = write_generated_tokens(how, WEIGHTS, device, maps, search, facts)
+        how = first if name == "first" else again
+        search = resample_with(files["first"], device, m) if name == "second" else ()
+        generated = write_generated_tokens(how, WEIGHTS, device, folder / "tokens" / name, *search)
         train_scorer(real, generated, maker, SCORER_SIZES, how.scorer_training(), path, device=device)
     return files
 
@@ -194,7 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=2000, help="images per cell and seed (default: %(default)s)")
     parser.add_argument("--maps", type=int, default=usual.generated_maps, help="generated maps of each training")
     parser.add_argument("--epochs", type=float, default=usual.scorer_epochs, help="epochs of each training")
-    parser.add_argument("--m", type=int, default=16, help="candidates of the search that draws the second's maps")
+    parser.add_argument(
+        "--m", type=int, default=RESAMPLED_M, help="candidates of the search that draws the second's maps"
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
     words = ["python -m bench.boosting --out DIR"]

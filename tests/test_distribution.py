@@ -59,7 +59,7 @@ def test_the_wheel_has_the_package_and_its_kernels_alone(wheel, files):
     found = {name for name in wheel.namelist() if not name.startswith(f"{NAME}.dist-info/")}
     package = {name for name in files if name.startswith("varkern/")}
     assert found == package | {f"varkern/{name}" for name in files if name.startswith("kernels/")}
-    weights = {f"varkern/demo/weights/{name}.safetensors" for name in ("vae", "var", "scorer", "classifier")}
+    weights = {f"varkern/demo/weights/{name}.safetensors" for name in ("vae", "var", "scorer", "second", "classifier")}
     assert weights | {"varkern/py.typed", "varkern/__init__.py", "varkern/kernels/launching.py"} <= found
 
 

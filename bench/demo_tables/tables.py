@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varkern.cli.options import load_scorers
 from varkern.data import file_sha256
 from varkern.demo.measuring import RealDigits, adapt_preset, extractor, fingerprint, measure_digits, to_bytes
 from varkern.demo.run import WEIGHTS
@@ -21,7 +22,6 @@ from varkern.metrics.features import Extractor
 from varkern.metrics.statistics import Measured
 from varkern.models import VQVAE, load_var
 from varkern.runs import find_rank, write_json
-from varkern.scorer import Scorer
 from varkern.studies import report
 from varkern.studies.cells import Cell, unique
 from varkern.studies.models import Models
@@ -53,7 +53,10 @@ def own_presets() -> list[Preset]:
     blocks += [Cell(m=8, proposals=8, sweeps=sweeps, pick="resample") for sweeps in (2, 3, 5)]
     blocks += [Cell(m=8, proposals=8, first_scale=0, pick="resample")]
     blocks += [Cell(m=m, proposals=p, pick="resample", temperature="fitted") for m, p in ((64, 0), (8, 8))]
+    blocks += [Cell(m=64, pick="resample", temperature=t) for t in (0.8, 0.6)]
     blocks += [Cell(m=4, proposals=4)]
+    blocks += [Cell(m=m, pick="resample", scorer="sum") for m in (16, 64, 256)]
+    blocks += [Cell(m=m, proposals=p, pick="resample", scorer="sum") for m, p in ((8, 8), (64, 32))]
     few_first = (1, 2, 8, 64, 64)  # by the figures of single scales of bench.greedy, which has other seeds
     by_scale = [Cell(m=2), Cell(m=64), Cell(m=64, first_scale=2), Cell(m=few_first)]
     by_scale += [Cell(m=m, pick="resample") for m in (64, few_first)]
@@ -111,13 +114,15 @@ def run(
         ValueError: if an argument is wrong, or ``out`` has figures of other settings.
     """
     chosen = [preset for name, preset in presets().items() if name in names or not names]
-    files = {"": weights / "scorer.safetensors"}
-    if any(cell.scorer for preset in chosen for cell in preset.cells):
-        files |= scorers.run(out / "scorers", device, weights)
+    shipped = weights / "scorer.safetensors"
+    files = {"": [shipped], "sum": [shipped, weights / "second.safetensors"]}
+    if {cell.scorer for preset in chosen for cell in preset.cells} - files.keys():
+        files |= {name: [path] for name, path in scorers.run(out / "scorers", device, weights).items()}
+    hashes = {name: [file_sha256(path)[:16] for path in paths] for name, paths in files.items()}
     models = Models(
         {"": partial(load_var, weights / "var.safetensors", vae=weights / "vae.safetensors", device=device)},
-        {name: partial(Scorer.from_pretrained, path, device=device) for name, path in files.items()},
-        {name: file_sha256(path)[:16] for name, path in files.items()},
+        {name: partial(load_scorers, paths, device) for name, paths in files.items()},
+        {name: found if len(found) > 1 else found[0] for name, found in hashes.items()},
     )
     features, facts = extractor(weights, device), {"weights": fingerprint(weights), "device": device.type}
     reference = measure_digits(features, REPORTED_SEED, images)

@@ -22,7 +22,7 @@ from varkern.training.scorer import read_facts
 TINY = train.Recipe(
     batch_size=4, vae_steps=15, var_steps=9, classifier_steps=6, scorer_epochs=0.6, real_maps=40, generated_maps=40
 )
-STAGES = ("vae", "var", "classifier", "scorer")
+STAGES = ("vae", "var", "classifier", "scorer", "second")
 
 
 def cubic(t: np.ndarray) -> np.ndarray:
@@ -106,10 +106,25 @@ class TestDigits:
 class TestTraining:
     def test_writes_weights_token_maps_and_nothing_else(self, unbroken):
         weights = [f"{name}.safetensors" for name in STAGES]
-        assert sorted(path.name for path in unbroken.iterdir()) == sorted([*weights, "scorer.csv", "tokens"])
+        wanted = sorted([*weights, "scorer.csv", "second.csv", "tokens"])
+        assert sorted(path.name for path in unbroken.iterdir()) == wanted
         real, generated = (TokenMaps.open(unbroken / "tokens" / name, verify=True) for name in ("real", "generated"))
         assert len(real) == len(generated) == 40 and generated.manifest.source["seed"] == TINY.sampling_seed
         assert (generated.labels == np.arange(40) % 10).all() and len(set(real.labels.tolist())) > 5
+
+    def test_the_second_scorer_is_on_top_of_the_first(self, unbroken):
+        """Trained on maps that the first resampled, of other seeds, from other initial weights."""
+        first, second = (varkern.Scorer.from_pretrained(unbroken / f"{name}.safetensors") for name in STAGES[3:])
+        assert second.on_top_of == ("scorer.safetensors",) and first.on_top_of == ()
+        resampled = TokenMaps.open(unbroken / "tokens" / "resampled", verify=True)
+        source, search = resampled.manifest.source, varkern.BestOfM(first, m=16, pick="resample")
+        assert source["search"] == repr(search) and source["seed"] == TINY.sampling_seed + 5
+        model = varkern.load_var(unbroken / "var.safetensors", vae=unbroken / "vae.safetensors")
+        seeds, labels = varkern.image_seeds(source["seed"], 40), torch.from_numpy(resampled.labels)
+        wanted = varkern.generate(model, labels, search=search, seeds=seeds, top_k=0, **train.SAMPLING).tokens
+        assert torch.equal(resampled.gather(range(40)), torch.cat(wanted, 1))
+        settings = [read_facts(unbroken / f"{name}.safetensors")["settings"] for name in STAGES[3:]]
+        assert [one["seed"] for one in settings] == [7, 57]
 
     def test_token_maps_of_real_digits(self, unbroken):
         """Those that the VQ-VAE gives for jittered digits, whose seed the dataset's own names."""
@@ -141,7 +156,7 @@ class TestTraining:
         for earlier in STAGES[: STAGES.index(stage)]:
             (tmp_path / f"{earlier}.safetensors").write_bytes((unbroken / f"{earlier}.safetensors").read_bytes())
         fit = loop.fit
-        where = scorer_training if stage == "scorer" else train
+        where = scorer_training if stage in ("scorer", "second") else train
 
         def killed(name, model, batch_loss, steps, **options):
             def loss(step):

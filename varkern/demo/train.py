@@ -1,13 +1,14 @@
-"""Training of the demo's models from scratch: VQ-VAE, VAR, digit classifier and scorer (``varkern demo train``).
+"""Training of the demo's models from scratch: VQ-VAE, VAR, digit classifier and two scorers (``varkern demo train``).
 
-The scorer is trained as for any other model: on two token-map datasets, by the code of ``varkern scorer train``. Each
-stage writes its weights at its end, and is skipped if they exist. A killed stage continues from its last checkpoint.
+The scorers are trained as for any other model: on two token-map datasets, by the code of ``varkern scorer train``. The
+second is trained on top of the first, on maps that a search with the first resampled. Each stage writes its weights at
+its end, and is skipped if they exist. A killed stage continues from its last checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from varkern.data import Batch, Manifest, TokenMaps, file_sha256, generate_token
 from varkern.models import VAR, VQVAE, load_vae, load_var
 from varkern.models.loading import save_model
 from varkern.runs import write_tensors
-from varkern.scorer import ScorerConfig
-from varkern.search import Search
+from varkern.scorer import Scorer, ScorerConfig
+from varkern.search import BestOfM, Search
 from varkern.training import scorer as scorer_training
 from varkern.training.features import FeatureMaker
 from varkern.training.loop import fit
@@ -47,6 +48,7 @@ SCORER_SIZES = ScorerConfig(
 )
 SAMPLING = {"cfg": 0.0, "top_p": 0.96}
 BATCHES = {"batch_size": 500, "shard_size": 5000}
+RESAMPLED_M = 16  # candidates of the search that draws the second scorer's maps
 
 
 @dataclass(frozen=True)
@@ -228,15 +230,32 @@ def checkpoint_facts(folder: Path, name: str) -> dict[str, str]:
     return {"file": path.name, "sha256": file_sha256(path)}
 
 
+def resample_with(scorer: Path, device: torch.device, m: int = RESAMPLED_M) -> tuple[Search, dict[str, Any]]:
+    """The search that draws maps for a scorer on top of the one of this file, and its facts."""
+    search = BestOfM(Scorer.from_pretrained(scorer, device=device), m=m, pick="resample")
+    return search, {"scorers": [checkpoint_facts(scorer.parent, scorer.stem)], "pick": search.pick}
+
+
 def train_scorer(recipe: Recipe, folder: Path, device: torch.device) -> None:
     """Write token maps of real and of generated digits, and train the scorer on them."""
     real = write_real_tokens(recipe, folder, device, folder / "tokens" / "real")
     generated = write_generated_tokens(recipe, folder, device, folder / "tokens" / "generated")
-    maker = FeatureMaker.of_quantizer(load_vae(folder / "vae.safetensors").quantize)
-    training = recipe.scorer_training()
-    scorer_training.train_scorer(
-        real, generated, maker, SCORER_SIZES, training, folder / "scorer.safetensors", device=device
-    )
+    train_on(real, generated, recipe, folder / "scorer.safetensors", device)
+
+
+def train_second_scorer(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Write token maps that a search with the scorer resampled, and train a second scorer on them, with other seeds."""
+    real = write_real_tokens(recipe, folder, device, folder / "tokens" / "real")
+    again = replace(recipe, seed=recipe.seed + 50, sampling_seed=recipe.sampling_seed + 5)
+    search = resample_with(folder / "scorer.safetensors", device)
+    generated = write_generated_tokens(again, folder, device, folder / "tokens" / "resampled", *search)
+    train_on(real, generated, again, folder / "second.safetensors", device)
+
+
+def train_on(real: TokenMaps, generated: TokenMaps, recipe: Recipe, out: Path, device: torch.device) -> None:
+    """Train a scorer to the file ``out``, beside the VQ-VAE of the maps."""
+    maker = FeatureMaker.of_quantizer(load_vae(out.parent / "vae.safetensors").quantize)
+    scorer_training.train_scorer(real, generated, maker, SCORER_SIZES, recipe.scorer_training(), out, device=device)
 
 
 STAGES: dict[str, Callable[[Recipe, Path, torch.device], None]] = {
@@ -244,6 +263,7 @@ STAGES: dict[str, Callable[[Recipe, Path, torch.device], None]] = {
     "var": train_var,
     "classifier": train_classifier,
     "scorer": train_scorer,
+    "second": train_second_scorer,
 }
 
 
