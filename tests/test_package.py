@@ -39,7 +39,7 @@ class TestPackage:
         """The patterns of package-data find the type marker, the weights and the demo's page."""
         patterns = CONFIG["tool"]["setuptools"]["package-data"]["varkern"]
         found = {str(path.relative_to(ROOT / "varkern")) for p in patterns for path in (ROOT / "varkern").glob(p)}
-        weights = {f"demo/weights/{name}.safetensors" for name in ("vae", "var", "scorer", "classifier")}
+        weights = {f"demo/weights/{name}.safetensors" for name in ("vae", "var", "scorer", "second", "classifier")}
         assert found == {"py.typed", "demo/README.md", "studies/presets.toml"} | weights
 
     def test_every_dependency_is_imported(self):
