@@ -47,6 +47,7 @@ def pytest_addoption(parser):
     group.addoption("--compiled", choices=targets, help="GPU target that kernels are compiled for; the CPU emulates it")
     group.addoption("--ulp", type=int, default=0, help="error of approximate instructions, in units in the last place")
     group.addoption("--all-cases", action="store_true", help="the interpreter runs every case of thinned tests too")
+    group.addoption("--thinned", action="store_true", help="compiled code runs only what the interpreter would run")
     group.addoption("--order", type=int, default=1, help="seed of the order in which blocks and warps run")
 
 
@@ -68,7 +69,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("compiled_only"):
                 item.add_marker(skip)
-    if os.environ.get("TRITON_INTERPRET") == "1" and not config.getoption("--all-cases"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not config.getoption("--all-cases")
+    if interpreted or config.getoption("--thinned"):
         left_out = [item for item in items if not runs_interpreted(item)]
         items[:] = [item for item in items if item not in set(left_out)]
         config.hook.pytest_deselected(items=left_out)
