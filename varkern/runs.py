@@ -275,8 +275,8 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, size, device)
     finally:
-        # Up to PyTorch 2.8 a group that ends holds Python's lock while it waits for gloo's threads, which may wait for
-        # that lock (pytorch/pytorch#154976). A backend with a name outlives its group and ends without the lock.
+        # Before pytorch/pytorch#154976 (seen with 2.5.1) a group that ends holds Python's lock while it waits for
+        # gloo's threads, which may wait for that lock. A named backend outlives its group and ends without the lock.
         backend = None if device.type == "cuda" else distributed.group.WORLD._get_backend(device)
         distributed.destroy_process_group()
         del backend

@@ -140,6 +140,14 @@ def test_figures_by_hand():
     assert "| the model alone |  | 25.00 | 0.500 | 0.250 |" in one and "±" not in one.split("\n", 1)[1]
 
 
+def test_the_mean_is_of_the_scores():
+    def scored(value):
+        return lambda labels, features, scale: torch.full(features.shape[:2], value)
+
+    mean = boosting.Mean(scored(1.0), scored(4.0), scored(-2.0))
+    assert mean(torch.tensor([0, 1]), torch.zeros(2, 3, 8, 6, 6), 0).tolist() == [[1.0] * 3] * 2
+
+
 def test_the_committed_figures():
     """The page shows the stored figures of five training seeds, and the differences follow from them."""
     folder = Path(__file__).parent.parent.parent / "bench" / "results" / "demo"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import varkern
 from varkern import cli
-from varkern.data import TokenMaps
+from varkern.data import TokenMaps, file_sha256
 from varkern.demo import digits, run, train
 from varkern.ops import use_backend
 from varkern.training import loop
@@ -191,6 +191,11 @@ class TestShippedWeights:
         files = [run.WEIGHTS / f"{name}.safetensors" for name in STAGES]
         assert all(path.is_file() for path in files)
         assert sum(path.stat().st_size for path in files) < 8e6
+
+    def test_the_second_scorer_is_on_top_of_the_shipped_first(self):
+        told = read_facts(run.WEIGHTS / "second.safetensors")["data"]["generated"]
+        sha256 = file_sha256(run.WEIGHTS / "scorer.safetensors")
+        assert (told["scorers"], told["pick"]) == ([{"file": "scorer.safetensors", "sha256": sha256}], "resample")
 
     def test_models_are_of_the_full_sized_classes(self):
         model, scorer = run.load_demo()

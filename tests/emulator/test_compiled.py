@@ -40,3 +40,12 @@ def test_without_a_compiler_one_sentence_says_what_to_install(pytestconfig, monk
     monkeypatch.setenv("CC", "")
     with pytest.raises(pytest.UsageError, match="--compiled needs a C compiler: install gcc"):
         CompiledKernels(pytestconfig)
+
+
+def test_only_cases_of_the_pytorch_form_are_left_out():
+    from tests.emulator.plugin import runs_plain
+
+    plain = [{"backend": "torch"}, {"form": "torch", "side": 3}]
+    assert all(map(runs_plain, plain))
+    others = [{}, {"backend": "triton"}, {"form": "registered"}, {"form": "triton"}, {"dtype": "torch"}]
+    assert not any(map(runs_plain, others))
