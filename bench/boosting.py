@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.commands import describe_command
 from varkern import Scorer, SumOfScorers, load_vae, load_var
 from varkern.cli.options import pick_local_device, require
 from varkern.data import file_sha256
@@ -203,10 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
-    words = ["python -m bench.boosting --out DIR"]
-    for name in ("seeds", "images", "maps", "epochs", "m", "device"):
-        if (value := getattr(options, name)) != parser.get_default(name):
-            words.append(f"--{name} {value}")
+    command = describe_command(parser, options, ("seeds", "images", "maps", "epochs", "m", "device"))
     recipe = replace(usual, scorer_epochs=options.epochs, generated_maps=options.maps, real_maps=2 * options.maps)
     try:
         for name, least in (("seeds", 1), ("images", LEAST_IMAGES), ("maps", 100), ("m", 2)):
@@ -218,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
             run(options.out, number, recipe, options.images, options.m, device)
             paths = [options.out / f"seed-{seed}" / "figures.json" for seed in range(options.seeds)]
             seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-            report = {"command": " ".join(words), "images": options.images, **compare(seeds)}
+            report = {"command": command, "images": options.images, **compare(seeds)}
             write_json(options.out / "boosting.json", report)
             write_text(options.out / "boosting.md", markdown(report))
     except (OSError, ValueError) as error:

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.commands import describe_command
 from varkern import BestOfM, Scorer, generate, load_vae, load_var
 from varkern.cli.options import pick_local_device, require
 from varkern.data import file_sha256
@@ -241,8 +242,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(part if part.endswith("\n") else part + "\n" for part in parts)
 
 
-def show(values: Sequence[float]) -> str:
-    return f"{fmean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+def show(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± half the range; no range of a single value."""
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -267,9 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
             run(options.out, n, options.images, options.seeds, replace(recipe, var_steps=n), device)
             for n in options.steps
         ]
-        command = "python -m bench.greedy --out DIR"
-        if options.steps != parser.get_default("steps"):
-            command += f" --steps {' '.join(map(str, options.steps))}"
+        command = describe_command(parser, options, ("steps", "images", "seeds", "maps", "device"))
         facts = {"seed": EVALUATED_SEED, "seeds": options.seeds, "images": options.images}
         report = {"command": command, **facts, "toy": toy(), "models": models}
         write_json(options.out / "greedy.json", report)

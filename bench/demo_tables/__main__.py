@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from bench.commands import describe_command
 from varkern.cli.options import pick_local_device, require
 from varkern.demo.run import WEIGHTS
 from varkern.extras import require_matplotlib
@@ -25,12 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of `varkern demo train`")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
-    words = ["python -m bench.demo_tables --out DIR"]
-    if options.tables:
-        words.append(f"--tables {' '.join(options.tables)}")
-    for name in ("images", "seeds", "weights", "device"):
-        if (value := getattr(options, name)) != parser.get_default(name):
-            words.append(f"--{name} {'WEIGHTS' if name == 'weights' else value}")
+    command = describe_command(parser, options, ("tables", "images", "seeds", "weights", "device"))
     try:
         require("images", options.images, 2)
         require("seeds", options.seeds, 1)
@@ -40,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = pick_local_device(options.device)
         if options.page:
             page.fill(options.page.read_text(), dict.fromkeys(page.list_tables(), ""))
-        given = (options.out, options.images, options.seeds, device, options.weights, " ".join(words))
+        given = (options.out, options.images, options.seeds, device, options.weights, command)
         written = tables.run(*given, names=options.tables)
     except (OSError, ValueError, ImportError) as error:
         print(f"demo_tables: {error}", file=sys.stderr)
