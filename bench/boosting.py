@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.commands import describe_command
+from bench.commands import command, describe_command
 from varkern import Scorer, SumOfScorers, load_vae, load_var
 from varkern.cli.options import pick_local_device, require
 from varkern.data import file_sha256
@@ -190,7 +190,8 @@ def show(row: dict[str, Any], sign: str = "") -> list[str]:
     return cells
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command("boosting")
+def main(arguments: list[str] | None = None) -> str:
     usual = Recipe()
     parser = argparse.ArgumentParser("bench.boosting", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for scorers, figures and tables")
@@ -204,26 +205,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
-    command = describe_command(parser, options, ("seeds", "images", "maps", "epochs", "m", "device"))
+    words = describe_command(parser, options, ("seeds", "images", "maps", "epochs", "m", "device"))
     recipe = replace(usual, scorer_epochs=options.epochs, generated_maps=options.maps, real_maps=2 * options.maps)
-    try:
-        for name, least in (("seeds", 1), ("images", LEAST_IMAGES), ("maps", 100), ("m", 2)):
-            require(name, getattr(options, name), least)
-        if options.only is not None and not 0 <= options.only < options.seeds:
-            raise ValueError(f"only must be in 0..{options.seeds - 1}, the training seeds, got {options.only}")
-        device = pick_local_device(options.device)
-        for number in range(options.seeds) if options.only is None else [options.only]:
-            run(options.out, number, recipe, options.images, options.m, device)
-            paths = [options.out / f"seed-{seed}" / "figures.json" for seed in range(options.seeds)]
-            seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-            report = {"command": command, "images": options.images, **compare(seeds)}
-            write_json(options.out / "boosting.json", report)
-            write_text(options.out / "boosting.md", markdown(report))
-    except (OSError, ValueError) as error:
-        print(f"boosting: {error}", file=sys.stderr)
-        return 2
-    print(markdown(report))
-    return 0
+    for name, least in (("seeds", 1), ("images", LEAST_IMAGES), ("maps", 100), ("m", 2)):
+        require(name, getattr(options, name), least)
+    if options.only is not None and not 0 <= options.only < options.seeds:
+        raise ValueError(f"only must be in 0..{options.seeds - 1}, the training seeds, got {options.only}")
+    device = pick_local_device(options.device)
+    for number in range(options.seeds) if options.only is None else [options.only]:
+        run(options.out, number, recipe, options.images, options.m, device)
+        paths = [options.out / f"seed-{seed}" / "figures.json" for seed in range(options.seeds)]
+        seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        report = {"command": words, "images": options.images, **compare(seeds)}
+        write_json(options.out / "boosting.json", report)
+        write_text(options.out / "boosting.md", markdown(report))
+    return markdown(report)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m bench.gap --out DIR
 
 The gap is the distance of the model's own images minus that of real digits which the VQ-VAE encoded and decoded. No
-generated digit can be much better than these. A search closes as many percent of it as it lowers the distance. The same
-seeds are used for every search and for the model alone, so a percentage is computed within a seed.
+generated digit can be much better than these. A search that lowers the distance by half of the gap closes 50% of it.
+The same seeds are used for every search and for the model alone, so a percentage is computed within a seed.
 
 It can be killed at any time and continues where it stopped. Under ``torchrun`` several processes share the work; call
 it once more without ``torchrun`` to write ``gap.json`` and ``gap.md``.
@@ -16,7 +16,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,19 +23,15 @@ from typing import Any
 import torch
 
 from bench.boosting import LEAST_IMAGES
-from bench.commands import describe_command
-from bench.demo_tables.tables import BATCH_SIZE, REPORTED_SEED, references
+from bench.commands import command, describe_command
+from bench.demo_tables.tables import REPORTED_SEED, make_models, make_settings, references, shipped_scorers
 from bench.greedy import show
-from varkern import load_var
-from varkern.cli.options import load_scorers, pick_local_device, require
-from varkern.data import file_sha256
-from varkern.demo.measuring import extractor, fingerprint, measure_digits
+from varkern.cli.options import pick_local_device, require
+from varkern.demo.measuring import extractor, measure_digits
 from varkern.demo.run import WEIGHTS
-from varkern.demo.train import SAMPLING
 from varkern.runs import find_rank, write_json, write_text
 from varkern.studies.cells import Cell
-from varkern.studies.models import Models
-from varkern.studies.sweep import Entry, Settings, Sweep
+from varkern.studies.sweep import Entry, Sweep
 from varkern.tables import markdown_table
 
 SEARCHES = {
@@ -46,7 +41,7 @@ SEARCHES = {
     "blocks, 232 maps": Cell(m=64, proposals=32, pick="resample"),
 }
 SCORERS = {"": "the first scorer", "sum": "the sum of both"}
-# With the first scorer, more maps change little (preset "blocks" of bench.demo_tables).
+# The first scorer alone has no rows of about 256 maps: they change little (preset "blocks" of bench.demo_tables).
 ROWS = [*(("", title) for title in list(SEARCHES)[:2]), *(("sum", title) for title in SEARCHES)]
 FIGURES = {"fid": ("Fréchet distance", 2), "precision": ("precision", 3), "recall": ("recall", 3)}
 
@@ -57,15 +52,8 @@ def run(out: Path, images: int, repeats: int, device: torch.device) -> dict[str,
     Raises:
         ValueError: if ``out`` has figures of other settings.
     """
-    files = [WEIGHTS / "scorer.safetensors", WEIGHTS / "second.safetensors"]
-    hashes = [file_sha256(path)[:16] for path in files]
-    models = Models(
-        {"": partial(load_var, "demo", device=device)},
-        {"": partial(load_scorers, files[:1], device), "sum": partial(load_scorers, files, device)},
-        {"": hashes[0], "sum": hashes},
-    )
-    features, facts = extractor(WEIGHTS, device), {"weights": fingerprint(WEIGHTS), "device": device.type}
-    settings = Settings(images, repeats, REPORTED_SEED, BATCH_SIZE, {**SAMPLING, "top_k": 0}, None, images, facts=facts)
+    models = make_models(WEIGHTS, shipped_scorers(WEIGHTS), device)
+    settings, features = make_settings(images, repeats, WEIGHTS, device), extractor(WEIGHTS, device)
     cells = [Cell(), *(replace(SEARCHES[title], scorer=name) for name, title in ROWS)]
     reference = measure_digits(features, REPORTED_SEED, images)
     entries = Sweep(out, cells, settings, models, features, reference).run()
@@ -82,16 +70,16 @@ def collect(entries: Sequence[Entry], floor: Sequence[Mapping[str, float]]) -> d
         entries: those of the model alone and of :data:`ROWS`, in this order.
         floor: figures of reconstructed real digits, one of each seed.
     """
-    alone, least = take(entries[0].repeats), fmean(figures["fid"] for figures in floor)
+    alone, least = list_figures(entries[0].repeats), fmean(figures["fid"] for figures in floor)
     rows = []
     for (scorer, title), entry in zip(ROWS, entries[1:], strict=True):
-        found = take(entry.repeats)
+        found = list_figures(entry.repeats)
         closed = [100 * (a - b) / (a - least) for a, b in zip(alone["fid"], found["fid"], strict=True)]
         rows.append({"scorer": scorer, "search": title, **found, "closed": closed})
-    return {"alone": alone, "floor": take(floor), "rows": rows}
+    return {"alone": alone, "floor": list_figures(floor), "rows": rows}
 
 
-def take(repeats: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def list_figures(repeats: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return {name: [repeat[name] for repeat in repeats] for name in FIGURES}
 
 
@@ -112,28 +100,23 @@ def show_row(row: Mapping[str, Any]) -> list[str]:
     return [*cells, show(row["closed"], 0) if "closed" in row else ""]
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command("gap")
+def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser("bench.gap", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and the table")
     parser.add_argument("--images", type=int, default=5000, help="images per search and seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="repeats of every search (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        for name, least in (("images", LEAST_IMAGES), ("seeds", 1)):
-            require(name, getattr(options, name), least)
-        found = run(options.out, options.images, options.seeds, pick_local_device(options.device))
-        if found is None:
-            print("This process has finished its searches. Call again without torchrun to write the table.")
-            return 0
-        report = {"command": describe_command(parser, options, ("images", "seeds", "device")), **found}
-        write_json(options.out / "gap.json", report)
-        write_text(options.out / "gap.md", markdown(report))
-    except (OSError, ValueError) as error:
-        print(f"gap: {error}", file=sys.stderr)
-        return 2
-    print(markdown(report))
-    return 0
+    for name, least in (("images", LEAST_IMAGES), ("seeds", 1)):
+        require(name, getattr(options, name), least)
+    found = run(options.out, options.images, options.seeds, pick_local_device(options.device))
+    if found is None:
+        return "This process has finished its searches. Call again without torchrun to write the table."
+    report = {"command": describe_command(parser, options, ("images", "seeds", "device")), **found}
+    write_json(options.out / "gap.json", report)
+    write_text(options.out / "gap.md", markdown(report))
+    return markdown(report)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.commands import describe_command
+from bench.commands import command, describe_command
 from varkern import BestOfM, Scorer, generate, load_vae, load_var
 from varkern.cli.options import pick_local_device, require
 from varkern.data import file_sha256
@@ -248,7 +248,8 @@ def show(values: Sequence[float], digits: int = 1) -> str:
     return f"{fmean(values):.{digits}f}{spread}"
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command("greedy")
+def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser("bench.greedy", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, figures and tables")
     parser.add_argument(
@@ -260,26 +261,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
     recipe = replace(Recipe(scorer_epochs=EPOCHS), generated_maps=options.maps, real_maps=2 * options.maps)
-    try:
-        for name, least in (("images", 100), ("seeds", 1), ("maps", 100)):
-            require(name, getattr(options, name), least)
-        for steps in options.steps:
-            require("steps", steps, 1)
-        device = pick_local_device(options.device)
-        models = [
-            run(options.out, n, options.images, options.seeds, replace(recipe, var_steps=n), device)
-            for n in options.steps
-        ]
-        command = describe_command(parser, options, ("steps", "images", "seeds", "maps", "device"))
-        facts = {"seed": EVALUATED_SEED, "seeds": options.seeds, "images": options.images}
-        report = {"command": command, **facts, "toy": toy(), "models": models}
-        write_json(options.out / "greedy.json", report)
-        write_text(options.out / "greedy.md", markdown(report))
-    except (OSError, ValueError) as error:
-        print(f"greedy: {error}", file=sys.stderr)
-        return 2
-    print(markdown(report))
-    return 0
+    for name, least in (("images", 100), ("seeds", 1), ("maps", 100)):
+        require(name, getattr(options, name), least)
+    for steps in options.steps:
+        require("steps", steps, 1)
+    device = pick_local_device(options.device)
+    models = [
+        run(options.out, n, options.images, options.seeds, replace(recipe, var_steps=n), device) for n in options.steps
+    ]
+    words = describe_command(parser, options, ("steps", "images", "seeds", "maps", "device"))
+    facts = {"seed": EVALUATED_SEED, "seeds": options.seeds, "images": options.images}
+    report = {"command": words, **facts, "toy": toy(), "models": models}
+    write_json(options.out / "greedy.json", report)
+    write_text(options.out / "greedy.md", markdown(report))
+    return markdown(report)
 
 
 if __name__ == "__main__":

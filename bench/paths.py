@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bench.boosting import LEAST_IMAGES, summarize
+from bench.commands import command
 from varkern import BestOfM, LogRatio, PathSearch, Scorer, generate, load_var
 from varkern.cli.options import pick_local_device, require
 from varkern.data import file_sha256
@@ -239,9 +240,9 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as two tables."""
     by_rung = {(row["method"], row["size"]): row for row in report["rows"]}
     titles = [title for title, _ in FIGURES.values()]
-    command = "python -m bench.paths --out DIR" + f" --images {report['images']}" * (report["images"] != IMAGES)
+    words = "python -m bench.paths --out DIR" + f" --images {report['images']}" * (report["images"] != IMAGES)
     parts = [
-        f"`{command}`: mean ± standard error over {report['seeds']} image seeds of {report['images']:,} images each."
+        f"`{words}`: mean ± standard error over {report['seeds']} image seeds of {report['images']:,} images each."
     ]
     rows = [[row["method"], row["size"], *show(row)] for row in report["rows"]]
     parts.append(markdown_table(["search", "size", *titles], rows))
@@ -264,22 +265,18 @@ def show(row: dict[str, Any]) -> list[str]:
     return cells
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command("paths")
+def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser("bench.paths", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and tables")
     parser.add_argument("--seeds", type=int, default=3, help="number of image seeds (default: %(default)s)")
     parser.add_argument("--images", type=int, default=IMAGES, help="images per rung and seed (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        for name, least in (("seeds", 1), ("images", LEAST_IMAGES)):
-            require(name, getattr(options, name), least)
-        report = run(options.out, options.seeds, options.images, pick_local_device(options.device))
-    except (OSError, ValueError) as error:
-        print(f"paths: {error}", file=sys.stderr)
-        return 2
-    print(markdown(report))
-    return 0
+    for name, least in (("seeds", 1), ("images", LEAST_IMAGES)):
+        require(name, getattr(options, name), least)
+    report = run(options.out, options.seeds, options.images, pick_local_device(options.device))
+    return markdown(report)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.commands import describe_command
+from bench.commands import command, describe_command
 from varkern.cli.options import pick_local_device, require
 from varkern.demo.run import WEIGHTS
 from varkern.extras import require_matplotlib
@@ -16,7 +16,8 @@ from . import __doc__ as about
 from . import page, tables
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command("demo_tables")
+def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser("bench.demo_tables", description=about.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and scorers")
     parser.add_argument("--page", type=Path, help="page to put the tables into")
@@ -26,29 +27,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of `varkern demo train`")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
-    command = describe_command(parser, options, ("tables", "images", "seeds", "weights", "device"))
-    try:
-        require("images", options.images, 2)
-        require("seeds", options.seeds, 1)
-        if unknown := [name for name in options.tables if name not in tables.presets()]:
-            raise ValueError(f"tables must be among {', '.join(tables.presets())}, got {unknown[0]!r}")
-        require_matplotlib("digits")
-        device = pick_local_device(options.device)
-        if options.page:
-            page.fill(options.page.read_text(), dict.fromkeys(page.list_tables(), ""))
-        given = (options.out, options.images, options.seeds, device, options.weights, command)
-        written = tables.run(*given, names=options.tables)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"demo_tables: {error}", file=sys.stderr)
-        return 2
+    words = describe_command(parser, options, ("tables", "images", "seeds", "weights", "device"))
+    require("images", options.images, 2)
+    require("seeds", options.seeds, 1)
+    if unknown := [name for name in options.tables if name not in tables.presets()]:
+        raise ValueError(f"tables must be among {', '.join(tables.presets())}, got {unknown[0]!r}")
+    require_matplotlib("digits")
+    device = pick_local_device(options.device)
+    if options.page:
+        page.fill(options.page.read_text(), dict.fromkeys(page.list_tables(), ""))
+    given = (options.out, options.images, options.seeds, device, options.weights, words)
+    written = tables.run(*given, names=options.tables)
     if not written:
-        print("This process has finished its cells. Call again without torchrun to measure times and write the tables.")
-        return 0
-    print(f"wrote {len(written)} files of figures to {options.out}")
+        return "This process has finished its cells. Call again without torchrun to measure times and write the tables."
+    text = f"wrote {len(written)} files of figures to {options.out}"
     if options.page:
         write_text(options.page, page.fill(options.page.read_text(), page.read_tables(options.out), page.list_tables()))
-        print(f"put the tables into {options.page}")
-    return 0
+        text += f"\nput the tables into {options.page}"
+    return text
 
 
 if __name__ == "__main__":

@@ -114,20 +114,12 @@ def run(
         ValueError: if an argument is wrong, or ``out`` has figures of other settings.
     """
     chosen = [preset for name, preset in presets().items() if name in names or not names]
-    shipped = weights / "scorer.safetensors"
-    files = {"": [shipped], "sum": [shipped, weights / "second.safetensors"]}
+    files = shipped_scorers(weights)
     if {cell.scorer for preset in chosen for cell in preset.cells} - files.keys():
         files |= {name: [path] for name, path in scorers.run(out / "scorers", device, weights).items()}
-    hashes = {name: [file_sha256(path)[:16] for path in paths] for name, paths in files.items()}
-    models = Models(
-        {"": partial(load_var, weights / "var.safetensors", vae=weights / "vae.safetensors", device=device)},
-        {name: partial(load_scorers, paths, device) for name, paths in files.items()},
-        {name: found if len(found) > 1 else found[0] for name, found in hashes.items()},
-    )
-    features, facts = extractor(weights, device), {"weights": fingerprint(weights), "device": device.type}
+    models, settings = make_models(weights, files, device), make_settings(images, repeats, weights, device)
+    features = extractor(weights, device)
     reference = measure_digits(features, REPORTED_SEED, images)
-    options = {**SAMPLING, "top_k": 0}
-    settings = Settings(images, repeats, REPORTED_SEED, BATCH_SIZE, options, None, images, facts=facts)
     timing = replace(settings, images=TIMED_IMAGES, batch_size=TIMED_IMAGES, timing=True)
     measured = [preset for preset in chosen if not preset.timing]
     found = {p.name: Sweep(out, p.cells, settings, models, features, reference).run() for p in measured}
@@ -149,6 +141,28 @@ def run(
     for name, values in kept.items():
         write_json(out / name, values)
     return [*written, *(out / name for name in kept)]
+
+
+def shipped_scorers(weights: Path) -> dict[str, list[Path]]:
+    """The files of each scorer that cells can name: the first of ``varkern demo train``, and the sum of both."""
+    first = weights / "scorer.safetensors"
+    return {"": [first], "sum": [first, weights / "second.safetensors"]}
+
+
+def make_models(weights: Path, files: dict[str, list[Path]], device: torch.device) -> Models:
+    """The VAR of ``weights`` and the scorers in ``files``; each is loaded at its first use."""
+    hashes = {name: [file_sha256(path)[:16] for path in paths] for name, paths in files.items()}
+    return Models(
+        {"": partial(load_var, weights / "var.safetensors", vae=weights / "vae.safetensors", device=device)},
+        {name: partial(load_scorers, paths, device) for name, paths in files.items()},
+        {name: found if len(found) > 1 else found[0] for name, found in hashes.items()},
+    )
+
+
+def make_settings(images: int, repeats: int, weights: Path, device: torch.device) -> Settings:
+    facts = {"weights": fingerprint(weights), "device": device.type}
+    options = {**SAMPLING, "top_k": 0}
+    return Settings(images, repeats, REPORTED_SEED, BATCH_SIZE, options, None, images, facts=facts)
 
 
 def with_times(entries: Sequence[Entry], times: Sequence[Entry]) -> list[Entry]:
