@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -125,11 +126,19 @@ def test_names_tell_the_scored_maps():
 
 
 def test_the_committed_figures():
-    """The page shows the stored figures of 5,000 images and three seeds."""
+    """The stored figures are of 5,000 images and three seeds; the demo's page shows their percentages and distances."""
     report = json.loads((FIGURES / "gap.json").read_text())
     assert (FIGURES / "gap.md").read_text() == gap.markdown(report)
     assert (report["command"], report["images"], report["seeds"]) == ("python -m bench.gap --out DIR", 5000, 3)
     assert max(report["floor"]["fid"]) < min(min(row["fid"]) for row in report["rows"])
     assert [(row["scorer"], row["search"]) for row in report["rows"]] == gap.ROWS
+    page = (WEIGHTS.parent / "README.md").read_text()
+    closed = {(row["scorer"], row["search"]): gap.show(row["closed"], 0) for row in report["rows"]}
+    assert f"| of the gap closed, in % | {' | '.join(gap.SEARCHES)} |" in page
+    for scorer, title in gap.SCORERS.items():
+        cells = (closed.get((scorer, search), "") for search in gap.SEARCHES)
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    for row in ("alone", "floor"):
+        assert f"{fmean(report[row]['fid']):.1f}" in page.split("bench.gap")[1].split(";")[0]
     for row in report["rows"]:
         assert len(row["fid"]) == len(row["closed"]) == 3
